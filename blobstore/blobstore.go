@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package blobstore keeps content-addressed files, laid out as in an OCI image
+// layout (image-spec "Image Layout"): blobs/<algorithm>/<encoded>, and beside
+// them a directory of pending files.
+//
+// Contract: a file under blobs/ got there by Commit, which has fsynced it
+// before the rename, or by a stranger's hand. Whoever calls Commit has checked
+// the digest. Commit and Remove of one digest are not to run at the same time;
+// the caller sees to that.
+//
+// Failure model: every method returns the error of the system call, wrapped
+// with what was being done; a failed Commit of one file leaves that file
+// pending and does not touch the others. A crash at any point leaves files
+// that are whole under blobs/, and anything at all under pending/.
+//
+// It never hashes, never decides what to delete, never knows an index.
+package blobstore
+
+import (
+	_ "crypto/sha256" // the two registered algorithms (image-spec "Registered Algorithms")
+	_ "crypto/sha512"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Algorithms are the ones that objects may be named by.
+var Algorithms = []digest.Algorithm{digest.SHA256, digest.SHA512}
+
+// CheckDigest tells whether d is well formed and of one of Algorithms. Only
+// such a digest becomes part of a path.
+func CheckDigest(d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return err
+	}
+	for _, a := range Algorithms {
+		if d.Algorithm() == a {
+			return nil
+		}
+	}
+	return digest.ErrDigestUnsupported
+}
+
+// Store is a directory of blobs. It is safe for concurrent use, but see the
+// package on Commit and Remove.
+type Store struct {
+	dir string
+}
+
+const (
+	// dirMode keeps other users of the node out: what is here may be private
+	// to a registry's users.
+	dirMode  = 0o700
+	fileMode = 0o600
+)
+
+// Open makes the directories that are missing and returns the store.
+func Open(dir string) (*Store, error) {
+	s := &Store{dir: dir}
+	for _, sub := range []string{s.algDir(digest.SHA256), s.algDir(digest.SHA512), s.pendingDir()} {
+		if err := os.MkdirAll(sub, dirMode); err != nil {
+			return nil, fmt.Errorf("open the blob store: %w", err)
+		}
+	}
+	return s, nil
+}
+
+func (s *Store) algDir(a digest.Algorithm) string { return filepath.Join(s.dir, "blobs", a.String()) }
+func (s *Store) pendingDir() string               { return filepath.Join(s.dir, "pending") }
+
+// Path is where the blob lies, or would.
+func (s *Store) Path(d digest.Digest) string {
+	return filepath.Join(s.algDir(d.Algorithm()), d.Encoded())
+}
+
+// Open opens a blob for reading. The error wraps fs.ErrNotExist when there is
+// none.
+func (s *Store) Open(d digest.Digest) (*os.File, error) {
+	return os.Open(s.Path(d))
+}
+
+// Remove deletes a blob. Readers that have it open keep it.
+func (s *Store) Remove(d digest.Digest) error {
+	if err := os.Remove(s.Path(d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove blob: %w", err)
+	}
+	return nil
+}
+
+// Walk calls f for each file under blobs/ whose name is a digest, and for each
+// other entry with an empty digest and its path. It stops at f's first error.
+func (s *Store) Walk(f func(d digest.Digest, path string, info fs.FileInfo) error) error {
+	for _, a := range Algorithms {
+		entries, err := os.ReadDir(s.algDir(a))
+		if err != nil {
+			return fmt.Errorf("walk the blobs: %w", err)
+		}
+		for _, e := range entries {
+			path := filepath.Join(s.algDir(a), e.Name())
+			info, err := e.Info()
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("walk the blobs: %w", err)
+			}
+			d := digest.NewDigestFromEncoded(a, e.Name())
+			if !info.Mode().IsRegular() || d.Validate() != nil {
+				d = ""
+			}
+			if err := f(d, path, info); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Sweep deletes all pending files, which are those of an earlier process, and
+// returns the digests that they were meant to become.
+func (s *Store) Sweep() ([]digest.Digest, error) {
+	entries, err := os.ReadDir(s.pendingDir())
+	if err != nil {
+		return nil, fmt.Errorf("sweep pending files: %w", err)
+	}
+	var left []digest.Digest
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(s.pendingDir(), e.Name())); err != nil {
+			return left, fmt.Errorf("sweep pending files: %w", err)
+		}
+		name, _, _ := strings.Cut(e.Name(), ".")
+		alg, encoded, _ := strings.Cut(name, "-")
+		if d := digest.NewDigestFromEncoded(digest.Algorithm(alg), encoded); CheckDigest(d) == nil {
+			left = append(left, d)
+		}
+	}
+	return left, nil
+}
+
+// Free returns the bytes of the filesystem that this user may still write, and
+// its size.
+func (s *Store) Free() (free, total int64, err error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &st); err != nil {
+		return 0, 0, fmt.Errorf("statfs %s: %w", s.dir, err)
+	}
+	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+}
+
+// Allocated is what a file takes on disk, in bytes.
+func Allocated(info fs.FileInfo) int64 {
+	const statBlock = 512 // the unit of st_blocks, whatever the filesystem's block size
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * statBlock
+	}
+	return info.Size()
+}

@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package index is the bbolt file that remembers what the blobs are: objects,
+// tags, memberships, possessions and last uses.
+//
+// Contract: objects and possessions are written at once, by Apply. Tags,
+// memberships and last uses are notes: they are read back at once, but written
+// with the next Apply or Flush, so that answering a request costs no
+// transaction; a crash loses at most the notes since then, and each of them is
+// only a reason not to ask a registry again. Values are copied out of bbolt's
+// memory map before a transaction ends.
+//
+// Failure model: Open fails with ErrLocked when another process has the file,
+// and with ErrBroken when it is no index or one from a newer tarn; the caller
+// sets it aside then and rebuilds it from the blobs. Any other error is the
+// disk's.
+//
+// It never touches a blob, and never knows HTTP.
+package index
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+)
+
+var (
+	// ErrLocked: another process has the index open.
+	ErrLocked = errors.New("index is in use by another process")
+	// ErrBroken: the file is no index, or one from a newer tarn.
+	ErrBroken = errors.New("index is broken")
+)
+
+// version of the rows' format. A higher one is not read.
+const version = 1
+
+var (
+	metaBucket        = []byte("meta")
+	objectBucket      = []byte("objects")
+	tagBucket         = []byte("tags")
+	membershipBucket  = []byte("memberships")
+	possessionBucket  = []byte("possessions")
+	lastUseBucket     = []byte("lastuse")
+	versionKey        = []byte("version")
+	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, lastUseBucket}
+	errInvalidVersion = errors.New("version of the rows is not known to this tarn")
+)
+
+// Object is a stored file: the row of a digest.
+type Object struct {
+	Size    int64     `json:"size"`  // bytes of the file
+	Alloc   int64     `json:"alloc"` // bytes that it takes on disk
+	Created time.Time `json:"created"`
+}
+
+// Tag is a dated claim about an authority, never a pin: at Confirmed it said
+// that the tag means Digest.
+type Tag struct {
+	Digest    digest.Digest `json:"digest"`
+	Confirmed time.Time     `json:"confirmed"`
+	// Sequence orders the HEADs by when they were handed to the transport.
+	// Only a higher one replaces a row.
+	Sequence uint64 `json:"seq"`
+}
+
+// Membership says that the authority served the object in that repository at
+// Time, to anonymous or to some credential.
+type Membership struct {
+	Time      time.Time `json:"time"`
+	Anonymous bool      `json:"anonymous"`
+	// MediaType is the Content-Type that this authority gave a manifest.
+	MediaType string `json:"type,omitempty"`
+}
+
+// RepositoryKey names a repository: the canonical upstream name, and the
+// repository's name there.
+type RepositoryKey struct {
+	Upstream, Repository string
+}
+
+func (k RepositoryKey) bytes(rest ...string) []byte {
+	b := make([]byte, 0, 128)
+	b = append(b, k.Upstream...)
+	b = append(b, 0)
+	b = append(b, k.Repository...)
+	for _, r := range rest {
+		b = append(b, 0) // in none of the names, so that keys cannot run together
+		b = append(b, r...)
+	}
+	return b
+}
+
+// TagKey is the key of a tag's row.
+func (k RepositoryKey) TagKey(tag string) string { return string(k.bytes(tag)) }
+
+// MembershipKey is the key of an object's row in this repository; kind is
+// "manifests" or "blobs".
+func (k RepositoryKey) MembershipKey(kind string, d digest.Digest) string {
+	return string(k.bytes(kind, d.String()))
+}
+
+// Index is an open index. It is safe for concurrent use.
+type Index struct {
+	db *bolt.DB
+
+	// mu guards the notes, which stand before the rows of the same key until
+	// they are written. No transaction runs under it.
+	mu          sync.Mutex
+	tags        map[string]Tag
+	memberships map[string]*Membership // nil: deleted
+	lastUse     map[digest.Digest]time.Time
+}
+
+// openTimeout is how long another process may take to let go of the file.
+const openTimeout = time.Second
+
+// Open opens the index or makes a new one. Each row is read once, so that a
+// file that is damaged inside is found now and not in the middle of a request.
+func Open(path string) (ix *Index, err error) {
+	db, err := openDB(path)
+	if err != nil {
+		return nil, err
+	}
+	ix = &Index{
+		db:          db,
+		tags:        make(map[string]Tag),
+		memberships: make(map[string]*Membership),
+		lastUse:     make(map[digest.Digest]time.Time),
+	}
+	if err := ix.check(); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return ix, nil
+}
+
+func openDB(path string) (*bolt.DB, error) {
+	db, err := bolt.Open(path, 0o600, &bolt.Options{
+		Timeout:      openTimeout,
+		FreelistType: bolt.FreelistMapType,
+	})
+	switch {
+	case err == nil:
+		return db, nil
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, ErrLocked
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+		return nil, fmt.Errorf("%w: %w", ErrBroken, err)
+	case errors.Is(err, os.ErrPermission), errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("open the index: %w", err)
+	default:
+		// bbolt has no sentinel for a file that is too short or cut.
+		return nil, fmt.Errorf("%w: %w", ErrBroken, err)
+	}
+}
+
+// check makes the buckets and reads every row. bbolt panics on a page that is
+// not what its parent says, and a file that was cut faults in the memory map:
+// both mean broken.
+func (ix *Index) check() (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", ErrBroken, p)
+		}
+	}()
+	return ix.db.Update(func(tx *bolt.Tx) error {
+		for _, name := range allBuckets {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return fmt.Errorf("%w: %w", ErrBroken, err)
+			}
+		}
+		meta := tx.Bucket(metaBucket)
+		if v := meta.Get(versionKey); v == nil {
+			if err := meta.Put(versionKey, binary.BigEndian.AppendUint64(nil, version)); err != nil {
+				return err
+			}
+		} else if len(v) != 8 || binary.BigEndian.Uint64(v) != version {
+			return fmt.Errorf("%w: %w", ErrBroken, errInvalidVersion)
+		}
+		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
+			var o Object
+			if digest.Digest(k).Validate() != nil || json.Unmarshal(v, &o) != nil || o.Size < 0 {
+				return fmt.Errorf("%w: the row of object %q is none", ErrBroken, k)
+			}
+			return nil
+		})
+	})
+}
+
+// Close writes the notes and closes the file.
+func (ix *Index) Close() error {
+	return errors.Join(ix.Flush(), ix.db.Close())
+}
+
+// Objects calls f for each object. f must not call the index.
+func (ix *Index) Objects(f func(digest.Digest, Object)) error {
+	return ix.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
+			var o Object
+			if err := json.Unmarshal(v, &o); err != nil {
+				return fmt.Errorf("row of object %q: %w", k, err)
+			}
+			f(digest.Digest(k), o)
+			return nil
+		})
+	})
+}
+
+// Object returns the row of d if the source domain possesses it.
+func (ix *Index) Object(domain string, d digest.Digest) (o Object, ok bool) {
+	key := []byte(d)
+	err := ix.db.View(func(tx *bolt.Tx) error {
+		v := tx.Bucket(objectBucket).Get(key)
+		if v == nil || tx.Bucket(possessionBucket).Get(possessionKey(domain, d)) == nil {
+			return nil
+		}
+		ok = true
+		return json.Unmarshal(v, &o)
+	})
+	return o, ok && err == nil
+}
+
+// possessionKey starts with the digest, so that all of an object's lie
+// together.
+func possessionKey(domain string, d digest.Digest) []byte {
+	k := append([]byte(d), 0)
+	return append(k, domain...)
+}
+
+// Tag returns the last confirmation of a tag.
+func (ix *Index) Tag(key string) (t Tag, ok bool) {
+	ix.mu.Lock()
+	t, ok = ix.tags[key]
+	ix.mu.Unlock()
+	if ok {
+		return t, true
+	}
+	ok = ix.get(tagBucket, key, &t)
+	return t, ok
+}
+
+// Membership returns what is known of an object in a repository.
+func (ix *Index) Membership(key string) (m Membership, ok bool) {
+	ix.mu.Lock()
+	note, noted := ix.memberships[key]
+	ix.mu.Unlock()
+	if noted {
+		if note == nil {
+			return Membership{}, false
+		}
+		return *note, true
+	}
+	ok = ix.get(membershipBucket, key, &m)
+	return m, ok
+}
+
+func (ix *Index) get(bucket []byte, key string, into any) (ok bool) {
+	err := ix.db.View(func(tx *bolt.Tx) error {
+		v := tx.Bucket(bucket).Get([]byte(key))
+		if v == nil {
+			return nil
+		}
+		ok = true
+		return json.Unmarshal(v, into)
+	})
+	return ok && err == nil
+}
+
+// NoteTag takes the confirmation unless one with a higher sequence is known.
+func (ix *Index) NoteTag(key string, t Tag) {
+	if old, ok := ix.Tag(key); ok && old.Sequence >= t.Sequence {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	if old, ok := ix.tags[key]; ok && old.Sequence >= t.Sequence {
+		return // another one came in between
+	}
+	ix.tags[key] = t
+}
+
+// membershipRenewal is how much older a known membership must be for a newer
+// one of the same content to be worth a row.
+const membershipRenewal = time.Hour
+
+// NoteMembership takes what an authority said.
+func (ix *Index) NoteMembership(key string, m Membership) {
+	if old, ok := ix.Membership(key); ok && old.Anonymous == m.Anonymous && old.MediaType == m.MediaType &&
+		m.Time.Sub(old.Time) < membershipRenewal {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.memberships[key] = &m
+}
+
+// DeleteMembership forgets what the authority took back.
+func (ix *Index) DeleteMembership(key string) {
+	if _, ok := ix.Membership(key); !ok {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.memberships[key] = nil
+}
+
+// NoteUse remembers that an object was asked for.
+func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.lastUse[d] = t
+}
+
+// LastSequence is the highest one that a tag's row ever had.
+func (ix *Index) LastSequence() (seq uint64, err error) {
+	err = ix.db.View(func(tx *bolt.Tx) error {
+		seq = tx.Bucket(tagBucket).Sequence()
+		return nil
+	})
+	return seq, err
+}
+
+// A Stored object is one that was committed: its row, and the source domain
+// that delivered it.
+type Stored struct {
+	Digest digest.Digest
+	Domain string
+	Object Object
+}
+
+// Apply writes objects and their possessions, drops objects with theirs, and
+// takes the notes along, all in one transaction.
+func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
+	ix.mu.Lock()
+	tags, memberships, lastUse := ix.tags, ix.memberships, ix.lastUse
+	tagNotes, membershipNotes := clone(tags), clone(memberships)
+	useNotes := clone(lastUse)
+	ix.mu.Unlock()
+
+	err := ix.db.Update(func(tx *bolt.Tx) error {
+		objects, possessions := tx.Bucket(objectBucket), tx.Bucket(possessionBucket)
+		for _, d := range drop {
+			if err := objects.Delete([]byte(d)); err != nil {
+				return err
+			}
+			if err := tx.Bucket(lastUseBucket).Delete([]byte(d)); err != nil {
+				return err
+			}
+			c := possessions.Cursor()
+			prefix := append([]byte(d), 0)
+			for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Seek(prefix) {
+				if err := c.Delete(); err != nil {
+					return err
+				}
+			}
+		}
+		for _, s := range put {
+			if err := putJSON(objects, []byte(s.Digest), s.Object); err != nil {
+				return err
+			}
+			if err := possessions.Put(possessionKey(s.Domain, s.Digest), appendTime(s.Object.Created)); err != nil {
+				return err
+			}
+		}
+		return writeNotes(tx, tagNotes, membershipNotes, useNotes)
+	})
+	if err != nil {
+		return fmt.Errorf("write the index: %w", err)
+	}
+
+	// What was noted anew meanwhile stays a note.
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	forget(ix.tags, tagNotes)
+	forget(ix.memberships, membershipNotes)
+	forget(ix.lastUse, useNotes)
+	return nil
+}
+
+// Flush writes the notes, if there are any.
+func (ix *Index) Flush() error {
+	ix.mu.Lock()
+	n := len(ix.tags) + len(ix.memberships) + len(ix.lastUse)
+	ix.mu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	return ix.Apply(nil, nil)
+}
+
+func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Membership, lastUse map[digest.Digest]time.Time) error {
+	tb := tx.Bucket(tagBucket)
+	for key, t := range tags {
+		if err := putJSON(tb, []byte(key), t); err != nil {
+			return err
+		}
+		if t.Sequence > tb.Sequence() {
+			if err := tb.SetSequence(t.Sequence); err != nil {
+				return err
+			}
+		}
+	}
+	mb := tx.Bucket(membershipBucket)
+	for key, m := range memberships {
+		if m == nil {
+			if err := mb.Delete([]byte(key)); err != nil {
+				return err
+			}
+		} else if err := putJSON(mb, []byte(key), m); err != nil {
+			return err
+		}
+	}
+	objects, ub := tx.Bucket(objectBucket), tx.Bucket(lastUseBucket)
+	for d, t := range lastUse {
+		if objects.Get([]byte(d)) == nil {
+			continue // dropped meanwhile
+		}
+		if err := ub.Put([]byte(d), appendTime(t)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func putJSON(b *bolt.Bucket, key []byte, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return b.Put(key, data)
+}
+
+func appendTime(t time.Time) []byte {
+	return binary.BigEndian.AppendUint64(nil, uint64(t.UnixNano()))
+}
+
+func clone[K, V comparable](m map[K]V) map[K]V {
+	c := make(map[K]V, len(m))
+	for k, v := range m {
+		c[k] = v
+	}
+	return c
+}
+
+// forget deletes from m what is still as it was written.
+func forget[K, V comparable](m, written map[K]V) {
+	for k, v := range written {
+		if m[k] == v {
+			delete(m, k)
+		}
+	}
+}
+
+// Counts are numbers of rows.
+type Counts struct {
+	Objects, Tags, Memberships, Possessions int
+}
+
+// Counts counts the rows. It walks the pages and is meant for people.
+func (ix *Index) Counts() (c Counts, err error) {
+	err = ix.db.View(func(tx *bolt.Tx) error {
+		c.Objects = tx.Bucket(objectBucket).Stats().KeyN
+		c.Tags = tx.Bucket(tagBucket).Stats().KeyN
+		c.Memberships = tx.Bucket(membershipBucket).Stats().KeyN
+		c.Possessions = tx.Bucket(possessionBucket).Stats().KeyN
+		return nil
+	})
+	return c, err
+}
+
+// FileSize is what the index takes on disk, in bytes.
+func (ix *Index) FileSize() int64 {
+	info, err := os.Stat(ix.db.Path())
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}

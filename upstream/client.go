@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package upstream asks OCI registries, as OCI distribution-spec 1.1 has it.
+//
+// Contract: a Registry is asked with exactly the credential of the request, or
+// as anonymous, for which tarn fetches the token itself. Only the first
+// endpoint of a registry, its authority, sees a client's credential, and only
+// its answers count as a yes or a no; the others may serve bytes by digest
+// once the authority has said yes. Redirects are followed here, never by the
+// client, and every connection passes the dial guard.
+//
+// Failure model: every answer has its headers within the registry's head
+// timeout, and a body that brings no byte for bodyIdle fails. An error is a
+// *StatusError (the registry said no), or wraps ErrTimeout, ErrUnreachable,
+// ErrProtocol or ErrGuard.
+//
+// It never stores anything, never hashes a body, never retries an answer that
+// was understood, and never puts a URL, a token or a query string into an
+// error: redirect targets are often signed.
+package upstream
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"sync"
+	"time"
+)
+
+// DefaultHeadTimeout is how long a registry may take for its response headers.
+// A second below the 9 s in which tarn itself answers, which in turn is well
+// below containerd's 30 s.
+const DefaultHeadTimeout = 8 * time.Second
+
+// An Endpoint is one URL of a registry, without the /v2/.
+type Endpoint struct {
+	// URL is the scheme, the host and perhaps a path prefix.
+	URL *url.URL
+	// Trusted lets an endpoint other than the first see credentials.
+	Trusted bool
+}
+
+// A Config lists one registry.
+type Config struct {
+	Name Name
+	// Endpoints are asked in this order; the first is the authority. None
+	// means https on the registry's own name.
+	Endpoints []Endpoint
+	// TLS is nil for the system's roots and no client certificate.
+	TLS *tls.Config
+	// HeadTimeout bounds the time to the response headers. 0 means
+	// DefaultHeadTimeout.
+	HeadTimeout time.Duration
+}
+
+// Options are all optional.
+type Options struct {
+	// Listed are the registries that the operator named. They may live on
+	// any address, and they are the only ones that may.
+	Listed []Config
+	// HeadTimeout is for registries that are not listed; 0 means
+	// DefaultHeadTimeout.
+	HeadTimeout time.Duration
+	// Own are tarn's own listeners, which are never dialled.
+	Own []netip.AddrPort
+	// UserAgent is sent with every request.
+	UserAgent string
+	// Observe is called after each exchange with a registry, a redirect
+	// target or a token service; status is 0 when there was no answer. nil
+	// means nobody looks.
+	Observe func(name Name, method string, status int)
+	// Lookup resolves a host. nil means the system's resolver.
+	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Connect opens a connection to an address that the dial guard has
+	// allowed. nil means the network.
+	Connect func(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
+// Client holds all registries and their connections. It is safe for
+// concurrent use.
+type Client struct {
+	opts   Options
+	guard  *guard
+	pool   pool // for registries without a TLS configuration of their own
+	listed map[Name]*Registry
+
+	mu       sync.Mutex
+	unlisted map[Name]*Registry // at most maxUnlisted
+}
+
+// maxUnlisted bounds what clients can make tarn remember by naming registries:
+// a forgotten one costs the next request an anonymous token.
+const maxUnlisted = 256
+
+// pool has one transport for each reach, because a pooled connection is used
+// again without a dial: one that was opened for the operator's own endpoint
+// must never carry a request that a stranger caused.
+type pool [reachAny + 1]*http.Transport
+
+// New checks the options and returns a client without any connection yet.
+func New(opts Options) (*Client, error) {
+	c := &Client{
+		opts: opts,
+		guard: &guard{
+			own:     opts.Own,
+			lookup:  opts.Lookup,
+			connect: opts.Connect,
+		},
+		listed:   make(map[Name]*Registry, len(opts.Listed)),
+		unlisted: make(map[Name]*Registry),
+	}
+	if c.guard.lookup == nil {
+		c.guard.lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		}
+	}
+	if c.guard.connect == nil {
+		c.guard.connect = (&net.Dialer{}).DialContext
+	}
+	c.pool = c.guard.pool(nil)
+	for _, cfg := range opts.Listed {
+		if _, dup := c.listed[cfg.Name]; dup {
+			return nil, fmt.Errorf("upstream %s is listed twice", cfg.Name)
+		}
+		for _, e := range cfg.Endpoints {
+			if err := CheckEndpoint(e.URL); err != nil {
+				return nil, fmt.Errorf("upstream %s: %w", cfg.Name, err)
+			}
+		}
+		r := c.newRegistry(cfg)
+		r.listed = true
+		c.listed[cfg.Name] = r
+	}
+	return c, nil
+}
+
+// CheckEndpoint says what is wrong with the URL of an endpoint, if anything.
+func CheckEndpoint(u *url.URL) error {
+	switch {
+	case u == nil:
+		return errors.New("endpoint without a URL")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return fmt.Errorf("endpoint %q: the scheme must be http or https", u.Redacted())
+	case u.Hostname() == "":
+		return fmt.Errorf("endpoint %q: no host", u.Redacted())
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		return fmt.Errorf("endpoint %q: user info, query and fragment have no place here", u.Redacted())
+	}
+	return nil
+}
+
+// pool makes the transports that dial through this guard.
+func (g *guard) pool(cfg *tls.Config) pool {
+	var p pool
+	for r := range p {
+		p[r] = &http.Transport{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				return g.dial(ctx, network, addr, reach(r))
+			},
+			TLSClientConfig:     cfg,
+			TLSHandshakeTimeout: DefaultHeadTimeout,
+			// A node pulls from few registries, many layers at a time.
+			MaxIdleConns:        256,
+			MaxIdleConnsPerHost: 64,
+			IdleConnTimeout:     90 * time.Second,
+			// What is stored is what the digest names: the bytes as they are.
+			DisableCompression:     true,
+			MaxResponseHeaderBytes: 64 << 10,
+			Protocols:              http1Only(),
+			ReadBufferSize:         64 << 10,
+		}
+	}
+	return p
+}
+
+// http1Only keeps a blob on a connection of its own: parallel requests are
+// meant to be parallel connections.
+func http1Only() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	return p
+}
+
+func (c *Client) newRegistry(cfg Config) *Registry {
+	if len(cfg.Endpoints) == 0 {
+		host := string(cfg.Name)
+		if cfg.Name == DockerHub {
+			host = hubHost
+		}
+		cfg.Endpoints = []Endpoint{{URL: &url.URL{Scheme: "https", Host: host}}}
+	}
+	r := &Registry{
+		name:        cfg.Name,
+		client:      c,
+		endpoints:   cfg.Endpoints,
+		pool:        c.pool,
+		headTimeout: cmp.Or(cfg.HeadTimeout, DefaultHeadTimeout),
+		tokens:      make(map[string]token),
+		served:      make(map[string]time.Time),
+	}
+	if cfg.TLS != nil {
+		r.pool = c.guard.pool(cfg.TLS)
+	}
+	return r
+}
+
+// Registry returns the registry of that name, listed or not.
+func (c *Client) Registry(name Name) *Registry {
+	if r := c.listed[name]; r != nil {
+		return r
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r := c.unlisted[name]; r != nil {
+		return r
+	}
+	if len(c.unlisted) >= maxUnlisted {
+		for n := range c.unlisted { // any: the order of a map is as good as another
+			delete(c.unlisted, n)
+			break
+		}
+	}
+	r := c.newRegistry(Config{Name: name, HeadTimeout: c.opts.HeadTimeout})
+	c.unlisted[name] = r
+	return r
+}
+
+// Listed tells whether the operator named that registry.
+func (c *Client) Listed(name Name) bool { return c.listed[name] != nil }
+
+// Close drops the idle connections.
+func (c *Client) Close() {
+	for _, t := range c.pool {
+		t.CloseIdleConnections()
+	}
+	for _, r := range c.listed {
+		for _, t := range r.pool {
+			t.CloseIdleConnections()
+		}
+	}
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// maxRedirects is how many hops a request may take. Registries need one, with
+// a CDN in front two.
+const maxRedirects = 5
+
+// answer is the final response of a chain of redirects.
+type answer struct {
+	*http.Response
+	// foreign: it came from another origin than the endpoint's, so it is
+	// not the registry's own word.
+	foreign bool
+	sent    time.Time // when the first request of the chain went out
+}
+
+// follow sends the request and follows its redirects by hand, HEAD as well:
+// with the Range, with the Authorization only as long as the origin is the
+// endpoint's, never from https to http. It returns besides how far the word
+// of this endpoint reaches, from the address that it was found at.
+func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authorization string) (*answer, reach, error) {
+	u := req.url(e)
+	far := r.endpointReach()
+	word := reachPublic
+	sent := time.Now()
+	for hop := 0; ; hop++ {
+		hreq, err := req.httpRequest(ctx, u)
+		if err != nil {
+			return nil, word, err
+		}
+		home := sameOrigin(u, e.URL)
+		if home {
+			if authorization != "" {
+				hreq.Header.Set("Authorization", authorization)
+			}
+			far = r.endpointReach()
+		} else {
+			far = word
+		}
+		resp, at, err := r.roundTrip(hreq, far)
+		if err != nil {
+			return nil, word, err
+		}
+		if hop == 0 && r.listed {
+			word = reachFrom(at)
+		}
+		next, err := redirectTarget(u, resp)
+		if err != nil {
+			resp.Body.Close()
+			return nil, word, err
+		}
+		if next == nil {
+			return &answer{Response: resp, foreign: !home, sent: sent}, word, nil
+		}
+		drain(resp.Body)
+		if hop == maxRedirects {
+			return nil, word, fmt.Errorf("%w: more than %d redirects", ErrProtocol, maxRedirects)
+		}
+		u = next
+	}
+}
+
+// redirectTarget returns where the response sends the client, nil when it is
+// no redirect.
+func redirectTarget(from *url.URL, resp *http.Response) (*url.URL, error) {
+	switch resp.StatusCode {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
+		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+	default:
+		return nil, nil
+	}
+	to, err := from.Parse(resp.Header.Get("Location"))
+	if err != nil || resp.Header.Get("Location") == "" {
+		return nil, fmt.Errorf("%w: a redirect of %s without a usable Location", ErrProtocol, from.Host)
+	}
+	switch {
+	case to.Scheme != "https" && to.Scheme != "http", to.Host == "":
+		return nil, fmt.Errorf("%w: %s redirects to something that is not http", ErrProtocol, from.Host)
+	case from.Scheme == "https" && to.Scheme == "http":
+		return nil, fmt.Errorf("%w: %s redirects from https to http", ErrProtocol, from.Host)
+	}
+	to.User = nil
+	to.Fragment = ""
+	return to, nil
+}
+
+// sameOrigin compares scheme, host and port (RFC 6454 4).
+func sameOrigin(a, b *url.URL) bool {
+	return a.Scheme == b.Scheme && strings.EqualFold(a.Hostname(), b.Hostname()) && originPort(a) == originPort(b)
+}
+
+func originPort(u *url.URL) string {
+	if p := u.Port(); p != "" {
+		return p
+	}
+	if u.Scheme == "http" {
+		return "80"
+	}
+	return "443"
+}
+
+// drain reads what little a redirect says, so that its connection can be used
+// again.
+func drain(body io.ReadCloser) {
+	const little = 16 << 10
+	io.CopyN(io.Discard, body, little)
+	body.Close()
+}
+
+// roundTrip is one exchange on the wire. It returns besides the zone of the
+// address that answered.
+func (r *Registry) roundTrip(hreq *http.Request, far reach) (*http.Response, zone, error) {
+	at := zoneNever
+	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+		if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
+			at = r.client.guard.zoneOf(unmapped(tcp.AddrPort()))
+		}
+	}}
+	hreq = hreq.WithContext(httptrace.WithClientTrace(hreq.Context(), trace))
+	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
+	resp, err := r.pool[far].RoundTrip(hreq)
+	status := 0
+	if err == nil {
+		status = resp.StatusCode
+	}
+	if r.client.opts.Observe != nil {
+		r.client.opts.Observe(r.name, hreq.Method, status)
+	}
+	if err != nil {
+		return nil, at, unreachable(hreq.URL.Hostname(), err)
+	}
+	return resp, at, nil
+}
+
+func unmapped(ap netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}

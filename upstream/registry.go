@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+// Kind is the part of the distribution API that a request is for; it is the
+// word that stands in the URL.
+type Kind string
+
+const (
+	Manifest  Kind = "manifests"
+	Blob      Kind = "blobs"
+	Tags      Kind = "tags"
+	Referrers Kind = "referrers"
+)
+
+// Request is one question to a registry.
+type Request struct {
+	Method     string // GET or HEAD
+	Repository string
+	Kind       Kind
+	Reference  string // a tag or a digest; "list" for Tags
+	Query      url.Values
+	Accept     []string
+	// Authorization goes to the authority as it is. "" asks as anonymous.
+	Authorization string
+	// Offset is the first byte wanted. 0 means all, without a Range.
+	Offset int64
+	// Authorised says that the authority has said yes to what this request
+	// is for, so that the other endpoints may serve the bytes.
+	Authorised bool
+}
+
+// Registry is one upstream. It is safe for concurrent use.
+type Registry struct {
+	name        Name
+	listed      bool
+	client      *Client
+	endpoints   []Endpoint
+	pool        pool
+	headTimeout time.Duration
+
+	fetching singleflight.Group // anonymous tokens, by repository
+
+	mu     sync.Mutex
+	tokens map[string]token // anonymous ones by repository, at most maxTokens
+	// served are repository+credential pairs whose GET of a blob succeeded
+	// lately: the evidence that a refused HEAD is the registry's habit.
+	served      map[string]time.Time // at most maxServed
+	headRefused bool                 // HEAD of a blob is refused where GET is not
+}
+
+const (
+	maxTokens = 1024
+	maxServed = 1024
+	servedFor = 10 * time.Minute
+	// earlyTimeout is what an endpoint gets while another one is left.
+	earlyTimeout = 3 * time.Second
+)
+
+// Name is the canonical name.
+func (r *Registry) Name() Name { return r.name }
+
+// Listed tells whether the operator named this registry.
+func (r *Registry) Listed() bool { return r.listed }
+
+// HeadTimeout is how long the registry may take for its response headers.
+func (r *Registry) HeadTimeout() time.Duration { return r.headTimeout }
+
+// Do asks the registry and returns its 200 or 206; everything else is an
+// error. The context covers the body too; the time to the headers is bounded
+// besides. The caller closes the body.
+//
+// Only a request that is Authorised, and by digest, moves on from an endpoint
+// that cannot be reached, is too late or answers 5xx to the next; no 4xx does.
+func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
+	endpoints := r.endpoints[:1]
+	if req.Authorised && strings.Contains(req.Reference, ":") {
+		endpoints = r.endpoints
+	}
+	var err error
+	for i, e := range endpoints {
+		ask := req
+		if i > 0 && !e.Trusted {
+			ask.Authorization = ""
+		}
+		timeout := r.headTimeout
+		if i < len(endpoints)-1 {
+			timeout = min(timeout, earlyTimeout)
+		}
+		var resp *Response
+		resp, err = r.askBlobHead(ctx, e, i == 0, timeout, ask)
+		if err == nil {
+			return resp, nil
+		}
+		if !movesOn(err) || ctx.Err() != nil {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
+func movesOn(err error) bool {
+	var status *StatusError
+	if errors.As(err, &status) {
+		return status.Status >= 500
+	}
+	return errors.Is(err, ErrUnreachable) || errors.Is(err, ErrTimeout)
+}
+
+// askBlobHead is ask, for registries that refuse HEAD of a blob where they
+// grant GET (405, or like ECR Public 401 and 403 to the very credential that
+// may GET): those are asked with a GET that is closed after its headers.
+func (r *Registry) askBlobHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
+	key := req.Repository + "\x00" + req.Authorization
+	if req.Kind != Blob || !authority {
+		return r.ask(ctx, e, timeout, req)
+	}
+	if req.Method == http.MethodGet {
+		resp, err := r.ask(ctx, e, timeout, req)
+		if err == nil {
+			r.noteServed(key)
+		}
+		return resp, err
+	}
+	r.mu.Lock()
+	refuses := r.headRefused
+	r.mu.Unlock()
+	if !refuses {
+		resp, err := r.ask(ctx, e, timeout, req)
+		var status *StatusError
+		if !errors.As(err, &status) {
+			return resp, err
+		}
+		switch status.Status {
+		case http.StatusMethodNotAllowed:
+		case http.StatusUnauthorized, http.StatusForbidden:
+			r.mu.Lock()
+			when, seen := r.served[key]
+			r.mu.Unlock()
+			if !seen || time.Since(when) > servedFor {
+				return nil, err
+			}
+		default:
+			return nil, err
+		}
+	}
+	req.Method = http.MethodGet
+	resp, err := r.ask(ctx, e, timeout, req)
+	if err != nil {
+		return nil, err
+	}
+	resp.Body.Close()
+	resp.Body = http.NoBody
+	r.mu.Lock()
+	r.headRefused = true
+	r.mu.Unlock()
+	return resp, nil
+}
+
+func (r *Registry) noteServed(key string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.served) >= maxServed {
+		clear(r.served)
+	}
+	r.served[key] = time.Now()
+}
+
+// ask puts the request to one endpoint: with the caller's credential, or as
+// anonymous, where a Bearer challenge costs a token and one more try.
+func (r *Registry) ask(ctx context.Context, e Endpoint, timeout time.Duration, req Request) (*Response, error) {
+	ctx, headers := withHeaderDeadline(ctx, timeout)
+	resp, err := r.exchange(ctx, e, req, req.Authorization)
+	if err != nil {
+		headers.cancel(nil)
+		return nil, headers.explain(err)
+	}
+	resp.Body = headers.arrived(resp.Body)
+	return resp, nil
+}
+
+func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request, authorization string) (*Response, error) {
+	if authorization != "" {
+		resp, _, err := r.try(ctx, e, req, authorization)
+		return resp, r.withChallenge(ctx, e, err)
+	}
+	cached, _ := r.cachedToken(e, req.Repository)
+	resp, from, err := r.try(ctx, e, req, cached.header())
+	var status *StatusError
+	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized {
+		if errors.As(err, &status) && status.Status == http.StatusForbidden && len(cached.challenge) > 0 {
+			// The anonymous token is what was refused. The client's own
+			// credential may do better: show it where to take it.
+			return nil, &StatusError{Status: http.StatusUnauthorized, Challenge: cached.challenge}
+		}
+		return resp, err
+	}
+	bearer, ok := bearerChallenge(status.Challenge)
+	if !ok {
+		return nil, r.withChallenge(ctx, e, err)
+	}
+	tok, err := r.anonymousToken(ctx, e, req.Repository, bearer, status.Challenge, from)
+	if err != nil {
+		if errors.Is(err, errTokenRefused) {
+			return nil, status
+		}
+		return nil, err
+	}
+	resp, _, err = r.try(ctx, e, req, tok.header())
+	if errors.As(err, &status) && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden) {
+		if status.Status == http.StatusUnauthorized {
+			r.dropToken(e, req.Repository)
+		}
+		return nil, &StatusError{Status: http.StatusUnauthorized, Challenge: tok.challenge}
+	}
+	return resp, err
+}
+
+// withChallenge completes a 401 that came without a challenge by the one of
+// the endpoint's /v2/, where clients look for it (distribution-spec "API").
+func (r *Registry) withChallenge(ctx context.Context, e Endpoint, err error) error {
+	var status *StatusError
+	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized || len(status.Challenge) > 0 {
+		return err
+	}
+	hreq, rerr := http.NewRequestWithContext(ctx, http.MethodGet, e.URL.JoinPath("/v2/").String(), nil)
+	if rerr != nil {
+		return err
+	}
+	resp, _, rerr := r.roundTrip(hreq, r.endpointReach())
+	if rerr != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode == http.StatusUnauthorized {
+		return &StatusError{Status: http.StatusUnauthorized, Challenge: cleanChallenges(resp.Header)}
+	}
+	return err
+}
+
+// endpointReach is how far the registry's own endpoints may be.
+func (r *Registry) endpointReach() reach {
+	if r.listed {
+		return reachAny
+	}
+	return reachPublic
+}
+
+// try sends the request once, follows its redirects, and turns the answer
+// into a Response or an error. An answer of a redirect target that refuses is
+// nobody's word: signed URLs expire, and some refuse HEAD. It is tried once
+// more from the registry's URL, as a GET.
+func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorization string) (*Response, reach, error) {
+	resp, from, err := r.follow(ctx, e, req, authorization)
+	if err == nil && resp.foreign && resp.StatusCode >= 400 && resp.StatusCode < 500 {
+		resp.Body.Close()
+		again := req
+		again.Method = http.MethodGet
+		resp, from, err = r.follow(ctx, e, again, authorization)
+		if err == nil && resp.foreign && resp.StatusCode >= 400 {
+			resp.Body.Close()
+			return nil, from, fmt.Errorf("%w: the redirect target answered %d twice", ErrProtocol, resp.StatusCode)
+		}
+		if err == nil && req.Method == http.MethodHead {
+			resp.Body.Close()
+			resp.Body = http.NoBody
+		}
+	}
+	if err != nil {
+		return nil, from, err
+	}
+	out, err := newResponse(req, resp)
+	if err != nil {
+		resp.Body.Close()
+		return nil, from, err
+	}
+	out.Anonymous = req.Authorization == ""
+	return out, from, nil
+}
+
+// url of a request at an endpoint. Repository and reference were parsed before
+// they came here and need no escaping, but it costs nothing to be sure.
+func (req Request) url(e Endpoint) *url.URL {
+	u := *e.URL
+	u.Path = strings.TrimSuffix(u.Path, "/") + "/v2/" + req.Repository + "/" + string(req.Kind) + "/" + req.Reference
+	u.RawPath = ""
+	u.RawQuery = req.Query.Encode()
+	return &u
+}
+
+func (req Request) httpRequest(ctx context.Context, u *url.URL) (*http.Request, error) {
+	hreq, err := http.NewRequestWithContext(ctx, req.Method, u.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s is no URL to ask", ErrProtocol, u.Host)
+	}
+	if len(req.Accept) > 0 {
+		hreq.Header["Accept"] = req.Accept
+	}
+	hreq.Header.Set("Accept-Encoding", "identity")
+	if req.Offset > 0 && req.Method == http.MethodGet {
+		hreq.Header.Set("Range", "bytes="+strconv.FormatInt(req.Offset, 10)+"-")
+	}
+	return hreq, nil
+}

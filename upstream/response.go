@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+var (
+	// ErrTimeout: no headers within the head timeout, or no byte of the
+	// body for bodyIdle.
+	ErrTimeout = errors.New("upstream timed out")
+	// ErrUnreachable: name resolution, connect, TLS, or the connection broke.
+	ErrUnreachable = errors.New("upstream unreachable")
+	// ErrProtocol: the registry answered what no registry may answer.
+	ErrProtocol = errors.New("upstream answered nonsense")
+)
+
+// StatusError is a registry's own answer other than 200 and 206.
+type StatusError struct {
+	Status int
+	// Challenge are the WWW-Authenticate headers of a 401, without their
+	// error parameters, which speak of a request that the client never sent.
+	Challenge []string
+	// RetryAfter is the header of a 429 or 503, as it came.
+	RetryAfter string
+}
+
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("upstream answered %d", e.Status)
+}
+
+// Response is a registry's 200 or 206.
+type Response struct {
+	Header http.Header
+	// Body has the bytes from Offset on; for a HEAD it is empty.
+	Body io.ReadCloser
+	// Size of the whole object in bytes, -1 when the registry did not say.
+	Size int64
+	// Offset is the first byte of the body: the one that was asked for, or
+	// 0 when the registry does not honour Range.
+	Offset int64
+	// Digest is what the registry says this is, "" when it does not or when
+	// what it says is no digest.
+	Digest digest.Digest
+	// MediaType is the Content-Type without its parameters.
+	MediaType string
+	// Sent is when the request went out: what the answer says was so at
+	// some moment after it.
+	Sent time.Time
+	// Anonymous: no credential of a client was needed.
+	Anonymous bool
+}
+
+func newResponse(req Request, a *answer) (*Response, error) {
+	if a.StatusCode != http.StatusOK && a.StatusCode != http.StatusPartialContent {
+		if a.foreign && a.StatusCode < 500 {
+			return nil, fmt.Errorf("%w: the redirect target answered %d", ErrProtocol, a.StatusCode)
+		}
+		e := &StatusError{Status: a.StatusCode}
+		switch a.StatusCode {
+		case http.StatusUnauthorized:
+			e.Challenge = cleanChallenges(a.Header)
+		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+			e.RetryAfter = a.Header.Get("Retry-After")
+		}
+		return nil, e
+	}
+	if enc := a.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
+		return nil, fmt.Errorf("%w: Content-Encoding %q although identity was asked for", ErrProtocol, enc)
+	}
+	r := &Response{
+		Header: a.Header,
+		Body:   a.Body,
+		Size:   a.ContentLength,
+		Sent:   a.sent,
+	}
+	if mt, _, err := mime.ParseMediaType(a.Header.Get("Content-Type")); err == nil {
+		r.MediaType = mt
+	}
+	if d, err := digest.Parse(a.Header.Get("Docker-Content-Digest")); err == nil {
+		r.Digest = d
+	}
+	if a.StatusCode == http.StatusPartialContent {
+		first, last, size, err := parseContentRange(a.Header.Get("Content-Range"))
+		if err != nil || req.Offset == 0 || first != req.Offset || last != size-1 ||
+			a.ContentLength >= 0 && a.ContentLength != size-first {
+			return nil, fmt.Errorf("%w: a 206 that is not the range asked for", ErrProtocol)
+		}
+		r.Offset, r.Size = first, size
+	}
+	return r, nil
+}
+
+// parseContentRange reads "bytes first-last/size" (RFC 9110 14.4); a range
+// whose total is unknown is an error here.
+func parseContentRange(s string) (first, last, size int64, err error) {
+	bad := func() (int64, int64, int64, error) {
+		return 0, 0, 0, fmt.Errorf("Content-Range %q", s)
+	}
+	rest, ok := strings.CutPrefix(s, "bytes ")
+	if !ok {
+		return bad()
+	}
+	span, total, ok := strings.Cut(rest, "/")
+	if !ok {
+		return bad()
+	}
+	from, to, ok := strings.Cut(span, "-")
+	if !ok {
+		return bad()
+	}
+	var errs [3]error
+	first, errs[0] = parseDecimal(from)
+	last, errs[1] = parseDecimal(to)
+	size, errs[2] = parseDecimal(total)
+	if errors.Join(errs[:]...) != nil || first > last || last >= size {
+		return bad()
+	}
+	return first, last, size, nil
+}
+
+// parseDecimal is ParseInt for digits only: no sign, no underscore.
+func parseDecimal(s string) (int64, error) {
+	if s == "" || s[0] < '0' || s[0] > '9' {
+		return 0, strconv.ErrSyntax
+	}
+	return strconv.ParseInt(s, 10, 64)
+}
+
+// errorParam matches the parameters of RFC 6750 3 that speak of the request.
+var errorParam = regexp.MustCompile(`(?i)(,\s*)?\berror(_description|_uri)?\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]+)`)
+
+// cleanChallenges returns the challenges of a 401 without those parameters;
+// realm, service and scope stay as they are.
+func cleanChallenges(h http.Header) []string {
+	var out []string
+	for _, c := range h.Values("WWW-Authenticate") {
+		c = errorParam.ReplaceAllString(c, "")
+		if scheme, params, ok := strings.Cut(strings.TrimSpace(c), " "); ok {
+			c = scheme + " " + strings.TrimLeft(params, ", ")
+		}
+		if c = strings.TrimSpace(c); c != "" {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// bodyIdle is how long a body may bring nothing. It is long against a slow
+// registry and short against containerd, which has one progress timeout for
+// the whole pull.
+const bodyIdle = 30 * time.Second
+
+// headerDeadline ends an exchange whose headers, all hops and tokens included,
+// do not come in time; afterwards it watches over the body.
+type headerDeadline struct {
+	ctx    context.Context // the exchange's own
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+}
+
+func withHeaderDeadline(parent context.Context, d time.Duration) (context.Context, *headerDeadline) {
+	ctx, cancel := context.WithCancelCause(parent)
+	h := &headerDeadline{ctx: ctx, cancel: cancel}
+	h.timer = time.AfterFunc(d, func() { cancel(ErrTimeout) })
+	return ctx, h
+}
+
+// explain replaces the transport's view of an end that we caused.
+func (h *headerDeadline) explain(err error) error {
+	h.timer.Stop()
+	var status *StatusError
+	if errors.As(err, &status) {
+		return err
+	}
+	switch cause := context.Cause(h.ctx); {
+	case errors.Is(cause, ErrTimeout):
+		return fmt.Errorf("%w: no headers in time", ErrTimeout)
+	case errors.Is(cause, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %w", ErrTimeout, cause)
+	case cause != nil && !errors.Is(cause, context.Canceled):
+		return cause
+	case h.ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return context.Canceled
+	}
+	return err
+}
+
+// arrived turns the deadline into the body's idle limit.
+func (h *headerDeadline) arrived(body io.ReadCloser) io.ReadCloser {
+	h.timer.Stop()
+	return &idleBody{deadline: h, body: body, timer: time.AfterFunc(bodyIdle, func() { h.cancel(ErrTimeout) })}
+}
+
+// idleBody ends when a Read brings nothing for bodyIdle. Time between two
+// Reads does not count: that is the reader's affair.
+type idleBody struct {
+	deadline *headerDeadline
+	body     io.ReadCloser
+	timer    *time.Timer
+	close    sync.Once
+}
+
+func (b *idleBody) Read(p []byte) (int, error) {
+	b.timer.Reset(bodyIdle)
+	n, err := b.body.Read(p)
+	b.timer.Stop()
+	if err != nil && err != io.EOF {
+		err = b.deadline.explain(unreachable("body", err))
+	}
+	return n, err
+}
+
+func (b *idleBody) Close() error {
+	b.close.Do(func() {
+		b.timer.Stop()
+		b.deadline.cancel(nil)
+		b.body.Close()
+	})
+	return nil
+}
+
+// unreachable wraps an error of the transport without the URL that it may
+// carry.
+func unreachable(what string, err error) error {
+	if errors.Is(err, ErrGuard) {
+		return err
+	}
+	return fmt.Errorf("%w: %s: %w", ErrUnreachable, what, err)
+}
