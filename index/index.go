@@ -151,6 +151,9 @@ func openDB(path string) (*bolt.DB, error) {
 	})
 	switch {
 	case err == nil:
+		// bbolt grows the file by 16 MiB at a time by default, which is too
+		// much where the bound on the directory is small.
+		db.AllocSize = 1 << 20
 		return db, nil
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, ErrLocked
@@ -229,6 +232,12 @@ func (ix *Index) Object(domain string, d digest.Digest) (o Object, ok bool) {
 		return json.Unmarshal(v, &o)
 	})
 	return o, ok && err == nil
+}
+
+// Row returns the row of d, whoever possesses it.
+func (ix *Index) Row(d digest.Digest) (o Object, ok bool) {
+	ok = ix.get(objectBucket, string(d), &o)
+	return o, ok
 }
 
 // possessionKey starts with the digest, so that all of an object's lie

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cache owns the agreement of row and file: hits, flights, space,
+// commits, and reconciling at start.
+//
+// These hold at every moment, a crash included:
+//
+//  1. A row implies a file of that size. (Open reconciles; a file that was
+//     changed by hand while tarn runs is found by the size when it is opened.)
+//  2. A file without a row is adopted, after hashing, or removed, after a start.
+//  3. Allocated bytes of blobs, pending files and index, plus what reservations
+//     have yet to write, are at most MaxSize.
+//  4. A file is visible under its digest only when it is complete, verified and
+//     fsynced; deletion goes row first, then file.
+//  5. No lock is held across I/O.
+//  6. A tag row is a dated claim about the authority, never a pin.
+//
+// Contract: Open gives an object's bytes, from the disk, from a flight that is
+// on its way, or from one that it starts. Rights are the caller's business: an
+// object that is there, stored or in flight, is only handed to a request that
+// says it is Authorised, and otherwise the request's own Fetch is what asks.
+// Objects are shared within a source domain and never across two.
+//
+// Failure model: the last bytes of an object leave only after its digest
+// matched, so a reader of wrong bytes is cut short. When the disk or the bound
+// is in the way, the object passes through: each reader has an upstream stream
+// of its own. Errors of a Fetch come back as they are.
+//
+// It never knows HTTP, and never asks anybody but through a Fetch.
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
+)
+
+var (
+	// ErrAuthorise: the object is here, and the request has not said that it
+	// may have it.
+	ErrAuthorise = errors.New("the object is cached: authorise first")
+	// ErrRefused is what a Fetch wraps when the refusal concerns its own
+	// credential only, so that others who wait must ask for themselves.
+	ErrRefused = errors.New("refused")
+	// ErrBroken: the source sent something else than what the digest names,
+	// or stopped in the middle.
+	ErrBroken = errors.New("broken body")
+	// ErrTainted: bytes of a broken flight were given to this reader a short
+	// while ago; what it wants now must not be joined to them.
+	ErrTainted = errors.New("an earlier part of this object may be wrong: read it from the start")
+)
+
+// ListedDomain is the source domain that all listed upstreams share. It is no
+// legal registry name, so that no registry can claim it.
+const ListedDomain = "*"
+
+// Key names an object as one source domain delivered it.
+type Key struct {
+	Domain string
+	Digest digest.Digest
+}
+
+// Fetch opens the object at its source from byte off on, n bytes, or to the
+// end when n is negative. A source that does not honour ranges may start at
+// byte 0 instead, and says so in Info. The context covers the body too.
+type Fetch func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error)
+
+// Info is what a source says of a body.
+type Info struct {
+	Size   int64 // of the whole object in bytes, -1 when it does not say
+	Offset int64 // first byte of the body
+}
+
+// Request asks for an object.
+type Request struct {
+	Key
+	// Reader names who reads, such as repository and credential: bytes of
+	// two generations are never given to the same reader.
+	Reader string
+	// Offset is the first byte that is wanted.
+	Offset int64
+	// Authorised: the authority has said yes to this reader, now.
+	Authorised bool
+	// Fetch asks the source with this reader's credential.
+	Fetch Fetch
+	// Check looks at the verified bytes before they are stored; its error
+	// fails the flight. nil checks nothing. It is for manifests, which the
+	// Fetch has bounded, since it is given the whole body.
+	Check func(body []byte) error
+}
+
+// Options of a cache.
+type Options struct {
+	// Dir is the data directory; one process at a time.
+	Dir string
+	// MaxSize is the bound in bytes on what the directory takes.
+	MaxSize int64
+	// MinFree is how many bytes of the filesystem are always left free.
+	MinFree int64
+	// Logger is for what happens in the background. nil logs nothing.
+	Logger *zap.Logger
+}
+
+// Cache is an open data directory. It is safe for concurrent use.
+type Cache struct {
+	opts  Options
+	log   *zap.Logger
+	lock  *os.File
+	store *blobstore.Store
+	index *index.Index
+	taint *taints
+
+	ctx        context.Context // ends with Close: flights live on it, not on a request's
+	cancel     context.CancelFunc
+	flying     sync.WaitGroup // flights and the adopter
+	committing sync.WaitGroup // the committer, which outlives them
+	done       chan struct{}  // closed when all flights have landed
+
+	verified  chan *flight       // to the committer
+	drops     chan digest.Digest // to the committer: a row whose file is not as it says
+	adoptions chan adoption      // to the committer
+
+	// mu guards what follows. It is taken after no other lock, and a
+	// flight's lock never inside it.
+	mu      sync.Mutex
+	closed  bool
+	flights map[Key]*flight
+	used    int64 // allocated bytes of blobs and strangers' files under blobs/
+	claimed int64 // reserved for pending files, written or not
+	indexed int64 // bytes of the index
+	adopt   int   // files yet to be adopted
+	trouble error // the disk's last refusal; nil after the next success
+}
+
+// ErrInUse: another process has the data directory.
+var ErrInUse = errors.New("data directory is in use by another tarn")
+
+const dirMode = 0o700
+
+// New opens the data directory, reconciles rows and files, and starts the
+// background work.
+func New(opts Options) (*Cache, error) {
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
+	}
+	if err := os.MkdirAll(opts.Dir, dirMode); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	lock, err := lockDir(opts.Dir)
+	if err != nil {
+		return nil, err
+	}
+	c := &Cache{
+		opts:      opts,
+		log:       opts.Logger,
+		lock:      lock,
+		taint:     newTaints(),
+		verified:  make(chan *flight, maxBatch),
+		drops:     make(chan digest.Digest, maxBatch),
+		adoptions: make(chan adoption),
+		done:      make(chan struct{}),
+		flights:   make(map[Key]*flight),
+	}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	strays, err := c.open()
+	if err != nil {
+		c.cancel()
+		lock.Close()
+		return nil, err
+	}
+	c.committing.Add(1)
+	go c.commitLoop()
+	if len(strays) > 0 {
+		c.adopt = len(strays)
+		c.flying.Add(1)
+		go c.adoptAll(strays)
+	}
+	return c, nil
+}
+
+// lockDir takes the directory for this process; the kernel lets go of it when
+// the process ends, however it ends.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("data directory is not writable: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%w: %s", ErrInUse, dir)
+		}
+		return nil, fmt.Errorf("lock the data directory: %w", err)
+	}
+	return f, nil
+}
+
+// Close ends the flights, writes what is verified, and closes the index.
+func (c *Cache) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.cancel()
+	c.flying.Wait()
+	close(c.done)
+	c.committing.Wait()
+	return errors.Join(c.index.Close(), c.lock.Close())
+}
+
+// Index is where tags and memberships are noted. Objects are the cache's.
+func (c *Cache) Index() *index.Index { return c.index }
+
+// Has tells whether the object is stored, and its size.
+func (c *Cache) Has(k Key) (size int64, ok bool) {
+	o, ok := c.index.Object(k.Domain, k.Digest)
+	return o.Size, ok
+}
+
+// Source tells where an object came from.
+type Source int
+
+const (
+	Hit     Source = iota // stored
+	Fetched               // this request started the flight
+	Joined                // this request joined a flight
+	Passed                // not storable: a stream of its own
+)
+
+// Object is an open object. It is for one goroutine; Close it.
+type Object struct {
+	// Size in bytes, -1 while the source has not said.
+	Size   int64
+	Source Source
+	// Content reads it. It is an *os.File when the object is complete.
+	// Seeking to the end is only possible when Size is known.
+	Content io.ReadSeeker
+
+	close     func()
+	interrupt func() // nil when nothing can wait
+}
+
+// Close ends the reading. A flight goes on without its readers.
+func (o *Object) Close() { o.close() }
+
+// Interrupt ends a Read that waits for a flight, and all later ones. Any
+// goroutine may call it, before Close.
+func (o *Object) Interrupt() {
+	if o.interrupt != nil {
+		o.interrupt()
+	}
+}
+
+// Open returns the object as soon as its size is known (or known to be
+// unknown); one that is small enough to be held back altogether, not before it
+// is verified. ctx bounds only that; reading ends with Interrupt. Errors:
+// ErrAuthorise, ErrTainted, ErrBroken, the context's, and those of the Fetch.
+func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
+	// Each round either ends or follows a refusal that was somebody else's.
+	for {
+		o, err := c.openStored(req)
+		if o != nil || err != nil {
+			return o, err
+		}
+		f, leader, err := c.join(req)
+		if err != nil {
+			return nil, err
+		}
+		if !leader && !req.Authorised {
+			f.release()
+			return nil, ErrAuthorise
+		}
+		o, err = f.open(ctx, req, leader)
+		switch {
+		case errors.Is(err, errStoredMeanwhile):
+			if !req.Authorised {
+				return nil, ErrAuthorise
+			}
+		case errors.Is(err, ErrRefused) && !leader:
+		default:
+			return o, err
+		}
+	}
+}
+
+// openStored returns nil, nil when the object is not stored.
+func (c *Cache) openStored(req Request) (*Object, error) {
+	row, ok := c.index.Object(req.Domain, req.Digest)
+	if !ok {
+		return nil, nil
+	}
+	file, err := c.openFile(req.Digest, row)
+	if err != nil {
+		select {
+		case c.drops <- req.Digest:
+		default: // the next reader finds it again
+		}
+		return nil, nil
+	}
+	switch {
+	case !req.Authorised:
+		err = ErrAuthorise
+	case req.Offset > 0 && c.taint.has(req.Key, req.Reader):
+		err = ErrTainted
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	c.index.NoteUse(req.Digest, time.Now())
+	return &Object{Size: row.Size, Source: Hit, Content: file, close: func() { file.Close() }}, nil
+}
+
+func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {
+	file, err := c.store.Open(d)
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
+		err = fmt.Errorf("%s has %d bytes, its row says %d", d, info.Size(), row.Size)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// Stats are for people and metrics.
+type Stats struct {
+	UsedBytes    int64 `json:"usedBytes"`    // blobs and index, on disk
+	PendingBytes int64 `json:"pendingBytes"` // reserved for flights
+	MaxBytes     int64 `json:"maxBytes"`
+	Flights      int   `json:"flights"`
+	Adopting     int   `json:"adopting"` // files without a row, being hashed
+	// Trouble is why the disk last refused to store something, "" when the
+	// last attempt went well.
+	Trouble string `json:"trouble,omitempty"`
+}
+
+// Stats returns a snapshot.
+func (c *Cache) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := Stats{
+		UsedBytes:    c.used + c.indexed,
+		PendingBytes: c.claimed,
+		MaxBytes:     c.opts.MaxSize,
+		Flights:      len(c.flights),
+		Adopting:     c.adopt,
+	}
+	if c.trouble != nil {
+		s.Trouble = c.trouble.Error()
+	}
+	return s
+}

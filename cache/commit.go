@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"os"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// commitWindow is how long the first verified flight of a batch may wait
+	// for others: nobody waits for a commit, and a pull has a dozen objects.
+	commitWindow = 50 * time.Millisecond
+	maxBatch     = 64
+	// noteInterval bounds how many notes a crash loses.
+	noteInterval = 5 * time.Second
+)
+
+// commitLoop is the only goroutine that changes what lies under blobs/, and so
+// the only place where rows and files can come apart. For each batch:
+//
+//	fsync the files, rename them, fsync the directory   (blobstore.Commit)
+//	one bbolt transaction with the rows
+//
+// A crash in between leaves a file without a row, which the next start adopts.
+// For a row whose file is not as it says it is the other way round: the row
+// goes first, then the file.
+func (c *Cache) commitLoop() {
+	defer c.committing.Done()
+	notes := time.NewTicker(noteInterval)
+	defer notes.Stop()
+	for {
+		select {
+		case f := <-c.verified:
+			c.commit(c.gather(f))
+		case d := <-c.drops:
+			c.drop(d)
+		case a := <-c.adoptions:
+			c.settle(a)
+		case <-notes.C:
+			if err := c.index.Flush(); err != nil {
+				c.noteTrouble(err)
+			}
+		case <-c.done:
+			for { // what was verified before the last flight landed
+				select {
+				case f := <-c.verified:
+					c.commit(c.gather(f))
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+// gather waits a little for more flights to commit together.
+func (c *Cache) gather(first *flight) []*flight {
+	batch := []*flight{first}
+	window := time.NewTimer(commitWindow)
+	defer window.Stop()
+	for len(batch) < maxBatch {
+		select {
+		case f := <-c.verified:
+			batch = append(batch, f)
+		case <-window.C:
+			return batch
+		case <-c.ctx.Done():
+			return batch
+		}
+	}
+	return batch
+}
+
+// commit stores the batch. A flight that cannot be stored is dropped: its
+// readers keep the open file, and the next request fetches it again.
+func (c *Cache) commit(batch []*flight) {
+	var (
+		files []*blobstore.Pending
+		rows  []index.Stored
+		fresh []*flight // one for each file
+	)
+	now := time.Now()
+	inBatch := make(map[digest.Digest]*flight)
+	var twins []*flight // the same digest from two domains: one file, two possessions
+	for _, f := range batch {
+		if row, ok := c.stored(f.key.Digest); ok {
+			rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row})
+			continue
+		}
+		if inBatch[f.key.Digest] != nil {
+			twins = append(twins, f)
+			continue
+		}
+		inBatch[f.key.Digest] = f
+		files = append(files, f.pending)
+		fresh = append(fresh, f)
+	}
+	var trouble error
+	var stored []*flight
+	var grown int64
+	for i, err := range c.store.Commit(files) {
+		f := fresh[i]
+		if err != nil {
+			trouble = err
+			continue
+		}
+		info, err := os.Stat(c.store.Path(f.key.Digest))
+		if err != nil {
+			trouble = err
+			continue
+		}
+		row := index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}
+		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row})
+		for _, t := range twins {
+			if t.key.Digest == f.key.Digest {
+				rows = append(rows, index.Stored{Digest: t.key.Digest, Domain: t.key.Domain, Object: row})
+			}
+		}
+		stored = append(stored, f)
+		grown += row.Alloc
+	}
+	if err := c.index.Apply(rows, nil); err != nil {
+		trouble = err
+		for _, f := range stored {
+			c.store.Remove(f.key.Digest) // no row, no file
+		}
+		stored, grown = nil, 0
+	}
+	if trouble != nil {
+		c.noteTrouble(trouble)
+	}
+	c.mu.Lock()
+	c.used += grown
+	c.indexed = c.index.FileSize()
+	for _, f := range stored {
+		c.claimed -= roundUp(f.claim) // its bytes are counted as used now
+		f.claim = 0                   // nobody else looks at it before the table's reference is back
+	}
+	c.mu.Unlock()
+	for _, f := range batch {
+		f.leaveTable()
+	}
+}
+
+// stored tells whether the digest has a row, of whichever domain, and a file
+// to it.
+func (c *Cache) stored(d digest.Digest) (index.Object, bool) {
+	row, ok := c.index.Row(d)
+	if !ok {
+		return row, false
+	}
+	info, err := os.Stat(c.store.Path(d))
+	return row, err == nil && info.Size() == row.Size
+}
+
+// drop forgets an object whose file is missing or of another size, row first.
+func (c *Cache) drop(d digest.Digest) {
+	row, ok := c.index.Row(d)
+	if _, sound := c.stored(d); !ok || sound {
+		return // it was replaced meanwhile
+	}
+	err := c.index.Apply(nil, []digest.Digest{d})
+	if err == nil {
+		err = c.store.Remove(d)
+	}
+	if err != nil {
+		c.noteTrouble(err)
+		return
+	}
+	c.mu.Lock()
+	c.used -= row.Alloc
+	c.mu.Unlock()
+	c.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// follower reads a flight's file while it is being filled. When the flight
+// goes apart, it goes on with an upstream stream of its own.
+type follower struct {
+	flight *flight
+	reader string
+	fetch  Fetch
+
+	pos     int64
+	fed     bool
+	own     *stream
+	stopped error // guarded by the flight's lock
+}
+
+var errInterrupted = errors.New("reader has left")
+
+// interrupt makes a Read that waits, and all later ones, return.
+func (r *follower) interrupt() {
+	f := r.flight
+	f.mu.Lock()
+	r.stopped = errInterrupted
+	own := r.own
+	f.changed.Broadcast()
+	f.mu.Unlock()
+	if own != nil {
+		own.interrupt()
+	}
+}
+
+func (r *follower) close() {
+	if r.own != nil {
+		r.own.Close()
+	}
+	r.flight.release()
+}
+
+// Seek implements io.Seeker. The end is only known when the size is.
+func (r *follower) Seek(offset int64, whence int) (int64, error) {
+	r.flight.mu.Lock()
+	size := r.flight.size
+	r.flight.mu.Unlock()
+	pos, err := seek(r.pos, size, offset, whence)
+	if err == nil {
+		r.pos = pos
+	}
+	return pos, err
+}
+
+func seek(pos, size, offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekStart:
+		pos = offset
+	case io.SeekCurrent:
+		pos += offset
+	case io.SeekEnd:
+		if size < 0 {
+			return 0, errors.New("seek: the size is not known yet")
+		}
+		pos = size + offset
+	}
+	if pos < 0 {
+		return 0, errors.New("seek: before the start")
+	}
+	return pos, nil
+}
+
+// Read returns bytes as soon as they may be had, io.EOF after the last one of
+// a verified object, and an error that wraps ErrBroken when there will be no
+// more.
+func (r *follower) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if r.own != nil {
+		return r.readOwn(p)
+	}
+	f := r.flight
+	f.mu.Lock()
+	for r.stopped == nil && r.pos >= f.readable() && f.state == filling {
+		f.changed.Wait()
+	}
+	avail, state, err := f.readable()-r.pos, f.state, f.err
+	if r.stopped != nil {
+		avail, err, state = 0, r.stopped, failed
+	}
+	if avail > 0 && !r.fed {
+		r.fed = true
+		f.fed[r.reader] = true
+	}
+	f.mu.Unlock()
+
+	switch {
+	case avail > 0:
+		n, err := f.pending.File.ReadAt(p[:min(int64(len(p)), avail)], r.pos)
+		r.pos += int64(n)
+		return n, err
+	case state == verified:
+		return 0, io.EOF
+	case state == apart:
+		if err := r.goOwn(); err != nil {
+			return 0, err
+		}
+		return r.readOwn(p)
+	default:
+		return 0, err
+	}
+}
+
+// goOwn opens the stream that takes over where the flight's hash stands.
+func (r *follower) goOwn() error {
+	f := r.flight
+	h, err := cloneHash(f.prefix)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(f.cache.ctx)
+	body, info, err := r.fetch(ctx, f.written, -1)
+	if err != nil {
+		cancel()
+		r.taint()
+		return err
+	}
+	if info.Size >= 0 && f.size >= 0 && info.Size != f.size || info.Offset != 0 && info.Offset != f.written {
+		body.Close()
+		cancel()
+		r.taint()
+		return fmt.Errorf("%w: the source has another size now", ErrBroken)
+	}
+	info.Size = max(info.Size, f.size)
+	sum := promise{length: f.written, sum: string(h.Sum(nil))}
+	if info.Offset == 0 && f.written > 0 {
+		h = f.key.Digest.Algorithm().Hash()
+	}
+	own := newStream(f.cache, f.key, r.reader, h, info)
+	if info.Offset == 0 && f.written > 0 {
+		own.promises = []promise{sum} // the first bytes again: they must be the same
+	} else if held := f.written - f.heldBack(); held > 0 {
+		// Bytes of the file that were hashed and not given out yet.
+		if err := own.preload(f.pending.File, f.heldBack(), held); err != nil {
+			body.Close()
+			cancel()
+			r.taint()
+			return err
+		}
+	}
+	own.gave = r.fed
+	own.take(body, cancel)
+	f.mu.Lock()
+	r.own = own
+	stopped := r.stopped
+	f.mu.Unlock()
+	if stopped != nil {
+		own.interrupt()
+	}
+	return nil
+}
+
+// taint marks the reader: what it has of the flight will not be completed by
+// this one.
+func (r *follower) taint() {
+	if r.fed {
+		r.flight.cache.taint.add(r.flight.key, r.reader, promise{})
+	}
+}
+
+func (r *follower) readOwn(p []byte) (int, error) {
+	if _, err := r.own.Seek(r.pos, io.SeekStart); err != nil {
+		return 0, err
+	}
+	n, err := r.own.Read(p)
+	r.pos += int64(n)
+	return n, err
+}

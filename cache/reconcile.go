@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// stray is a file under blobs/ that has no row of its size.
+type stray struct {
+	digest digest.Digest
+	info   fs.FileInfo
+}
+
+// open brings rows and files to agree as far as that takes no hashing: pending
+// files of an earlier process go, rows without a file go. It returns the files
+// without a row, which count as used from now on.
+func (c *Cache) open() (strays []stray, err error) {
+	if c.store, err = blobstore.Open(c.opts.Dir); err != nil {
+		return nil, err
+	}
+	left, err := c.store.Sweep()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range left {
+		c.taint.addLeft(d)
+	}
+	if err := c.openIndex(); err != nil {
+		return nil, err
+	}
+	rows := make(map[digest.Digest]index.Object)
+	if err := c.index.Objects(func(d digest.Digest, o index.Object) { rows[d] = o }); err != nil {
+		return nil, errors.Join(err, c.index.Close())
+	}
+	foreign := 0
+	err = c.store.Walk(func(d digest.Digest, _ string, info fs.FileInfo) error {
+		c.used += blobstore.Allocated(info)
+		if d == "" {
+			foreign++
+			return nil
+		}
+		row, ok := rows[d]
+		if ok && row.Size == info.Size() {
+			delete(rows, d)
+			return nil
+		}
+		strays = append(strays, stray{d, info})
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, c.index.Close())
+	}
+	gone := make([]digest.Digest, 0, len(rows))
+	for d := range rows {
+		gone = append(gone, d)
+	}
+	if len(gone) > 0 {
+		if err := c.index.Apply(nil, gone); err != nil {
+			return nil, errors.Join(err, c.index.Close())
+		}
+	}
+	c.indexed = c.index.FileSize()
+	if len(left)+len(gone)+len(strays)+foreign > 0 {
+		c.log.Sugar().Infow("reconciled the data directory",
+			"pending_swept", len(left), "rows_without_file", len(gone), "files_to_adopt", len(strays), "foreign_files", foreign)
+	}
+	return strays, nil
+}
+
+const (
+	indexName  = "index.db"
+	brokenName = "index.db.broken"
+)
+
+// openIndex opens the index. A broken one is set aside, over the one that was
+// set aside before, so that however often it happens the disk holds two.
+func (c *Cache) openIndex() error {
+	path := filepath.Join(c.opts.Dir, indexName)
+	ix, err := index.Open(path)
+	if errors.Is(err, index.ErrBroken) {
+		c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", err.Error(), "kept_as", brokenName)
+		if rerr := os.Rename(path, filepath.Join(c.opts.Dir, brokenName)); rerr != nil {
+			return errors.Join(err, rerr)
+		}
+		ix, err = index.Open(path)
+	}
+	if err != nil {
+		return err
+	}
+	c.index = ix
+	return nil
+}
+
+// adoption is a stray whose bytes were read.
+type adoption struct {
+	stray
+	sound bool // they are what the name says
+	done  chan struct{}
+}
+
+// adoptAll hashes the strays, one after the other, and has the committer take
+// them in or remove them. Requests are served meanwhile; one for a stray
+// fetches it and finds the same bytes.
+func (c *Cache) adoptAll(strays []stray) {
+	defer c.flying.Done()
+	for _, s := range strays {
+		sound, err := c.hashes(s.digest)
+		if c.ctx.Err() != nil {
+			return
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			c.log.Sugar().Warnw("could not read a file without a row", "digest", s.digest, "cause", err.Error())
+		}
+		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
+		select {
+		case c.adoptions <- a:
+			<-a.done
+		case <-c.ctx.Done():
+			return
+		}
+	}
+	c.log.Sugar().Infow("adopted files without a row", "files", len(strays))
+}
+
+// hashes tells whether the file's bytes are what its name says.
+func (c *Cache) hashes(d digest.Digest) (bool, error) {
+	f, err := c.store.Open(d)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	v := d.Verifier()
+	buf := make([]byte, 1<<20)
+	for c.ctx.Err() == nil {
+		n, err := f.Read(buf)
+		v.Write(buf[:n])
+		if err == io.EOF {
+			return v.Verified(), nil
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	return false, c.ctx.Err()
+}
+
+// settle runs in the committer: it adopts a sound stray for the listed domain,
+// since nobody knows any more who delivered it, and removes another.
+func (c *Cache) settle(a adoption) {
+	defer close(a.done)
+	c.mu.Lock()
+	c.adopt--
+	c.mu.Unlock()
+	if row, ok := c.index.Row(a.digest); ok {
+		// A flight of any domain has stored it meanwhile, over the stray,
+		// whose bytes are counted still.
+		info, err := os.Stat(c.store.Path(a.digest))
+		if err == nil && !os.SameFile(info, a.info) {
+			c.addUsed(-blobstore.Allocated(a.info))
+		}
+		if err == nil && a.sound {
+			c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row})
+		}
+		return
+	}
+	if a.sound {
+		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: index.Object{
+			Size: a.info.Size(), Alloc: blobstore.Allocated(a.info), Created: time.Now(),
+		}})
+		return
+	}
+	if err := c.store.Remove(a.digest); err != nil {
+		c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
+		return
+	}
+	c.addUsed(-blobstore.Allocated(a.info))
+}
+
+func (c *Cache) apply(s index.Stored) {
+	if err := c.index.Apply([]index.Stored{s}, nil); err != nil {
+		c.noteTrouble(err)
+	}
+}
+
+func (c *Cache) addUsed(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.used += n
+}

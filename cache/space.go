@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"errors"
+	"fmt"
+)
+
+// errNoRoom: the bound or the filesystem's minimum of free space is reached.
+var errNoRoom = errors.New("no room")
+
+const (
+	// unknownStep is reserved at a time for a body without a length.
+	unknownStep = 64 << 20
+	// fsBlock is what files are rounded up to on the usual filesystems.
+	fsBlock = 4096
+)
+
+// reserve claims room for n more bytes of a pending file before any of them is
+// written. The caller gives the claim back with unreserve, or has the
+// committer turn it into a stored file's bytes.
+func (c *Cache) reserve(n int64) error {
+	free, _, err := c.store.Free()
+	if err != nil {
+		return err
+	}
+	n = roundUp(n)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// Free space on the disk has what was written of the claims already
+	// taken off; counting all of them is on the safe side.
+	if free-c.claimed-n < c.opts.MinFree {
+		return fmt.Errorf("%w: %d bytes more would leave less than %d of the filesystem free", errNoRoom, n, c.opts.MinFree)
+	}
+	if c.used+c.indexed+c.claimed+n > c.opts.MaxSize {
+		return fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
+	}
+	c.claimed += n
+	return nil
+}
+
+func (c *Cache) unreserve(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.claimed -= roundUp(n)
+}
+
+func roundUp(n int64) int64 { return (n + fsBlock - 1) / fsBlock * fsBlock }
+
+// noteTrouble remembers whether the disk stores; it speaks on a change only.
+func (c *Cache) noteTrouble(err error) {
+	c.mu.Lock()
+	before := c.trouble
+	c.trouble = err
+	c.mu.Unlock()
+	switch {
+	case err != nil && before == nil:
+		c.log.Sugar().Warnw("objects pass through without being stored", "cause", err.Error())
+	case err == nil && before != nil:
+		c.log.Sugar().Infow("objects are stored again", "was", before.Error())
+	}
+}

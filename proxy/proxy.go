@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package proxy is the pull side of the OCI distribution API, version 1.1, in
+// front of other registries.
+//
+// Contract: for each tag the authority is asked after the request arrived; for
+// each object that is cached, whether this client may have it; everything else
+// comes from the cache. See rights.go for who gets what, fresh.go for how tags
+// stay fresh, and request.go for how a registry is named.
+//
+// Failure model: an answer has its headers within headerDeadline, or is an
+// error that makes clients fall back to the upstream. A body that breaks is
+// cut, never padded and never ended early as if it were whole. errors.go is
+// the only place where an error becomes a status.
+//
+// It never redirects, never sends Content-Encoding, never answers 429, and
+// never tells one client what another has pulled.
+package proxy
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"tarn/cache"
+	"tarn/upstream"
+
+	"github.com/gorilla/mux"
+	"go.uber.org/zap"
+)
+
+// headerDeadline is from a request's arrival to its response headers, all
+// upstream hops included. containerd waits 30 s for one, and a pull has a
+// progress timeout; after 9 s it is better off asking the registry itself.
+const headerDeadline = 9 * time.Second
+
+// Options of a Proxy. Upstreams and Cache are required.
+type Options struct {
+	Upstreams *upstream.Client
+	Cache     *cache.Cache
+	// DefaultUpstream is asked when a request names none. "" means
+	// docker.io.
+	DefaultUpstream upstream.Name
+	// ListedOnly serves only registries that are listed.
+	ListedOnly bool
+	// Metrics counts; nil counts nothing.
+	Metrics *Metrics
+	// Logger gets one line for each request; nil logs nothing.
+	Logger *zap.Logger
+}
+
+// Proxy serves the registry API. It is an http.Handler.
+type Proxy struct {
+	upstreams *upstream.Client
+	cache     *cache.Cache
+	names     names
+	fresh     *freshness
+	infos     manifestInfos
+	metrics   *Metrics
+	log       *zap.Logger
+	router    *mux.Router
+	readerKey [32]byte
+
+	ctx    context.Context // of what is shared between requests; ends with Close
+	cancel context.CancelFunc
+}
+
+// New returns a proxy that is ready to serve.
+func New(opts Options) (*Proxy, error) {
+	if opts.DefaultUpstream == "" {
+		opts.DefaultUpstream = upstream.DockerHub
+	}
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
+	}
+	sequence, err := opts.Cache.Index().LastSequence()
+	if err != nil {
+		return nil, fmt.Errorf("read the last sequence: %w", err)
+	}
+	p := &Proxy{
+		upstreams: opts.Upstreams,
+		cache:     opts.Cache,
+		metrics:   opts.Metrics,
+		log:       opts.Logger,
+		names: names{
+			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
+			defaultUpstream: opts.DefaultUpstream,
+			listedOnly:      opts.ListedOnly,
+		},
+	}
+	rand.Read(p.readerKey[:])
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), sequence: sequence}
+
+	// mux knows prefixes and methods; SkipClean and UseEncodedPath keep it
+	// from redirecting and from decoding. The rest is one parser's.
+	p.router = mux.NewRouter().SkipClean(true).UseEncodedPath()
+	for _, prefix := range []string{"/v2", "/{upstream}/v2"} {
+		p.router.PathPrefix(prefix).Methods(http.MethodGet, http.MethodHead).HandlerFunc(p.serveAPI)
+	}
+	p.router.NotFoundHandler = failing(errNoRoute)
+	p.router.MethodNotAllowedHandler = failing(errMethod)
+	return p, nil
+}
+
+// Close ends what is shared between requests and waits for it. Call it when no
+// request is running any more.
+func (p *Proxy) Close() {
+	p.cancel()
+	p.fresh.asking.Wait()
+}
+
+func failing(err error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.(*response).fail(&request{method: r.Method}, err)
+	})
+}
+
+// serveAPI is a request in a straight line: parse, then to the one file that
+// answers its kind.
+func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
+	w := rw.(*response)
+	ctx, cancel := context.WithTimeout(r.Context(), headerDeadline)
+	defer cancel()
+	q, err := p.names.parse(r)
+	if err != nil {
+		w.fail(&request{method: r.Method}, err)
+		return
+	}
+	w.request = q
+	if q.ns != "" {
+		w.Header().Set("OCI-Namespace", q.ns)
+	}
+	switch {
+	case q.base:
+		err = serveBase(w, q)
+	case q.kind == upstream.Manifest && q.tag != "":
+		err = p.serveTag(ctx, w, r, q)
+	case q.kind == upstream.Manifest, q.kind == upstream.Blob:
+		err = p.serveDigest(ctx, w, r, q)
+	default:
+		err = p.serveRelayed(ctx, w, r, q)
+	}
+	if err != nil {
+		w.fail(q, err)
+	}
+}
+
+// ServeHTTP times, counts, logs and recovers; handlers only set what is to be
+// logged.
+func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	w := &response{ResponseWriter: rw, cacheStatus: "tarn", start: start}
+	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+	defer func() {
+		v := recover()
+		if v != nil && v != http.ErrAbortHandler {
+			w.err = fmt.Errorf("panic: %v", v)
+			p.log.Error("panic while serving", zap.Any("panic", v), zap.ByteString("stack", debug.Stack()))
+			if w.status == 0 {
+				v = nil
+				serveError(w, w.request, w.err)
+			}
+		}
+		p.observe(w, r, time.Since(start))
+		if v != nil || errors.Is(w.err, errAborted) {
+			panic(http.ErrAbortHandler) // cuts the connection, quietly
+		}
+	}()
+	p.router.ServeHTTP(w, r)
+}
+
+// observe is the one line and the counters of a request.
+func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
+	q := w.request
+	if q == nil {
+		q = &request{method: r.Method}
+	}
+	route := "none"
+	if q.base || q.kind != "" {
+		route = q.route()
+	}
+	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
+	if ce := p.log.Check(zap.InfoLevel, "request"); ce != nil {
+		fields := []zap.Field{
+			zap.String("method", r.Method),
+			zap.String("route", route),
+			zap.String("upstream", string(q.upstream)),
+			zap.String("repository", q.repository),
+			zap.String("reference", q.reference()),
+			zap.Int("status", w.status),
+			zap.Int64("bytes", w.bytes),
+			zap.Duration("took", took),
+			zap.String("cache", w.cacheStatus),
+			zap.String("client", r.RemoteAddr),
+			zap.String("agent", r.UserAgent()),
+		}
+		if w.err != nil {
+			fields = append(fields, zap.String("error", w.err.Error()))
+		}
+		ce.Write(fields...)
+	}
+}
+
+// response is a ResponseWriter that remembers what a log line says. It keeps
+// io.ReaderFrom, without which a file would be copied through memory rather
+// than sent by the kernel.
+type response struct {
+	http.ResponseWriter
+	request     *request
+	cacheStatus string // RFC 9211
+	collapsed   bool
+	err         error
+	start       time.Time
+	headers     time.Duration // from arrival to the headers
+	status      int
+	bytes       int64
+}
+
+func (w *response) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+		w.headers = time.Since(w.start)
+		w.Header().Set("Cache-Status", w.cacheStatus)
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	n, err := w.ResponseWriter.Write(p)
+	w.bytes += int64(n)
+	return n, err
+}
+
+// ReadFrom implements io.ReaderFrom.
+func (w *response) ReadFrom(src io.Reader) (int64, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	n, err := io.Copy(w.ResponseWriter, src)
+	w.bytes += n
+	return n, err
+}
+
+// Unwrap is for http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// detail sets the Cache-Status, with detail "" for none.
+func (w *response) detail(status, detail string) {
+	w.cacheStatus = "tarn; " + status
+	if w.collapsed {
+		w.cacheStatus += "; collapsed"
+	}
+	if detail != "" {
+		w.cacheStatus += "; detail=" + detail
+	}
+}
+
+// source sets the Cache-Status of an object's bytes.
+func (w *response) source(s cache.Source) {
+	switch s {
+	case cache.Hit:
+		w.detail("hit", "")
+	case cache.Joined:
+		w.collapsed = true
+		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
+	case cache.Fetched:
+		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
+	case cache.Passed:
+		w.detail("fwd=bypass; fwd-status=200", "not-storable")
+	}
+}
+
+// outcome is the Cache-Status as a metric's label.
+func (w *response) outcome() string {
+	switch {
+	case w.err != nil || w.status >= 400:
+		return "error"
+	case w.request == nil || w.request.base:
+		return "none"
+	}
+	for _, o := range []struct{ prefix, outcome string }{
+		{"tarn; hit", "hit"},
+		{"tarn; fwd=stale", "confirmed"},
+		{"tarn; fwd=uri-miss", "miss"},
+		{"tarn; fwd=bypass", "bypass"},
+	} {
+		if len(w.cacheStatus) >= len(o.prefix) && w.cacheStatus[:len(o.prefix)] == o.prefix {
+			return o.outcome
+		}
+	}
+	return "none"
+}
+
+// fail answers with the error, or, when the headers are out, has the
+// connection cut.
+func (w *response) fail(q *request, err error) {
+	w.err = err
+	if w.status != 0 {
+		w.err = fmt.Errorf("%w: %w", errAborted, err)
+		return
+	}
+	status, _ := answerFor(q, err)
+	// The same words whatever is cached.
+	w.cacheStatus = fmt.Sprintf("tarn; fwd=miss; fwd-status=%d", status)
+	serveError(w, q, err)
+}
