@@ -232,7 +232,7 @@ func (c *Cache) Has(k Key) (size int64, ok bool) {
 type Source int
 
 const (
-	Hit     Source = iota // stored
+	Hit     Source = iota // complete and verified before this request
 	Fetched               // this request started the flight
 	Joined                // this request joined a flight
 	Passed                // not storable: a stream of its own

@@ -388,8 +388,11 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	default:
 		r := &follower{flight: f, reader: req.Reader, fetch: req.Fetch}
 		source := Joined
-		if leader {
+		switch {
+		case leader:
 			source = Fetched
+		case state == verified:
+			source = Hit // all of it was here already
 		}
 		return &Object{Size: size, Source: source, Content: r, close: r.close, interrupt: r.interrupt}, nil
 	}

@@ -76,10 +76,6 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 // registry's answer to HEAD says too little.
 func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q *request) error {
 	yes, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), false, 0)
-	var refused *upstream.StatusError
-	if q.kind == upstream.Manifest && errors.As(err, &refused) && refused.Status == http.StatusMethodNotAllowed {
-		yes, err = &upstream.Response{Size: -1, Body: http.NoBody}, nil
-	}
 	if err != nil {
 		return err
 	}

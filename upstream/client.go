@@ -23,6 +23,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -75,6 +76,9 @@ type Options struct {
 	// target or a token service; status is 0 when there was no answer. nil
 	// means nobody looks.
 	Observe func(name Name, method string, status int)
+	// RootCAs are believed where a registry has no TLS configuration of its
+	// own. nil means the system's.
+	RootCAs *x509.CertPool
 	// Lookup resolves a host. nil means the system's resolver.
 	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
 	// Connect opens a connection to an address that the dial guard has
@@ -123,7 +127,7 @@ func New(opts Options) (*Client, error) {
 	if c.guard.connect == nil {
 		c.guard.connect = (&net.Dialer{}).DialContext
 	}
-	c.pool = c.guard.pool(nil)
+	c.pool = c.guard.pool(&tls.Config{RootCAs: opts.RootCAs})
 	for _, cfg := range opts.Listed {
 		if _, dup := c.listed[cfg.Name]; dup {
 			return nil, fmt.Errorf("upstream %s is listed twice", cfg.Name)
@@ -203,6 +207,7 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		headTimeout: cmp.Or(cfg.HeadTimeout, DefaultHeadTimeout),
 		tokens:      make(map[string]token),
 		served:      make(map[string]time.Time),
+		headRefused: make(map[Kind]bool),
 	}
 	if cfg.TLS != nil {
 		r.pool = c.guard.pool(cfg.TLS)

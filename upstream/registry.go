@@ -60,7 +60,7 @@ type Registry struct {
 	// served are repository+credential pairs whose GET of a blob succeeded
 	// lately: the evidence that a refused HEAD is the registry's habit.
 	served      map[string]time.Time // at most maxServed
-	headRefused bool                 // HEAD of a blob is refused where GET is not
+	headRefused map[Kind]bool        // HEAD of an object is refused where GET is not
 }
 
 const (
@@ -102,7 +102,7 @@ func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 			timeout = min(timeout, earlyTimeout)
 		}
 		var resp *Response
-		resp, err = r.askBlobHead(ctx, e, i == 0, timeout, ask)
+		resp, err = r.askHead(ctx, e, i == 0, timeout, ask)
 		if err == nil {
 			return resp, nil
 		}
@@ -121,23 +121,25 @@ func movesOn(err error) bool {
 	return errors.Is(err, ErrUnreachable) || errors.Is(err, ErrTimeout)
 }
 
-// askBlobHead is ask, for registries that refuse HEAD of a blob where they
-// grant GET (405, or like ECR Public 401 and 403 to the very credential that
-// may GET): those are asked with a GET that is closed after its headers.
-func (r *Registry) askBlobHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
+// askHead is ask, for registries that refuse HEAD of an object where they
+// grant GET (405, or for blobs like ECR Public 401 and 403 to the very
+// credential that may GET): those are asked with a GET that is closed after
+// its headers.
+func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
 	key := req.Repository + "\x00" + req.Authorization
-	if req.Kind != Blob || !authority {
+	isObject := (req.Kind == Blob || req.Kind == Manifest) && strings.Contains(req.Reference, ":")
+	if !isObject || !authority {
 		return r.ask(ctx, e, timeout, req)
 	}
 	if req.Method == http.MethodGet {
 		resp, err := r.ask(ctx, e, timeout, req)
-		if err == nil {
+		if err == nil && req.Kind == Blob {
 			r.noteServed(key)
 		}
 		return resp, err
 	}
 	r.mu.Lock()
-	refuses := r.headRefused
+	refuses := r.headRefused[req.Kind]
 	r.mu.Unlock()
 	if !refuses {
 		resp, err := r.ask(ctx, e, timeout, req)
@@ -151,7 +153,7 @@ func (r *Registry) askBlobHead(ctx context.Context, e Endpoint, authority bool, 
 			r.mu.Lock()
 			when, seen := r.served[key]
 			r.mu.Unlock()
-			if !seen || time.Since(when) > servedFor {
+			if req.Kind != Blob || !seen || time.Since(when) > servedFor {
 				return nil, err
 			}
 		default:
@@ -166,7 +168,7 @@ func (r *Registry) askBlobHead(ctx context.Context, e Endpoint, authority bool, 
 	resp.Body.Close()
 	resp.Body = http.NoBody
 	r.mu.Lock()
-	r.headRefused = true
+	r.headRefused[req.Kind] = true
 	r.mu.Unlock()
 	return resp, nil
 }
