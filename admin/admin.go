@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package admin is the listener for people and probes: health, metrics and
+// JSON for curl.
+//
+// Contract: /healthz and /readyz answer whoever asks, since they tell nothing
+// that is worth hiding; everything else only who asks for this host by name or
+// address, so that a web page elsewhere cannot read it through a browser (DNS
+// rebinding, cross-site requests). Names of private images may appear here and
+// nowhere else.
+//
+// Failure model: a request that may not be answered gets 403 with what to do;
+// nothing here waits for a registry.
+//
+// It never changes anything yet, and never serves a blob.
+package admin
+
+import (
+	"encoding/json"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Check is one line of /readyz.
+type Check struct {
+	Name   string `json:"name"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+}
+
+// Options of the handler. Listener is required.
+type Options struct {
+	// Listener is the address that is listened on: its own IP address is a
+	// host by which it may be asked.
+	Listener net.Addr
+	// Registry has the metrics. nil serves none.
+	Registry *prometheus.Registry
+	// Ready says whether registry requests are served, and what is to be
+	// known of it. nil means ready.
+	Ready func() (bool, []Check)
+	// Status is the document of /api/v1/status. nil serves none.
+	Status func() any
+}
+
+// New returns the handler.
+func New(opts Options) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Write([]byte("ok\n"))
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		ready, checks := true, []Check{}
+		if opts.Ready != nil {
+			ready, checks = opts.Ready()
+		}
+		status := http.StatusOK
+		if !ready {
+			status = http.StatusServiceUnavailable
+		}
+		serveJSON(w, status, map[string]any{"ready": ready, "checks": checks})
+	})
+	own := http.NewServeMux()
+	if opts.Registry != nil {
+		own.Handle("GET /metrics", promhttp.HandlerFor(opts.Registry, promhttp.HandlerOpts{}))
+	}
+	if opts.Status != nil {
+		own.HandleFunc("GET /api/v1/status", func(w http.ResponseWriter, _ *http.Request) {
+			serveJSON(w, http.StatusOK, opts.Status())
+		})
+	}
+	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and /api/v1/status"))
+	})
+	mux.Handle("/", guard(opts.Listener, own))
+	return headers(mux)
+}
+
+func failure(message string) map[string]string { return map[string]string{"error": message} }
+
+func serveJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.Encode(v) // the client may have gone
+}
+
+func headers(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		h.Set("Cache-Control", "no-store")
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			h.Set("Allow", "GET, HEAD")
+			serveJSON(w, http.StatusMethodNotAllowed, failure("only GET and HEAD"))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// guard refuses what a browser sends on behalf of another site. Over a unix
+// socket there is no such thing.
+func guard(listener net.Addr, next http.Handler) http.Handler {
+	var own netip.Addr
+	tcp, ok := listener.(*net.TCPAddr)
+	if ok {
+		own = tcp.AddrPort().Addr().Unmap()
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if ok {
+			if !ownHost(r.Host, own) {
+				serveJSON(w, http.StatusForbidden, failure("ask for localhost or an address of this listener, not for another host name"))
+				return
+			}
+			if !ownOrigin(r.Header, own) {
+				serveJSON(w, http.StatusForbidden, failure("requests of other web sites are refused"))
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// ownHost tells whether a Host header means this listener: localhost, a
+// loopback address, or the listener's own address; of one that listens on all
+// addresses, any address, since an attacker's name is what rebinding needs.
+func ownHost(hostport string, own netip.Addr) bool {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	a, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	if err != nil {
+		return false
+	}
+	a = a.Unmap()
+	return a.IsLoopback() || a == own || own.IsUnspecified()
+}
+
+func ownOrigin(h http.Header, own netip.Addr) bool {
+	if h.Get("Sec-Fetch-Site") == "cross-site" {
+		return false
+	}
+	for _, o := range h.Values("Origin") {
+		u, err := url.Parse(o)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || !ownHost(u.Host, own) {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"tarn/admin"
+	"tarn/cache"
+	"tarn/proxy"
+	"tarn/upstream"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+const (
+	// shutdownGrace is how long running answers may take after SIGTERM. A
+	// DaemonSet's pod is given 30 s.
+	shutdownGrace = 25 * time.Second
+	// readHeaderTimeout bounds how long a client may take for its request.
+	readHeaderTimeout = 10 * time.Second
+	// idleTimeout closes connections that nobody uses; containerd opens new
+	// ones for each pull.
+	idleTimeout = 2 * time.Minute
+	// maxHeaderBytes is room for the longest tokens that registries hand out.
+	maxHeaderBytes = 64 << 10
+)
+
+func newServeCommand() *cobra.Command {
+	var flags serveFlags
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the daemon",
+		Long: `Run the daemon. Every setting has a default; the configuration file and,
+before it, the flags change them. SIGTERM and SIGINT close the listener at once
+and let running answers finish.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := flags.config()
+			if err != nil {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			return serve(ctx, cfg)
+		},
+	}
+	flags.register(cmd.Flags())
+	return cmd
+}
+
+// serve runs until the context ends.
+func serve(ctx context.Context, cfg Config) (err error) {
+	log, err := newLogger(cfg.LogLevel)
+	if err != nil {
+		return err
+	}
+	defer log.Sync()
+
+	// The listeners first: a taken port is the commonest mistake, and the
+	// dial guard must know them.
+	listener, err := listen("tcp", cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer listener.Close()
+	var adminListener net.Listener
+	if cfg.AdminListen != "" {
+		if adminListener, err = listenAdmin(cfg.AdminListen); err != nil {
+			return fmt.Errorf("admin_listen: %w", err)
+		}
+		defer adminListener.Close()
+	}
+
+	store, err := openCache(cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registerCache(registry, store)
+	metrics := proxy.NewMetrics(registry)
+
+	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, listener, adminListener)
+	if err != nil {
+		return err
+	}
+	defer upstreams.Close()
+
+	p, err := proxy.New(proxy.Options{
+		Upstreams:       upstreams,
+		Cache:           store,
+		DefaultUpstream: defaultUpstream,
+		ListedOnly:      cfg.Allow == "listed",
+		Metrics:         metrics,
+		Logger:          log,
+	})
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+
+	servers := []*http.Server{newServer(p, log)}
+	failed := make(chan error, 2)
+	go func() { failed <- servers[0].Serve(listener) }()
+	if adminListener != nil {
+		s := newServer(newAdmin(cfg, store, registry, adminListener), log)
+		servers = append(servers, s)
+		go func() { failed <- s.Serve(adminListener) }()
+	}
+	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir),
+		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
+
+	select {
+	case <-ctx.Done():
+		log.Info("shutting down")
+	case err = <-failed:
+	}
+	// Shutdown closes the listener before it waits, so that clients are
+	// refused and go to the registry itself.
+	grace, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+	defer cancel()
+	for _, s := range servers {
+		if serr := s.Shutdown(grace); serr != nil {
+			s.Close() // those that are still running are cut
+		}
+	}
+	return err
+}
+
+// newServer is a server that speaks HTTP/1.1 only: a body that breaks off must
+// be a closed connection.
+func newServer(h http.Handler, log *zap.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	errorLog, err := zap.NewStdLogAt(log, zap.DebugLevel)
+	if err != nil {
+		panic(err) // the level is a constant
+	}
+	return &http.Server{
+		Handler:           h,
+		Protocols:         protocols,
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          errorLog,
+	}
+}
+
+func newLogger(level string) (*zap.Logger, error) {
+	l, err := zapcore.ParseLevel(level)
+	if err != nil {
+		return nil, fmt.Errorf("log_level: %q is none of debug, info, warn, error", level)
+	}
+	c := zap.NewProductionConfig()
+	c.Level = zap.NewAtomicLevelAt(l)
+	c.Sampling = nil // a line a request, and no line lost
+	c.DisableStacktrace = true
+	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
+	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
+	return c.Build()
+}
+
+func listen(network, addr string) (net.Listener, error) {
+	l, err := net.Listen(network, addr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%s is taken by another process; choose another address, or stop that process", addr)
+	}
+	return l, err
+}
+
+// listenAdmin takes host:port or unix:/path. A socket that nobody listens on
+// any more is replaced.
+func listenAdmin(addr string) (net.Listener, error) {
+	path, ok := strings.CutPrefix(addr, "unix:")
+	if !ok {
+		return listen("tcp", addr)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("%s is taken by another process", path)
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Chmod(path, 0o600)
+}
+
+func openCache(cfg Config, log *zap.Logger) (*cache.Cache, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("dir: %w; choose another with --dir", err)
+	}
+	var fsys syscall.Statfs_t
+	if err := syscall.Statfs(cfg.Dir, &fsys); err != nil {
+		return nil, fmt.Errorf("dir: %w", err)
+	}
+	total := int64(fsys.Blocks) * fsys.Bsize
+	store, err := cache.New(cache.Options{
+		Dir:     cfg.Dir,
+		MaxSize: cfg.MaxSize.Bytes(total),
+		MinFree: cfg.MinFree.Bytes(total),
+		Logger:  log,
+	})
+	switch {
+	case errors.Is(err, cache.ErrInUse):
+		return nil, fmt.Errorf("dir: %w; stop it, or choose another directory with --dir", err)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return nil, fmt.Errorf("dir: %w; make it writable, or choose another with --dir", err)
+	case err != nil:
+		return nil, fmt.Errorf("dir: %w", err)
+	}
+	return store, nil
+}
+
+// newUpstreams lists the configured registries. The default upstream counts as
+// listed.
+func newUpstreams(cfg Config, metrics *proxy.Metrics, listeners ...net.Listener) (*upstream.Client, upstream.Name, error) {
+	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
+	if err != nil {
+		return nil, "", fmt.Errorf("default_upstream: %w", err)
+	}
+	var listed []upstream.Config
+	defaultListed := false
+	for _, u := range cfg.Upstreams {
+		c, err := upstreamConfig(u, cfg.Defaults)
+		if err != nil {
+			return nil, "", fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		defaultListed = defaultListed || c.Name == defaultUpstream
+		listed = append(listed, c)
+	}
+	if !defaultListed {
+		listed = append(listed, upstream.Config{Name: defaultUpstream, HeadTimeout: cfg.Defaults.HeadTimeout})
+	}
+	client, err := upstream.New(upstream.Options{
+		Listed:      listed,
+		HeadTimeout: cfg.Defaults.HeadTimeout,
+		Own:         ownAddresses(listeners),
+		UserAgent:   "tarn/" + version,
+		Observe:     metrics.Upstream,
+	})
+	return client, defaultUpstream, err
+}
+
+func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
+	for _, l := range listeners {
+		if l == nil {
+			continue
+		}
+		if tcp, ok := l.Addr().(*net.TCPAddr); ok {
+			own = append(own, tcp.AddrPort())
+		}
+	}
+	return own
+}
+
+func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, err error) {
+	if c.Name, err = upstream.ParseName(u.Name); err != nil {
+		return c, err
+	}
+	for _, e := range u.Endpoints {
+		parsed, err := url.Parse(e.URL)
+		if err != nil {
+			return c, fmt.Errorf("endpoint %q: not a URL", e.URL)
+		}
+		c.Endpoints = append(c.Endpoints, upstream.Endpoint{URL: parsed, Trusted: e.Trusted})
+	}
+	c.HeadTimeout = cmp.Or(u.HeadTimeout, defaults.HeadTimeout)
+	if u.CAFile == "" && u.CertFile == "" && u.KeyFile == "" && !u.InsecureSkipVerify {
+		return c, nil
+	}
+	c.TLS = &tls.Config{InsecureSkipVerify: u.InsecureSkipVerify}
+	if u.CAFile != "" {
+		pem, err := os.ReadFile(u.CAFile)
+		if err != nil {
+			return c, fmt.Errorf("ca_file: %w", err)
+		}
+		c.TLS.RootCAs = x509.NewCertPool()
+		if !c.TLS.RootCAs.AppendCertsFromPEM(pem) {
+			return c, fmt.Errorf("ca_file: %s has no certificate in PEM form", u.CAFile)
+		}
+	}
+	if u.CertFile != "" || u.KeyFile != "" {
+		cert, err := tls.LoadX509KeyPair(u.CertFile, u.KeyFile)
+		if err != nil {
+			return c, fmt.Errorf("cert_file, key_file: %w", err)
+		}
+		c.TLS.Certificates = []tls.Certificate{cert}
+	}
+	return c, nil
+}
+
+// registerCache shows the cache's figures as metrics.
+func registerCache(registry *prometheus.Registry, store *cache.Cache) {
+	for name, g := range map[string]struct {
+		help  string
+		value func(cache.Stats) int64
+	}{
+		"tarn_cache_used_bytes":    {"Bytes that blobs and index take on disk.", func(s cache.Stats) int64 { return s.UsedBytes }},
+		"tarn_cache_pending_bytes": {"Bytes reserved for downloads that are running.", func(s cache.Stats) int64 { return s.PendingBytes }},
+		"tarn_cache_max_bytes":     {"The bound, max_size.", func(s cache.Stats) int64 { return s.MaxBytes }},
+		"tarn_cache_flights":       {"Downloads that are running.", func(s cache.Stats) int64 { return int64(s.Flights) }},
+	} {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: g.help},
+			func() float64 { return float64(g.value(store.Stats())) }))
+	}
+}
+
+// status is the document of /api/v1/status.
+type status struct {
+	Version string      `json:"version"`
+	Started time.Time   `json:"started"`
+	Listen  string      `json:"listen"`
+	Dir     string      `json:"dir"`
+	Cache   cache.Stats `json:"cache"`
+	Index   any         `json:"index"`
+}
+
+func newAdmin(cfg Config, store *cache.Cache, registry *prometheus.Registry, l net.Listener) http.Handler {
+	started := time.Now()
+	return admin.New(admin.Options{
+		Listener: l.Addr(),
+		Registry: registry,
+		Ready: func() (bool, []admin.Check) {
+			// A disk that stores nothing is no reason to be taken out of
+			// service: everything passes through.
+			s := store.Stats()
+			check := admin.Check{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")}
+			return true, []admin.Check{check}
+		},
+		Status: func() any {
+			counts, err := store.Index().Counts()
+			var index any = counts
+			if err != nil {
+				index = map[string]string{"error": err.Error()}
+			}
+			return status{version, started, cfg.Listen, cfg.Dir, store.Stats(), index}
+		},
+	})
+}
