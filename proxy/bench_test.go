@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"testing"
+
+	"tarn/cache"
+)
+
+// The figures of one run are meant to be compared with each other: what tarn
+// costs over a plain file server, and what a confirmed tag costs over asking
+// the registry oneself.
+
+func fetchAll(b *testing.B, url string, headers ...string) {
+	req, err := http.NewRequest("GET", url, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != 200 {
+		b.Fatal(resp.Status, err)
+	}
+}
+
+func BenchmarkCachedBlob(b *testing.B) {
+	const size = 64 << 20
+	r, d := one(b)
+	blob := random(1, size)
+	dgst := r.Blob("app", blob)
+	fetchAll(b, d.URL+blobPath("app", dgst))
+	d.stored(cache.ListedDomain, dgst)
+	path := filepath.Join(d.options.dir, "blobs", "sha256", dgst.Encoded())
+	static := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", blobType)
+		http.ServeFile(w, r, path)
+	}))
+	b.Cleanup(static.Close)
+	for name, url := range map[string]string{"sendfile": static.URL, "tarn": d.URL + blobPath("app", dgst)} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(size)
+			b.ReportAllocs()
+			for b.Loop() {
+				fetchAll(b, url)
+			}
+		})
+	}
+}
+
+func BenchmarkManifest(b *testing.B) {
+	r, d := one(b)
+	img := r.Image("app", "v1", random(1, 1000))
+	fetchAll(b, d.URL+manifestPath("app", "v1"))
+	d.stored(cache.ListedDomain, img.Manifest)
+	for name, url := range map[string]string{
+		"direct":          r.URL + "/v2/app/manifests/v1",
+		"confirmed tag":   d.URL + manifestPath("app", "v1"),
+		"cached digest":   d.URL + manifestPath("app", img.Manifest.String()),
+		"tarn's own /v2/": d.URL + "/v2/",
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				fetchAll(b, url)
+			}
+		})
+	}
+	b.Run("confirmed tag in parallel", func(b *testing.B) {
+		r.Reset()
+		b.ReportAllocs()
+		b.SetParallelism(32)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				fetchAll(b, d.URL+manifestPath("app", "v1"))
+			}
+		})
+		b.ReportMetric(float64(r.Count("HEAD", ""))/float64(b.N), "HEAD/op")
+	})
+}
+
+func BenchmarkParse(b *testing.B) {
+	for name, target := range map[string]string{
+		"tag, ns":      "/v2/library/hello/manifests/latest?ns=docker.io",
+		"digest, path": "/v2/ghcr.io/org/app/blobs/" + sum,
+	} {
+		b.Run(name, func(b *testing.B) {
+			r := mustRequest(b, target)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := testNames.parse(r); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
