@@ -9,7 +9,6 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -140,23 +139,45 @@ func parseDecimal(s string) (int64, error) {
 	return strconv.ParseInt(s, 10, 64)
 }
 
-// errorParam matches the parameters of RFC 6750 3 that speak of the request.
-var errorParam = regexp.MustCompile(`(?i)(,\s*)?\berror(_description|_uri)?\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]+)`)
-
-// cleanChallenges returns the challenges of a 401 without those parameters;
-// realm, service and scope stay as they are.
+// cleanChallenges returns the challenges of a 401 without the parameters that
+// speak of the request (RFC 6750 3): the client never sent that one. Realm,
+// service and scope stay as they are.
 func cleanChallenges(h http.Header) []string {
 	var out []string
 	for _, c := range h.Values("WWW-Authenticate") {
-		c = errorParam.ReplaceAllString(c, "")
-		if scheme, params, ok := strings.Cut(strings.TrimSpace(c), " "); ok {
-			c = scheme + " " + strings.TrimLeft(params, ", ")
+		scheme, params, _ := strings.Cut(strings.TrimSpace(c), " ")
+		var kept []string
+		for _, p := range splitParams(params) {
+			name, _, _ := strings.Cut(p, "=")
+			switch asciiLower(strings.TrimSpace(name)) {
+			case "error", "error_description", "error_uri":
+			default:
+				kept = append(kept, p)
+			}
 		}
-		if c = strings.TrimSpace(c); c != "" {
+		if c := strings.TrimSpace(scheme + " " + strings.TrimSpace(strings.Join(kept, ","))); c != "" {
 			out = append(out, c)
 		}
 	}
 	return out
+}
+
+// splitParams splits at the commas that are in no quotes.
+func splitParams(s string) []string {
+	var parts []string
+	start, quoted := 0, false
+	for i := 0; i < len(s); i++ {
+		switch {
+		case s[i] == '\\' && quoted:
+			i++
+		case s[i] == '"':
+			quoted = !quoted
+		case s[i] == ',' && !quoted:
+			parts = append(parts, s[start:i])
+			start = i + 1
+		}
+	}
+	return append(parts, s[start:])
 }
 
 // bodyIdle is how long a body may bring nothing. It is long against a slow

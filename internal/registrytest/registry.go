@@ -7,6 +7,7 @@
 package registrytest
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -216,7 +217,7 @@ func (r *Registry) Answer(w http.ResponseWriter, req *http.Request) {
 	if r.NoRange {
 		req.Header.Del("Range")
 	}
-	http.ServeContent(w, req, "", time.Time{}, strings.NewReader(string(o.body)))
+	http.ServeContent(w, req, "", time.Time{}, bytes.NewReader(o.body))
 }
 
 // Loopback is for upstream.Options.Connect: it fails the test when anything
