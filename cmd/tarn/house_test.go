@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// house lists the floors: what each package may import of ours. No package
+// below proxy knows HTTP serving, and none below cmd the configuration.
+var house = map[string][]string{
+	"blobstore":             {},
+	"index":                 {},
+	"cache":                 {"blobstore", "index"},
+	"upstream":              {},
+	"proxy":                 {"blobstore", "cache", "index", "upstream"},
+	"admin":                 {"proxy", "cache", "index"},
+	"internal/registrytest": {},
+	"cmd/tarn":              {"admin", "cache", "proxy", "upstream"},
+}
+
+func TestImportsOnlyPointDown(t *testing.T) {
+	root := filepath.Join("..", "..")
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && path != root {
+			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil || strings.HasPrefix(d.Name(), ".") {
+				return filepath.SkipDir // a module of its own
+			}
+			return nil
+		}
+		if !strings.HasSuffix(path, ".go") {
+			return nil
+		}
+		rel, err := filepath.Rel(root, filepath.Dir(path))
+		if err != nil {
+			return err
+		}
+		allowed, known := house[rel]
+		if !known {
+			t.Errorf("%s is in no room of the house", path)
+			return nil
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if !strings.HasPrefix(string(text), "// SPDX-License-Identifier: Apache-2.0\n") {
+			t.Errorf("%s does not start with the SPDX line", path)
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, text, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		test := strings.HasSuffix(path, "_test.go")
+		for _, i := range file.Imports {
+			name := strings.Trim(i.Path.Value, `"`)
+			ours, ok := strings.CutPrefix(name, "tarn/")
+			switch {
+			case ok && !slices.Contains(allowed, ours) && !(test && ours == "internal/registrytest"):
+				t.Errorf("%s imports %s", path, name)
+			case !test && name == "net/http" && (rel == "blobstore" || rel == "index" || rel == "cache"):
+				t.Errorf("%s knows HTTP", path)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

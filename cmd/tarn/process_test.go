@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The test binary is tarn itself when it is told to be: a process of its own,
+// with everything but the name of the file.
+const asTarn = "TARN_TEST_AS_TARN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asTarn) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// process is a running tarn.
+type process struct {
+	*exec.Cmd
+	t      testing.TB
+	url    string
+	admin  string
+	output lockedBuffer
+	exited chan struct{}
+	err    error // of Wait
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// command is tarn with these arguments, not started.
+func command(args ...string) *exec.Cmd {
+	exe, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	cmd := exec.Command(exe, args...)
+	cmd.Env = append(os.Environ(), asTarn+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// freePort is one that was free a moment ago.
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// run starts tarn serve and waits until it answers.
+func run(t testing.TB, dir string, args ...string) *process {
+	t.Helper()
+	listen, admin := freePort(t), freePort(t)
+	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, exited: make(chan struct{})}
+	p.Cmd = command(append([]string{"serve", "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
+	p.Stdout, p.Stderr = &p.output, &p.output
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.err = p.Wait(); close(p.exited) }()
+	t.Cleanup(p.kill)
+	p.until("tarn answers", func() bool {
+		resp, err := http.Get(p.url + "/v2/")
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		return resp.StatusCode == 200
+	})
+	return p
+}
+
+// until waits, bounded, for what ok says.
+func (p *process) until(what string, ok func() bool) {
+	p.t.Helper()
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline.C:
+			p.t.Fatalf("not in 20 s: %s\n%s", what, p.output.String())
+		case <-p.exited:
+			p.t.Fatalf("tarn has ended: %v\n%s", p.err, p.output.String())
+		case <-tick.C:
+		}
+	}
+}
+
+func (p *process) kill() {
+	p.Process.Kill()
+	<-p.exited
+}
+
+// terminate ends it as systemd or the kubelet would.
+func (p *process) terminate() {
+	p.t.Helper()
+	p.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(20 * time.Second):
+		p.t.Fatal("still there 20 s after SIGTERM")
+	}
+	if p.err != nil {
+		p.t.Errorf("after SIGTERM: %v\n%s", p.err, p.output.String())
+	}
+}
+
+// get returns the whole answer.
+func (p *process) get(path string) (*http.Response, []byte, error) {
+	ctx, cancel := context.WithTimeout(p.t.Context(), 30*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "GET", p.url+path, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	return resp, body, err
+}
+
+// mustGet is a whole 200.
+func (p *process) mustGet(path string, want []byte) *http.Response {
+	p.t.Helper()
+	resp, body, err := p.get(path)
+	if err != nil || resp.StatusCode != 200 || !bytes.Equal(body, want) {
+		p.t.Fatalf("%s: %v, %d bytes of %d, %v\n%s", path, status200(resp), len(body), len(want), err, p.output.String())
+	}
+	return resp
+}
+
+func status200(r *http.Response) string {
+	if r == nil {
+		return "no answer"
+	}
+	return r.Status
+}
+
+// fails runs tarn to its end and returns the one line that it says.
+func fails(t testing.TB, args ...string) string {
+	t.Helper()
+	cmd := command(args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	done := make(chan error, 1)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { done <- cmd.Wait() }()
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Fatalf("tarn %v did not fail", args)
+		}
+	case <-time.After(20 * time.Second):
+		cmd.Process.Kill()
+		t.Fatalf("tarn %v goes on\n%s", args, out.String())
+	}
+	if n := strings.Count(out.String(), "\n"); n != 1 {
+		t.Errorf("tarn %v said %d lines:\n%s", args, n, out.String())
+	}
+	return strings.TrimSpace(out.String())
+}
