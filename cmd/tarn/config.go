@@ -3,16 +3,14 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,380 +18,243 @@ import (
 	"tarn/upstream"
 
 	"github.com/spf13/pflag"
-	"go.yaml.in/yaml/v3"
 )
 
-// Config is the configuration file. Every key is optional; the values given
-// here are the defaults. A key that tarn does not know is an error, and so is
-// one that has no meaning yet, unless it is set to what it would be anyway.
+// Config is the configuration file, and what the flags made of it. A key's
+// name in the file is its yaml tag. docs/tarn.example.yaml says the same in
+// the file's own form, and a test keeps the two equal.
 type Config struct {
-	// Listen is the address of the registry API, 127.0.0.1:5050.
+	// Listen is host:port of the registry API. No host means every address
+	// of the node. Default 127.0.0.1:5050.
 	Listen string `yaml:"listen"`
-	// TLS of that address. Not yet.
-	TLS notYet `yaml:"tls"`
-	// AdminListen is the address for people and probes, 127.0.0.1:5051;
-	// "" for none, unix:/path for a socket.
+	// TLS makes the registry API speak TLS. Default: plain HTTP.
+	TLS TLS `yaml:"tls"`
+	// AdminListen is where people and probes are answered: host:port,
+	// unix:/path, or "" for nowhere. Default 127.0.0.1:5051.
 	AdminListen string `yaml:"admin_listen"`
-	// MetricsListen exposes the nameless metrics elsewhere, "". Not yet.
-	MetricsListen notYet `yaml:"metrics_listen"`
-	// LogLevel is debug, info, warn or error; info.
+	// MetricsListen is host:port of a further listener, with metrics that
+	// name no image. Default "", none.
+	MetricsListen string `yaml:"metrics_listen"`
+	// LogLevel is the least severity that is logged: debug, info, warn or
+	// error. Default info.
 	LogLevel string `yaml:"log_level"`
-	// Dir is the data directory, /var/lib/tarn; for a user without a
-	// configuration file, tarn in the user's cache directory.
+	// Dir holds all that tarn keeps. Default /var/lib/tarn; but without a
+	// file and not as root, tarn in the user's cache directory.
 	Dir string `yaml:"dir"`
-	// MaxSize bounds what the directory takes, in bytes or as a share of
-	// its filesystem; 50GiB.
+	// MaxSize bounds what Dir takes: bytes, or a share of its filesystem;
+	// more than 0. Default 50GiB.
 	MaxSize Size `yaml:"max_size"`
-	// MinFree of the filesystem is always left free, in bytes or as a
-	// share; 5%.
+	// MinFree is always left free on Dir's filesystem: bytes, or a share of
+	// it. Default 5%.
 	MinFree Size `yaml:"min_free"`
-	// DefaultUpstream is asked when a request names no registry; docker.io.
+	// DefaultUpstream is the registry that is meant when a request names
+	// none; it counts as listed. Default docker.io.
 	DefaultUpstream string `yaml:"default_upstream"`
-	// Allow says which registries are served besides the listed ones:
-	// public (any, on public addresses) or listed (none); public.
+	// Allow tells which registries may be asked besides the listed ones:
+	// public (any, on public addresses) or listed (none). Default public.
 	Allow string `yaml:"allow"`
-	// Prefetch starts an image's parts before they are asked for; off. Not
-	// yet.
-	Prefetch notYet `yaml:"prefetch"`
-	// AllowViaProxy serves registries that are not listed through an egress
-	// proxy; false. Not yet.
-	AllowViaProxy notYet `yaml:"allow_via_proxy"`
-	// Defaults hold for every upstream that does not say otherwise.
+	// Prefetch tells what is fetched as soon as a manifest was: off, config
+	// or layers. Default off.
+	Prefetch string `yaml:"prefetch"`
+	// AllowViaProxy lets registries that are not listed be reached through
+	// an egress proxy, where their addresses cannot be checked. Default
+	// false.
+	AllowViaProxy bool `yaml:"allow_via_proxy"`
+	// Defaults hold for every upstream, listed or not.
 	Defaults UpstreamDefaults `yaml:"defaults"`
-	// Upstreams are the registries that are listed: they may live on private
-	// addresses, and credentials are passed to them by path, too.
+	// Upstreams are the listed registries: they may live on private
+	// addresses, and clients' credentials are passed to them. Default none.
 	Upstreams []Upstream `yaml:"upstreams"`
 }
 
-// UpstreamDefaults are the keys that an upstream has of its own or takes from
-// "defaults".
-type UpstreamDefaults struct {
-	// HeadTimeout is how long a registry may take for its response headers;
-	// 8s, more than 0 and at most that.
-	HeadTimeout time.Duration `yaml:"head_timeout"`
-	// StaleIfError is how old an answer may be when the registry cannot be
-	// asked; 0s. Not yet.
-	StaleIfError notYet `yaml:"stale_if_error"`
-	// GrantTTL is how long a yes to a credential is remembered; 60s. Not
-	// yet: every request asks.
-	GrantTTL notYet `yaml:"grant_ttl"`
-	// MembershipTTL is how long an object is believed to exist in a
-	// repository; 24h. Not yet: every request asks.
-	MembershipTTL notYet `yaml:"membership_ttl"`
-	// Parallel is how many connections one large blob may use; 4. Not yet.
-	Parallel notYet `yaml:"parallel"`
+// TLS names the files of a listener's certificate, in PEM form.
+type TLS struct {
+	// CertFile is the certificate and its chain. Default "".
+	CertFile string `yaml:"cert_file"`
+	// KeyFile is the certificate's key. Default "".
+	KeyFile string `yaml:"key_file"`
+	// ClientCAFile is what clients' certificates must be signed by. Default
+	// "": clients need none.
+	ClientCAFile string `yaml:"client_ca_file"`
 }
 
-// Upstream is a listed registry.
-type Upstream struct {
-	// Name as it stands in image names, such as registry.corp:5000.
-	Name string `yaml:"name"`
-	// Endpoints are URLs, or {url, trusted}. The first is the authority,
-	// which alone says who may have what; https on the name.
-	Endpoints []Endpoint `yaml:"endpoints"`
-	// Realm pins the token service of the node's credentials, "". Not yet.
-	Realm notYet `yaml:"realm"`
-	// CAFile is a PEM file with the roots to believe; the system's.
-	CAFile string `yaml:"ca_file"`
-	// CertFile and KeyFile are a client certificate in PEM form; none.
-	CertFile string `yaml:"cert_file"`
-	KeyFile  string `yaml:"key_file"`
-	// InsecureSkipVerify believes any certificate; false.
-	InsecureSkipVerify bool `yaml:"insecure_skip_verify"`
-	// TokenBroker serves clients that learn the scheme from /v2/ only;
-	// false. Not yet.
-	TokenBroker notYet `yaml:"token_broker"`
-	// Credentials of the node; none. Not yet.
-	Credentials notYet `yaml:"credentials"`
-	// Share lists repositories that every client may have with the node's
-	// credentials; none. Not yet.
-	Share notYet `yaml:"share"`
+// UpstreamDefaults are the keys that stand under defaults for every upstream,
+// and under one upstream for that one. Durations are written as in 90s, 8h.
+type UpstreamDefaults struct {
+	// HeadTimeout is how long the registry may take for its response
+	// headers; more than 0, at most 8s. Default 8s.
+	HeadTimeout time.Duration `yaml:"head_timeout"`
+	// StaleIfError is how old an answer may be that is given while the
+	// registry cannot be asked; 0 means that none is. Default 0s.
+	StaleIfError time.Duration `yaml:"stale_if_error"`
+	// GrantTTL is how long a registry's yes to a credential is believed for
+	// further objects of the repository; 0 means asking for each. Default
+	// 60s.
+	GrantTTL time.Duration `yaml:"grant_ttl"`
+	// MembershipTTL is how long a registry is believed to still have an
+	// object that it had; 0 means asking every time. Default 24h.
+	MembershipTTL time.Duration `yaml:"membership_ttl"`
+	// Parallel is how many connections one large blob may use; more than 0.
+	// Default 4.
+	Parallel int `yaml:"parallel"`
+}
 
+// Upstream is one listed registry.
+type Upstream struct {
+	// Name is the registry's host, with :port if it has one, as it stands in
+	// image names. Required.
+	Name string `yaml:"name"`
+	// Endpoints are asked in this order. The first is the authority on what
+	// a tag means and who may have it; the others serve bytes only. Default
+	// none, which means https on the registry's own name.
+	Endpoints []Endpoint `yaml:"endpoints"`
+	// Realm pins the URL of the token service that credentials of the node
+	// may go to. Default "": https on the authority's own domain.
+	Realm string `yaml:"realm"`
+	// CAFile has the certificates, in PEM form, that the registry's must be
+	// signed by. Default "": the system's.
+	CAFile string `yaml:"ca_file"`
+	// CertFile is tarn's own certificate for this registry, in PEM form.
+	// Default "", none.
+	CertFile string `yaml:"cert_file"`
+	// KeyFile is the key of CertFile. Default "", none.
+	KeyFile string `yaml:"key_file"`
+	// InsecureSkipVerify believes any certificate: whoever sits between
+	// then sees the clients' credentials. Default false.
+	InsecureSkipVerify bool `yaml:"insecure_skip_verify"`
+	// TokenBroker hands out tokens on tarn's own address, for clients that
+	// learn the scheme from /v2/ alone. Default false.
+	TokenBroker bool `yaml:"token_broker"`
+	// Credentials of the node for this registry. Default none.
+	Credentials Credentials `yaml:"credentials"`
+	// Share are patterns of repositories that any client of this node may
+	// have with the node's credentials. Default none.
+	Share []string `yaml:"share"`
+	// UpstreamDefaults are those of Config.Defaults where this upstream does
+	// not set its own.
 	UpstreamDefaults `yaml:",inline"`
 }
 
-// Endpoint is one URL of an upstream.
+// Endpoint is one URL of an upstream. In the file it is the URL alone, or a
+// mapping.
 type Endpoint struct {
+	// URL is http or https, with a host and perhaps a path prefix. Required.
 	URL string `yaml:"url"`
-	// Trusted lets an endpoint other than the first see credentials; false.
+	// Trusted lets this endpoint see clients' credentials; the first one
+	// always does. Default false.
 	Trusted bool `yaml:"trusted"`
 }
 
-// UnmarshalYAML takes a URL alone as well.
-func (e *Endpoint) UnmarshalYAML(n *yaml.Node) error {
-	if n.Kind == yaml.ScalarNode {
-		*e = Endpoint{URL: n.Value}
-	} else {
-		for i := 0; i+1 < len(n.Content); i += 2 {
-			if k := n.Content[i].Value; k != "url" && k != "trusted" {
-				return lineError(n.Content[i], "unknown key %q", k)
-			}
-		}
-		type plain Endpoint
-		if err := n.Decode((*plain)(e)); err != nil {
-			return err
-		}
-	}
-	if err := checkURL(e.URL); err != nil {
-		return lineError(n, "endpoint: %w", err)
-	}
-	return nil
+// Credentials say where the node's own credentials come from.
+type Credentials struct {
+	// DockerConfig is a file like docker's config.json. Default "", none.
+	DockerConfig string `yaml:"docker_config"`
+	// KubeletPlugins are the kubelet's image credential providers. Default
+	// none.
+	KubeletPlugins KubeletPlugins `yaml:"kubelet_plugins"`
 }
 
-func checkURL(raw string) error {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return fmt.Errorf("%q is not a URL", raw)
-	}
-	return upstream.CheckEndpoint(u)
+// KubeletPlugins are two of the kubelet's own settings.
+type KubeletPlugins struct {
+	// Config is the kubelet's --image-credential-provider-config. Default "".
+	Config string `yaml:"config"`
+	// BinDir is the kubelet's --image-credential-provider-bin-dir. Default
+	// "".
+	BinDir string `yaml:"bin_dir"`
 }
 
-// notYet is a key that is part of the configuration's design and has no
-// meaning in this version.
-type notYet struct{ node *yaml.Node }
-
-// UnmarshalYAML keeps the node, for refuse.
-func (k *notYet) UnmarshalYAML(n *yaml.Node) error {
-	k.node = n
-	return nil
+// notYet has the keys that are understood but do nothing so far, so that a
+// file never promises what tarn does not do. A key leaves this table when it
+// gets its meaning, and its "not yet" in docs/tarn.example.yaml with it.
+//
+// A key that only repeats its default is accepted (onlyDefault), save for those
+// that tune how often a registry is asked (refused): who writes one of these
+// out counts on it, and so far every request is asked for.
+var notYet = map[string]missing{
+	"tls":                        onlyDefault,
+	"metrics_listen":             onlyDefault,
+	"prefetch":                   onlyDefault,
+	"allow_via_proxy":            onlyDefault,
+	"defaults.stale_if_error":    onlyDefault,
+	"defaults.grant_ttl":         refused,
+	"defaults.membership_ttl":    refused,
+	"defaults.parallel":          onlyDefault,
+	"upstreams[].realm":          onlyDefault,
+	"upstreams[].token_broker":   onlyDefault,
+	"upstreams[].credentials":    onlyDefault,
+	"upstreams[].share":          onlyDefault,
+	"upstreams[].stale_if_error": onlyDefault,
+	"upstreams[].grant_ttl":      refused,
+	"upstreams[].membership_ttl": refused,
+	"upstreams[].parallel":       onlyDefault,
 }
 
-// refuse fails unless the key is absent or has the value that it would have.
-func (k notYet) refuse(key, value string) error {
-	if k.node == nil || k.node.Kind == yaml.ScalarNode && k.node.Value == value {
-		return nil
-	}
-	return lineError(k.node, "key %q: not yet supported; remove it, or leave it at its default", key)
-}
+type missing int
 
-// refuseNotYet is the one list of them.
-func (c *Config) refuseNotYet() error {
-	errs := []error{
-		c.TLS.refuse("tls", ""),
-		c.MetricsListen.refuse("metrics_listen", ""),
-		c.Prefetch.refuse("prefetch", "off"),
-		c.AllowViaProxy.refuse("allow_via_proxy", "false"),
-		c.Defaults.refuseNotYet(),
-	}
-	for _, u := range c.Upstreams {
-		errs = append(errs,
-			u.Realm.refuse("realm", ""),
-			u.TokenBroker.refuse("token_broker", "false"),
-			u.Credentials.refuse("credentials", ""),
-			u.Share.refuse("share", ""),
-			u.UpstreamDefaults.refuseNotYet())
-	}
-	return errors.Join(errs...)
-}
+const (
+	onlyDefault missing = iota
+	refused
+)
 
-func (d *UpstreamDefaults) refuseNotYet() error {
-	return errors.Join(
-		d.StaleIfError.refuse("stale_if_error", "0s"),
-		d.GrantTTL.refuse("grant_ttl", "60s"),
-		d.MembershipTTL.refuse("membership_ttl", "24h"),
-		d.Parallel.refuse("parallel", "4"))
-}
+// defaultDir is where the daemon of a node keeps its data.
+const defaultDir = "/var/lib/tarn"
 
-// Size is a number of bytes, or a share of the filesystem.
-type Size struct {
-	bytes   int64
-	percent float64
-}
+// maxConfigBytes bounds what a mistaken --config can make tarn read.
+const maxConfigBytes = 1 << 20
 
-// Bytes is the size on a filesystem of that many bytes.
-func (s Size) Bytes(total int64) int64 {
-	if s.percent > 0 {
-		return int64(s.percent / 100 * float64(total))
-	}
-	return s.bytes
-}
-
-// sizePattern has the number and the unit: decimal (K, M, G, T, with or without
-// B) or binary (Ki, Mi, Gi, Ti), or a share in percent.
-var sizePattern = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) ?(%|(?:[KMGT]i?)?B?)$`)
-
-const sizeForms = `as in "50GiB", "500MB", "1073741824" or "40%"`
-
-// ParseSize reads a Size.
-func ParseSize(s string) (Size, error) {
-	m := sizePattern.FindStringSubmatch(s)
-	if m == nil {
-		return Size{}, fmt.Errorf("%q is not a size, %s", s, sizeForms)
-	}
-	n, err := strconv.ParseFloat(m[1], 64)
-	if err != nil {
-		return Size{}, fmt.Errorf("%q is not a size, %s", s, sizeForms)
-	}
-	if m[2] == "%" {
-		if n > 100 {
-			return Size{}, fmt.Errorf("%q is more than the whole filesystem", s)
-		}
-		return Size{percent: n}, nil
-	}
-	unit := strings.TrimSuffix(m[2], "B")
-	base := 1000.0
-	if strings.HasSuffix(unit, "i") {
-		base = 1024
-	}
-	if unit != "" {
-		n *= math.Pow(base, float64(strings.IndexByte("KMGT", unit[0])+1))
-	}
-	if n >= math.MaxInt64 {
-		return Size{}, fmt.Errorf("%q is more than any disk has", s)
-	}
-	return Size{bytes: int64(n)}, nil
-}
-
-// UnmarshalYAML reads a size.
-func (s *Size) UnmarshalYAML(n *yaml.Node) (err error) {
-	if *s, err = ParseSize(n.Value); err != nil {
-		return lineError(n, "%w", err)
-	}
-	return nil
-}
-
-// lineError is an error of the line at which a node stands; loadConfig puts
-// the file's name before it.
-func lineError(n *yaml.Node, format string, args ...any) error {
-	return &positioned{n.Line, fmt.Errorf(format, args...)}
-}
-
-type positioned struct {
-	line int
-	err  error
-}
-
-func (p *positioned) Error() string { return fmt.Sprintf("line %d: %s", p.line, p.err) }
-func (p *positioned) Unwrap() error { return p.err }
-
-const defaultMaxSize = 50 << 30
-
+// defaultConfig is the configuration of an empty file.
 func defaultConfig() Config {
 	return Config{
 		Listen:          "127.0.0.1:5050",
 		AdminListen:     "127.0.0.1:5051",
 		LogLevel:        "info",
-		Dir:             "/var/lib/tarn",
-		MaxSize:         Size{bytes: defaultMaxSize},
-		MinFree:         Size{percent: 5},
+		Dir:             defaultDir,
+		MaxSize:         Size{bytes: 50 << 30},
+		MinFree:         Size{share: 5 * percent},
 		DefaultUpstream: string(upstream.DockerHub),
 		Allow:           "public",
-		Defaults:        UpstreamDefaults{HeadTimeout: upstream.DefaultHeadTimeout},
+		Prefetch:        "off",
+		Defaults: UpstreamDefaults{
+			HeadTimeout:   upstream.DefaultHeadTimeout,
+			GrantTTL:      time.Minute,
+			MembershipTTL: 24 * time.Hour,
+			Parallel:      4,
+		},
 	}
 }
 
-// loadConfig reads a configuration file. Errors name the file, the line and
-// the key.
+// userConfig is the configuration without a file. Who is not root cannot write
+// to the system's directory and gets one of their own, if they have a home.
+func userConfig(uid int) Config {
+	c := defaultConfig()
+	if cache, err := os.UserCacheDir(); uid != 0 && err == nil {
+		c.Dir = filepath.Join(cache, "tarn")
+	}
+	return c
+}
+
+// loadConfig reads the file at path; "" means that there is none. Its error
+// has a line for each mistake in the file.
 func loadConfig(path string) (Config, error) {
-	data, err := os.ReadFile(path)
+	if path == "" {
+		return userConfig(os.Geteuid()), nil
+	}
+	f, err := os.Open(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("config: %w", err)
 	}
-	c, err := parseConfig(data)
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes+1))
 	if err != nil {
-		return c, inFile(path, err)
+		return Config{}, fmt.Errorf("config: %w", err)
 	}
-	return c, nil
+	if len(data) > maxConfigBytes {
+		return Config{}, fmt.Errorf("config: %s has more than %d bytes", path, maxConfigBytes)
+	}
+	return parseConfig(path, data)
 }
 
-func parseConfig(data []byte) (Config, error) {
-	c := defaultConfig()
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	dec.KnownFields(true)
-	if err := dec.Decode(&c); err != nil && err != io.EOF {
-		return c, err
-	}
-	if err := dec.Decode(new(yaml.Node)); err != io.EOF {
-		return c, errors.New("more than one YAML document")
-	}
-	if err := c.refuseNotYet(); err != nil {
-		return c, err
-	}
-	return c, c.check()
-}
-
-var (
-	yamlLine    = regexp.MustCompile(`^(?:yaml: )?line (\d+): `)
-	yamlUnknown = regexp.MustCompile(`^field (\S+) not found in type \S+$`)
-)
-
-// inFile rewrites each error as "file:line: what", on one line each.
-func inFile(path string, err error) error {
-	messages := strings.Split(err.Error(), "\n")
-	var te *yaml.TypeError
-	if errors.As(err, &te) {
-		messages = te.Errors
-	}
-	for i, m := range messages {
-		m = strings.TrimSpace(m)
-		at := path
-		if l := yamlLine.FindStringSubmatch(m); l != nil {
-			at, m = path+":"+l[1], m[len(l[0]):]
-		}
-		if u := yamlUnknown.FindStringSubmatch(m); u != nil {
-			m = fmt.Sprintf("unknown key %q", u[1])
-		}
-		messages[i] = at + ": " + m
-	}
-	return errors.New(strings.Join(messages, "\n"))
-}
-
-// check holds the values to what they mean, whether they came from the file or
-// from flags.
-func (c *Config) check() error {
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
-		return fmt.Errorf("listen: %q is not host:port", c.Listen)
-	}
-	if a := c.AdminListen; a != "" && !strings.HasPrefix(a, "unix:/") {
-		if _, _, err := net.SplitHostPort(a); err != nil {
-			return fmt.Errorf("admin_listen: %q is neither host:port nor unix:/path nor empty", a)
-		}
-	}
-	if c.Dir == "" {
-		return errors.New("dir: is empty")
-	}
-	if c.MaxSize.Bytes(1<<40) <= 0 {
-		return errors.New("max_size: must be more than 0")
-	}
-	if c.Allow != "public" && c.Allow != "listed" {
-		return fmt.Errorf("allow: %q is neither public nor listed", c.Allow)
-	}
-	if _, err := upstream.ParseName(c.DefaultUpstream); err != nil {
-		return fmt.Errorf("default_upstream: %w", err)
-	}
-	if err := checkHeadTimeout("defaults", c.Defaults.HeadTimeout); err != nil {
-		return err
-	}
-	seen := make(map[upstream.Name]bool)
-	for _, u := range c.Upstreams {
-		name, err := upstream.ParseName(u.Name)
-		if err != nil {
-			return fmt.Errorf("upstreams: name %q: %w", u.Name, err)
-		}
-		if seen[name] {
-			return fmt.Errorf("upstreams: %s is listed twice", name)
-		}
-		seen[name] = true
-		if u.HeadTimeout != 0 {
-			if err := checkHeadTimeout("upstream "+u.Name, u.HeadTimeout); err != nil {
-				return err
-			}
-		}
-		if (u.CertFile == "") != (u.KeyFile == "") {
-			return fmt.Errorf("upstream %s: cert_file and key_file go together", u.Name)
-		}
-	}
-	return nil
-}
-
-func checkHeadTimeout(where string, d time.Duration) error {
-	if d <= 0 || d > upstream.DefaultHeadTimeout {
-		return fmt.Errorf("%s: head_timeout: %s is not more than 0 and at most %s, which leaves time to answer", where, d, upstream.DefaultHeadTimeout)
-	}
-	return nil
-}
-
-// serveFlags override the file.
+// serveFlags are the flags that override the file.
 type serveFlags struct {
 	set       *pflag.FlagSet
 	file      string
@@ -404,76 +265,210 @@ type serveFlags struct {
 	upstreams []string
 }
 
+// register adds the flags to a command.
 func (f *serveFlags) register(set *pflag.FlagSet) {
+	d := defaultConfig()
 	f.set = set
 	set.StringVar(&f.file, "config", "", "configuration `file` (YAML)")
-	set.StringVar(&f.listen, "listen", "", "`address` of the registry API (default 127.0.0.1:5050)")
-	set.StringVar(&f.admin, "admin-listen", "", "`address` for people and probes, empty for none (default 127.0.0.1:5051)")
-	set.StringVar(&f.dir, "dir", "", "data `directory` (default /var/lib/tarn)")
+	set.StringVar(&f.listen, "listen", "", "`address` of the registry API (default "+d.Listen+")")
+	set.StringVar(&f.admin, "admin-listen", "", "`address` for people and probes: host:port, unix:/path, or empty for none (default "+d.AdminListen+")")
+	set.StringVar(&f.dir, "dir", "", "data `directory` (default "+d.Dir+", or for a user without a file, tarn in the cache directory)")
 	set.StringVar(&f.maxSize, "max-size", "", "bound on the data directory, a `size` such as 50GiB or 40% (default 50GiB)")
-	set.StringArrayVar(&f.upstreams, "upstream", nil, "list a registry: `NAME=URL`; repeatable")
+	set.StringArrayVar(&f.upstreams, "upstream", nil, "list a registry, as `NAME=URL`; repeatable, further URLs of one name are its further endpoints")
 }
 
-// config is the file, or the defaults, with the flags over it.
+// config loads the file that --config names, and lets each of the other flags
+// that was given replace the file's value. A flag obeys the rule of its key.
 func (f *serveFlags) config() (Config, error) {
-	c := defaultConfig()
-	if f.file != "" {
-		var err error
-		if c, err = loadConfig(f.file); err != nil {
-			return c, err
+	c, err := loadConfig(f.file)
+	if err != nil {
+		return Config{}, err
+	}
+	for _, o := range []struct {
+		flag, key, value string
+		field            *string
+	}{
+		{"listen", "listen", f.listen, &c.Listen},
+		{"admin-listen", "admin_listen", f.admin, &c.AdminListen},
+		{"dir", "dir", f.dir, &c.Dir},
+	} {
+		if !f.set.Changed(o.flag) {
+			continue
 		}
-	} else if os.Geteuid() != 0 {
-		cacheDir, err := os.UserCacheDir()
-		if err != nil {
-			return c, fmt.Errorf("dir: %w; choose one with --dir", err)
+		if err := rules[o.key](o.value); err != nil {
+			return Config{}, fmt.Errorf("--%s: %w", o.flag, err)
 		}
-		c.Dir = filepath.Join(cacheDir, "tarn")
-	}
-	if f.set.Changed("listen") {
-		c.Listen = f.listen
-	}
-	if f.set.Changed("admin-listen") {
-		c.AdminListen = f.admin
-	}
-	if f.set.Changed("dir") {
-		c.Dir = f.dir
+		*o.field = o.value
 	}
 	if f.set.Changed("max-size") {
-		s, err := ParseSize(f.maxSize)
+		size, err := parseSize(f.maxSize)
+		if err == nil {
+			err = rules["max_size"](size)
+		}
 		if err != nil {
-			return c, fmt.Errorf("--max-size: %w", err)
+			return Config{}, fmt.Errorf("--max-size: %w", err)
 		}
-		c.MaxSize = s
+		c.MaxSize = size
 	}
-	for _, s := range f.upstreams {
-		if err := c.addUpstream(s); err != nil {
-			return c, fmt.Errorf("--upstream: %w", err)
-		}
+	if err := c.overrideUpstreams(f.upstreams); err != nil {
+		return Config{}, fmt.Errorf("--upstream: %w", err)
 	}
-	return c, c.check()
+	return c, nil
 }
 
-// addUpstream takes NAME=URL: the registry's only endpoint, whatever the file
-// says.
-func (c *Config) addUpstream(s string) error {
+// overrideUpstreams gives each upstream that is named the endpoints that are
+// named with it, in place of the file's; all else of it stays.
+func (c *Config) overrideUpstreams(flags []string) error {
+	replaced := make(map[upstream.Name]bool)
+	for _, s := range flags {
+		name, endpoint, err := parseUpstreamFlag(s)
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(c.Upstreams, func(u Upstream) bool {
+			n, err := upstream.ParseName(u.Name)
+			return err == nil && n == name
+		})
+		if i < 0 {
+			i = len(c.Upstreams)
+			c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), UpstreamDefaults: c.Defaults})
+		}
+		u := &c.Upstreams[i]
+		if !replaced[name] {
+			replaced[name] = true
+			u.Endpoints = nil
+		}
+		u.Endpoints = append(u.Endpoints, endpoint)
+	}
+	return nil
+}
+
+// parseUpstreamFlag parses NAME=URL. A registry's name cannot have a '=', so
+// the first one parts them.
+func parseUpstreamFlag(s string) (upstream.Name, Endpoint, error) {
 	rawName, rawURL, ok := strings.Cut(s, "=")
 	if !ok {
-		return fmt.Errorf("%q is not NAME=URL, as in ghcr.io=https://ghcr.io", s)
+		return "", Endpoint{}, fmt.Errorf("%q is not NAME=URL, as in ghcr.io=https://ghcr.io", s)
 	}
 	name, err := upstream.ParseName(rawName)
 	if err != nil {
-		return err
+		return "", Endpoint{}, err
 	}
-	if err := checkURL(rawURL); err != nil {
-		return err
+	return name, Endpoint{URL: rawURL}, checkURL(rawURL)
+}
+
+// rules say what a key's value must be beyond its type. Flags obey them too.
+var rules = map[string]func(value any) error{
+	"listen":                      func(v any) error { return checkAddress(v.(string)) },
+	"admin_listen":                func(v any) error { return checkAdminAddress(v.(string)) },
+	"log_level":                   oneOf("debug", "info", "warn", "error"),
+	"dir":                         checkDir,
+	"max_size":                    checkMaxSize,
+	"default_upstream":            checkName,
+	"allow":                       oneOf("public", "listed"),
+	"prefetch":                    oneOf("off", "config", "layers"),
+	"defaults.head_timeout":       checkHeadTimeout,
+	"defaults.parallel":           checkParallel,
+	"upstreams[].name":            checkName,
+	"upstreams[].endpoints[]":     func(v any) error { return checkURL(v.(string)) },
+	"upstreams[].endpoints[].url": func(v any) error { return checkURL(v.(string)) },
+	"upstreams[].head_timeout":    checkHeadTimeout,
+	"upstreams[].parallel":        checkParallel,
+}
+
+func oneOf(words ...string) func(any) error {
+	return func(v any) error {
+		if !slices.Contains(words, v.(string)) {
+			return fmt.Errorf("%q is none of %s", v, strings.Join(words, ", "))
+		}
+		return nil
 	}
-	endpoints := []Endpoint{{URL: rawURL}}
-	for i, u := range c.Upstreams {
-		if n, err := upstream.ParseName(u.Name); err == nil && n == name {
-			c.Upstreams[i].Endpoints = endpoints
-			return nil
+}
+
+func checkDir(v any) error {
+	if v.(string) == "" {
+		return errors.New("must not be empty")
+	}
+	return nil
+}
+
+func checkName(v any) error {
+	_, err := upstream.ParseName(v.(string))
+	if err != nil {
+		return fmt.Errorf("%q: %w", v, err)
+	}
+	return nil
+}
+
+func checkAddress(s string) error {
+	_, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port, as in 127.0.0.1:5050", s)
+	}
+	// 0 lets the kernel choose, which try-outs and tests want.
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Errorf("%q: the port must be a number from 0 to 65535", s)
+	}
+	return nil
+}
+
+func checkAdminAddress(s string) error {
+	path, unix := strings.CutPrefix(s, "unix:")
+	switch {
+	case s == "":
+		return nil
+	case unix && !filepath.IsAbs(path):
+		return fmt.Errorf("%q: the path of a socket must be absolute, as in unix:/run/tarn/admin.sock", s)
+	case unix:
+		return nil
+	}
+	return checkAddress(s)
+}
+
+func checkMaxSize(v any) error {
+	if v.(Size) == (Size{}) {
+		return errors.New("must be more than 0")
+	}
+	return nil
+}
+
+// checkHeadTimeout: a longer one would never be reached, since every answer
+// has its headers a second later.
+func checkHeadTimeout(v any) error {
+	if d := v.(time.Duration); d <= 0 || d > upstream.DefaultHeadTimeout {
+		return fmt.Errorf("must be more than 0s and at most %v", upstream.DefaultHeadTimeout)
+	}
+	return nil
+}
+
+func checkParallel(v any) error {
+	if v.(int) < 1 {
+		return errors.New("must be at least 1")
+	}
+	return nil
+}
+
+// checkURL says what is wrong with an endpoint's URL. Its errors never repeat
+// the URL, in which somebody may have written a password.
+func checkURL(s string) error {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil:
+		return errors.New("not a URL, as in https://registry.example:5000")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return errors.New("the URL's scheme must be http or https, as in https://registry.example:5000")
+	case u.Hostname() == "":
+		return errors.New("the URL has no host")
+	case u.User != nil:
+		return errors.New("the URL must not have a user or password")
+	case strings.ContainsAny(s, "?#"):
+		return errors.New("the URL must not have a query or fragment")
+	}
+	// url.Parse takes any digits for a port, and none.
+	if _, port, ok := strings.Cut(strings.TrimPrefix(u.Host, "["+u.Hostname()+"]"), ":"); ok {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return errors.New("the URL's port must be a number from 1 to 65535")
 		}
 	}
-	c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), Endpoints: endpoints})
 	return nil
 }

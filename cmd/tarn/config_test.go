@@ -3,179 +3,602 @@
 package main
 
 import (
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"tarn/upstream"
+
 	"github.com/spf13/pflag"
+	"go.yaml.in/yaml/v3"
 )
 
-func load(t *testing.T, text string) (Config, error) {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "tarn.yaml")
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
+func TestAnEmptyFileMeansTheDefaults(t *testing.T) {
+	t.Parallel()
+	for name, content := range map[string]string{
+		"nothing at all":                "",
+		"comments only":                 "# nothing\n",
+		"an empty document":             "---\n",
+		"an empty mapping":              "{}\n",
+		"every key below commented out": "defaults:\nupstreams:\ntls:\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, err := parseConfig("tarn.yaml", []byte(content))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(c, defaultConfig()) {
+				t.Errorf("got %+v", c)
+			}
+		})
 	}
-	c, err := loadConfig(path)
-	if err != nil {
-		err = errorString(strings.ReplaceAll(err.Error(), path, "tarn.yaml"))
-	}
-	return c, err
 }
 
-type errorString string
+func TestEveryKeyThatWorksIsRead(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "tarn.yaml")
+	// upstreams stand before defaults on purpose: the order of keys means nothing.
+	content := `
+upstreams:
+  - name: Registry.Corp:5000
+    endpoints: [http://10.0.0.1:5000/prefix, {url: "https://[::1]:5001", trusted: true}]
+    ca_file: /etc/tarn/corp.pem
+    cert_file: /etc/tarn/own.pem
+    key_file: /etc/tarn/own.key
+    insecure_skip_verify: true
+    head_timeout: 2s
+  - name: ghcr.io
+listen: :6000
+admin_listen: unix:/run/tarn/admin.sock
+log_level: debug
+dir: /srv/tarn
+max_size: 40%
+min_free: 1073741824
+default_upstream: quay.io
+allow: listed
+defaults: {head_timeout: 3500ms}
+`
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := loadConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := defaultConfig()
+	want.Listen = ":6000"
+	want.AdminListen = "unix:/run/tarn/admin.sock"
+	want.LogLevel = "debug"
+	want.Dir = "/srv/tarn"
+	want.MaxSize = Size{share: 4000}
+	want.MinFree = Size{bytes: 1 << 30}
+	want.DefaultUpstream = "quay.io"
+	want.Allow = "listed"
+	want.Defaults.HeadTimeout = 3500 * time.Millisecond
+	corp, ghcr := want.Defaults, want.Defaults
+	corp.HeadTimeout = 2 * time.Second
+	want.Upstreams = []Upstream{{
+		Name: "Registry.Corp:5000",
+		Endpoints: []Endpoint{
+			{URL: "http://10.0.0.1:5000/prefix"},
+			{URL: "https://[::1]:5001", Trusted: true},
+		},
+		CAFile:             "/etc/tarn/corp.pem",
+		CertFile:           "/etc/tarn/own.pem",
+		KeyFile:            "/etc/tarn/own.key",
+		InsecureSkipVerify: true,
+		UpstreamDefaults:   corp,
+	}, {
+		Name:             "ghcr.io",
+		UpstreamDefaults: ghcr,
+	}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
 
-func (e errorString) Error() string { return string(e) }
+func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		content string
+		want    string // all of the error, or its beginning when it ends in …
+	}{
+		"an unknown key":                  {"\nmax_sise: 1\n", `tarn.yaml:2: unknown key "max_sise"`},
+		"an unknown key under defaults":   {"defaults:\n  head_timout: 1s\n", `tarn.yaml:2: unknown key "defaults.head_timout"`},
+		"an unknown key of an upstream":   {"upstreams:\n- name: a.io\n- name: b.io\n  url: x\n", `tarn.yaml:4: unknown key "upstreams[1].url"`},
+		"an unknown key of an endpoint":   {"upstreams:\n- name: a.io\n  endpoints:\n  - url: http://a\n    trust: true\n", `tarn.yaml:5: unknown key "upstreams[0].endpoints[0].trust"`},
+		"a merge key":                     {"<<: {listen: x}\n", `tarn.yaml:1: unknown key "<<"`},
+		"a key that is a list":            {"? [a]\n: 1\n", `tarn.yaml:1: a key must be a word, not a list`},
+		"a key given twice":               {"listen: a:1\ndir: /x\nlisten: a:1\n", `tarn.yaml:3: duplicate key "listen", first on line 1`},
+		"a second document":               {"dir: /x\n---\ndir: /y\n", `tarn.yaml:2: a second document; only one is read`},
+		"a list for the whole file":       {"- dir\n", `tarn.yaml:1: must be a mapping of keys to values, not a list`},
+		"bad YAML":                        {"dir: /x\nlisten: [a\n", `tarn.yaml:1: not YAML, here or just below: …`},
+		"bad YAML in a second document":   {"dir: /x\n---\n[\n", `tarn.yaml:3: not YAML, here or just below: …`},
+		"an alias":                        {"dir: &d /x\nlisten: *d\n", `tarn.yaml:2: key "listen": aliases (*d) are not supported; write the value out`},
+		"an alias of what it stands in":   {"defaults: &d\n  head_timeout: *d\n", `tarn.yaml:2: key "defaults.head_timeout": aliases…`},
+		"a number for a string":           {"listen: 5050\n", `tarn.yaml:1: key "listen": must be a string, not a number`},
+		"nothing for a string":            {"dir:\n", `tarn.yaml:1: key "dir": must be a string, not nothing`},
+		"a string for a boolean":          {"allow_via_proxy: yes please\n", `tarn.yaml:1: key "allow_via_proxy": must be true or false, not a string`},
+		"a list for a duration":           {"defaults: {head_timeout: [1s]}\n", `tarn.yaml:1: key "defaults.head_timeout": must be a duration, not a list`},
+		"a mapping for a list":            {"upstreams: {name: a}\n", `tarn.yaml:1: key "upstreams": must be a list, not a mapping`},
+		"a string for a mapping":          {"defaults: 8s\n", `tarn.yaml:1: key "defaults": must be a mapping of keys to values, not a string`},
+		"nothing for an upstream":         {"upstreams:\n-\n", `tarn.yaml:2: key "upstreams[0]": must be a mapping of keys to values, not nothing`},
+		"a size without sense":            {"max_size: 50XB\n", `tarn.yaml:1: key "max_size": "50XB" is not a size: allowed are …`},
+		"a negative size":                 {"min_free: -1\n", `tarn.yaml:1: key "min_free": "-1" is not a size: …`},
+		"no size at all":                  {"max_size: 0\n", `tarn.yaml:1: key "max_size": must be more than 0`},
+		"no share at all":                 {"max_size: 0%\n", `tarn.yaml:1: key "max_size": must be more than 0`},
+		"a duration without a unit":       {"defaults: {head_timeout: 8}\n", `tarn.yaml:1: key "defaults.head_timeout": "8" is not a duration, as in "500ms", "8s", "24h"`},
+		"a negative duration":             {"defaults: {head_timeout: -8s}\n", `tarn.yaml:1: key "defaults.head_timeout": must not be negative`},
+		"a head timeout of 0":             {"defaults: {head_timeout: 0}\n", `tarn.yaml:1: key "defaults.head_timeout": must be more than 0s and at most 8s`},
+		"a head timeout beyond an answer": {"upstreams:\n- {name: a.io, head_timeout: 9s}\n", `tarn.yaml:2: key "upstreams[0].head_timeout": must be more than 0s and at most 8s`},
+		"an address without a port":       {"listen: localhost\n", `tarn.yaml:1: key "listen": "localhost" is not host:port, as in 127.0.0.1:5050`},
+		"a port beyond all ports":         {"admin_listen: localhost:65536\n", `tarn.yaml:1: key "admin_listen": "localhost:65536": the port must be a number from 0 to 65535`},
+		"a relative socket":               {"admin_listen: unix:admin.sock\n", `tarn.yaml:1: key "admin_listen": "unix:admin.sock": the path of a socket must be absolute, as in unix:/run/tarn/admin.sock`},
+		"a socket for the registry API":   {"listen: unix:/run/x\n", `tarn.yaml:1: key "listen": "unix:/run/x": the port must be…`},
+		"an unknown log level":            {"log_level: trace\n", `tarn.yaml:1: key "log_level": "trace" is none of debug, info, warn, error`},
+		"an unknown word for allow":       {"allow: all\n", `tarn.yaml:1: key "allow": "all" is none of public, listed`},
+		"an empty directory":              {"dir: ''\n", `tarn.yaml:1: key "dir": must not be empty`},
+		"a URL for a name":                {"default_upstream: https://ghcr.io\n", `tarn.yaml:1: key "default_upstream": …`},
+		"an upstream without a name":      {"upstreams:\n- ca_file: x\n", `tarn.yaml:2: key "upstreams[0].name": must be given`},
+		"an upstream with a bad name":     {"upstreams:\n- name: a/b\n", `tarn.yaml:2: key "upstreams[0].name": "a/b": …`},
+		"an upstream listed twice":        {"upstreams:\n- name: GHCR.io\n- name: ghcr.io:443\n", `tarn.yaml:3: key "upstreams[1].name": ghcr.io is listed before, on line 2`},
+		"a certificate without a key":     {"upstreams:\n- name: a.io\n  cert_file: x\n", `tarn.yaml:2: key "upstreams[0]": cert_file and key_file go together`},
+		"an endpoint without a URL":       {"upstreams:\n- name: a.io\n  endpoints: [{trusted: true}]\n", `tarn.yaml:3: key "upstreams[0].endpoints[0].url": must be given`},
+		"an endpoint that is a host":      {"upstreams:\n- name: a.io\n  endpoints: [a.io]\n", `tarn.yaml:3: key "upstreams[0].endpoints[0]": the URL's scheme must be http or https, as in https://registry.example:5000`},
+		"an endpoint with a password": {"upstreams:\n- name: a.io\n  endpoints: ['https://u:secret@a.io']\n",
+			`tarn.yaml:3: key "upstreams[0].endpoints[0]": the URL must not have a user or password`},
+		"two mistakes, in the order of the lines": {"upstreams: 1\nlisten: 1\n",
+			"tarn.yaml:1: key \"upstreams\": must be a list, not a number\ntarn.yaml:2: key \"listen\": must be a string, not a number"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := parseConfig("tarn.yaml", []byte(c.content))
+			if err == nil {
+				t.Fatalf("no error; want %s", c.want)
+			}
+			prefix, isPrefix := strings.CutSuffix(c.want, "…")
+			if got := err.Error(); got != c.want && !(isPrefix && strings.HasPrefix(got, prefix)) {
+				t.Errorf("got  %s\nwant %s", got, c.want)
+			}
+		})
+	}
+}
 
-func TestAnEmptyFileIsTheDefaults(t *testing.T) {
-	for _, text := range []string{"", "# nothing\n", "{}"} {
-		c, err := load(t, text)
-		if err != nil || !reflect.DeepEqual(c, defaultConfig()) {
-			t.Errorf("%q: %+v, %v", text, c, err)
+func TestAKeyWithoutMeaningYetIsRefused(t *testing.T) {
+	t.Parallel()
+	// One value beside the default for each key of notYet.
+	other := map[string]string{
+		"tls":             `{cert_file: x}`,
+		"metrics_listen":  `127.0.0.1:5052`,
+		"prefetch":        `layers`,
+		"allow_via_proxy": `true`,
+		"stale_if_error":  `1h`,
+		"grant_ttl":       `1s`,
+		"membership_ttl":  `1h`,
+		"parallel":        `8`,
+		"realm":           `https://auth.corp/token`,
+		"token_broker":    `true`,
+		"credentials":     `{docker_config: x}`,
+		"share":           `[platform/*]`,
+	}
+	same := map[string]string{
+		"tls":             `{cert_file: "", key_file: "", client_ca_file: ""}`,
+		"metrics_listen":  `""`,
+		"prefetch":        `off`,
+		"allow_via_proxy": `false`,
+		"stale_if_error":  `0s`,
+		"grant_ttl":       `60s`,
+		"membership_ttl":  `24h`,
+		"parallel":        `4`,
+		"realm":           `""`,
+		"token_broker":    `false`,
+		"credentials":     `{kubelet_plugins: {}}`,
+		"share":           `[]`,
+	}
+	for key, kind := range notYet {
+		section, leaf, ok := strings.Cut(key, ".")
+		if !ok {
+			section, leaf = "", key
+		}
+		at := strings.Replace(key, "[]", "[0]", 1)
+		file := func(value string) string {
+			switch section {
+			case "defaults":
+				return "defaults:\n  " + leaf + ": " + value + "\n"
+			case "upstreams[]":
+				return "upstreams: [{name: a.io,\n  " + leaf + ": " + value + "}]\n"
+			}
+			return "\n" + leaf + ": " + value + "\n"
+		}
+		want := `tarn.yaml:2: key "` + at + `": not yet supported; remove it`
+		t.Run("other than its default, "+key, func(t *testing.T) {
+			t.Parallel()
+			_, err := parseConfig("tarn.yaml", []byte(file(other[leaf])))
+			if err == nil || err.Error() != want {
+				t.Errorf("got  %v\nwant %s", err, want)
+			}
+		})
+		t.Run("at its default, "+key, func(t *testing.T) {
+			t.Parallel()
+			_, err := parseConfig("tarn.yaml", []byte(file(same[leaf])))
+			if kind == onlyDefault && err != nil {
+				t.Error(err)
+			}
+			if kind == refused && (err == nil || err.Error() != want) {
+				t.Errorf("got  %v\nwant %s", err, want)
+			}
+		})
+	}
+}
+
+// keys lists the keys of a struct as they stand in notYet.
+func keys(t reflect.Type, path string) (all []string) {
+	for i := range t.NumField() {
+		f := t.Field(i)
+		tag := f.Tag.Get("yaml")
+		inner, key := f.Type, path+tag
+		if tag == ",inline" {
+			all = append(all, keys(inner, path)...)
+			continue
+		}
+		all = append(all, key)
+		if inner.Kind() == reflect.Slice {
+			inner, key = inner.Elem(), key+"[]"
+		}
+		if inner.Kind() == reflect.Struct && inner != reflect.TypeFor[Size]() {
+			all = append(all, keys(inner, key+".")...)
+		}
+	}
+	return all
+}
+
+// exampleKeys lists the keys of a mapping, with the comment of each.
+func exampleKeys(n *yaml.Node, path string, comments map[string]string) {
+	switch n.Kind {
+	case yaml.SequenceNode:
+		for _, item := range n.Content {
+			exampleKeys(item, strings.TrimSuffix(path, ".")+"[].", comments)
+		}
+	case yaml.MappingNode:
+		for i := 0; i < len(n.Content); i += 2 {
+			k := n.Content[i]
+			comment := k.HeadComment
+			if i == 0 && comment == "" { // the parser gives a first key's comment to the mapping
+				comment = n.HeadComment
+			}
+			comments[path+k.Value] = comment
+			exampleKeys(n.Content[i+1], path+k.Value+".", comments)
 		}
 	}
 }
 
-func TestAFullFile(t *testing.T) {
-	c, err := load(t, `
-listen: 127.0.0.1:6000
-admin_listen: unix:/run/tarn/admin.sock
-log_level: debug
-dir: /data
-max_size: 40%
-min_free: 1GiB
-default_upstream: ghcr.io
-allow: listed
-prefetch: off
-defaults: {head_timeout: 2s, grant_ttl: 60s}
-upstreams:
-  - name: registry.corp:5000
-    endpoints: [https://registry.corp:5000, {url: "http://mirror.corp/x", trusted: true}]
-    insecure_skip_verify: true
-    head_timeout: 3s
-    token_broker: false
-`)
+func TestTheExampleFileHasEveryKeyAndItsDefault(t *testing.T) {
+	t.Parallel()
+	const path = "../../docs/tarn.example.yaml"
+	c, err := loadConfig(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	u := c.Upstreams[0]
-	if c.MaxSize.Bytes(1000) != 400 || c.MinFree.Bytes(0) != 1<<30 || c.Defaults.HeadTimeout != 2*time.Second ||
-		len(u.Endpoints) != 2 || !u.Endpoints[1].Trusted || u.HeadTimeout != 3*time.Second || !u.InsecureSkipVerify {
-		t.Errorf("%+v", c)
+	if !reflect.DeepEqual(c, defaultConfig()) {
+		t.Errorf("as it stands it differs from the defaults: %+v", c)
 	}
-}
 
-func TestMistakesNameFileLineAndKey(t *testing.T) {
-	for text, want := range map[string]string{
-		"listen: 127.0.0.1:1\nmax_sise: 5\n":                               `tarn.yaml:2: unknown key "max_sise"`,
-		"upstreams:\n- name: a.b\n  endpoint: x\n":                         `tarn.yaml:3: unknown key "endpoint"`,
-		"max_size: 5 apples\n":                                             `tarn.yaml:1: "5 apples" is not a size, as in "50GiB", "500MB", "1073741824" or "40%"`,
-		"max_size: -1\n":                                                   `tarn.yaml:1: "-1" is not a size, as in "50GiB", "500MB", "1073741824" or "40%"`,
-		"max_size: 101%\n":                                                 `tarn.yaml:1: "101%" is more than the whole filesystem`,
-		"max_size: 99999999TiB\n":                                          `tarn.yaml:1: "99999999TiB" is more than any disk has`,
-		"max_size: 0\n":                                                    `tarn.yaml: max_size: must be more than 0`,
-		"prefetch: layers\n":                                               `tarn.yaml:1: key "prefetch": not yet supported; remove it, or leave it at its default`,
-		"defaults:\n  stale_if_error: 1h\n":                                `tarn.yaml:2: key "stale_if_error": not yet supported; remove it, or leave it at its default`,
-		"upstreams:\n- name: a.b\n  share: [x]\n":                          `tarn.yaml:3: key "share": not yet supported; remove it, or leave it at its default`,
-		"upstreams:\n- name: a.b\n  endpoints:\n  - ftp://x\n":             `tarn.yaml:4: endpoint: endpoint "ftp://x": the scheme must be http or https`,
-		"upstreams:\n- name: a.b\n  endpoints: [\"https://u:p@x\"]\n":      `tarn.yaml:3: endpoint: endpoint "https://u:xxxxx@x": user info, query and fragment have no place here`,
-		"upstreams:\n- name: a.b\n  endpoints: [{url: https://x, y: 1}]\n": `tarn.yaml:3: unknown key "y"`,
-		"upstreams: [{name: a.b}, {name: A.B.}]\n":                         `tarn.yaml: upstreams: a.b is listed twice`,
-		"upstreams: [{name: a/b}]\n":                                       `tarn.yaml: upstreams: name "a/b": not a registry name: "a/b" is not a host name`,
-		"allow: some\n":                                                    `tarn.yaml: allow: "some" is neither public nor listed`,
-		"listen: nowhere\n":                                                `tarn.yaml: listen: "nowhere" is not host:port`,
-		"defaults: {head_timeout: 20s}\n":                                  `tarn.yaml: defaults: head_timeout: 20s is not more than 0 and at most 8s, which leaves time to answer`,
-		"log_level: info\nlog_level: debug\n":                              `tarn.yaml:2: mapping key "log_level" already defined at line 1`,
-		"listen: a:1\n---\nlisten: b:1\n":                                  `tarn.yaml: more than one YAML document`,
-		"listen: [\n":                                                      `tarn.yaml:1: did not find expected node content`,
-	} {
-		if _, err := load(t, text); err == nil || err.Error() != want {
-			t.Errorf("%q:\n got %v\nwant %s", text, err, want)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A line that begins with "#" and no space is a key commented out.
+	data = regexp.MustCompile(`(?m)^( *)#([^ \n])`).ReplaceAll(data, []byte("$1$2"))
+	var doc yaml.Node
+	if err := yaml.Unmarshal(data, &doc); err != nil {
+		t.Fatalf("with all keys uncommented: %v", err)
+	}
+	comments := make(map[string]string)
+	exampleKeys(doc.Content[0], "", comments)
+	known := keys(reflect.TypeFor[Config](), "")
+	for _, key := range known {
+		comment, there := comments[key]
+		if !there {
+			t.Errorf("%s is not in the example", key)
+		} else if comment == "" {
+			t.Errorf("%s has no comment in the example", key)
+		}
+		_, missing := notYet[key]
+		if says := strings.Contains(strings.ToLower(comment), "not yet"); says != missing {
+			t.Errorf(`%s: the comment says "not yet": %v; the program does: %v`, key, says, missing)
+		}
+		delete(comments, key)
+	}
+	for key := range comments {
+		t.Errorf("%s is in the example and unknown", key)
+	}
+	for key := range notYet {
+		if !slices.Contains(known, key) {
+			t.Errorf("%s is in notYet and unknown", key)
+		}
+	}
+	for key := range rules {
+		if !slices.Contains(known, strings.TrimSuffix(key, "[]")) {
+			t.Errorf("%s has a rule and is unknown", key)
+		}
+	}
+
+	// The values of what is commented out are the defaults too: nothing but
+	// those keys is complained of that are refused even then.
+	_, err = parseConfig(path, data)
+	if err == nil {
+		t.Fatal("nothing is refused")
+	}
+	for line := range strings.Lines(err.Error()) {
+		m := regexp.MustCompile(`key "([^"]+)": not yet supported; remove it\n?$`).FindStringSubmatch(line)
+		if m == nil || notYet[general(m[1])] != refused {
+			t.Errorf("with all keys uncommented: %s", line)
 		}
 	}
 }
 
 func TestFlagsOverrideTheFile(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "tarn.yaml")
-	if err := os.WriteFile(path, []byte("dir: /a\nupstreams: [{name: lab.test, endpoints: [https://x]}]\n"), 0o600); err != nil {
+	const content = "listen: 127.0.0.1:1\nadmin_listen: 127.0.0.1:2\ndir: /a\nmax_size: 1GiB\n" +
+		"defaults: {head_timeout: 2s}\n" +
+		"upstreams: [{name: Corp.io, ca_file: x, endpoints: ['http://a', 'http://b']}]\n"
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var f serveFlags
-	set := pflag.NewFlagSet("serve", pflag.ContinueOnError)
-	f.register(set)
-	if err := set.Parse([]string{"--config", path, "--dir", "/b", "--max-size", "1GB", "--admin-listen", "",
-		"--upstream", "LAB.test=http://127.0.0.1:1", "--upstream", "ghcr.io=https://ghcr.io"}); err != nil {
-		t.Fatal(err)
+	parse := func(args ...string) (Config, error) {
+		var f serveFlags
+		set := pflag.NewFlagSet("serve", pflag.ContinueOnError)
+		f.register(set)
+		if err := set.Parse(append([]string{"--config", path}, args...)); err != nil {
+			t.Fatal(err)
+		}
+		return f.config()
 	}
-	c, err := f.config()
+	file, err := parse()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Dir != "/b" || c.MaxSize.Bytes(0) != 1e9 || c.AdminListen != "" || len(c.Upstreams) != 2 || c.Upstreams[0].Endpoints[0].URL != "http://127.0.0.1:1" {
-		t.Errorf("%+v", c)
+	for name, c := range map[string]struct {
+		args   []string
+		change func(*Config)
+	}{
+		"none":            {nil, func(*Config) {}},
+		"listen":          {[]string{"--listen=:3"}, func(c *Config) { c.Listen = ":3" }},
+		"admin off":       {[]string{"--admin-listen="}, func(c *Config) { c.AdminListen = "" }},
+		"admin on socket": {[]string{"--admin-listen=unix:/s"}, func(c *Config) { c.AdminListen = "unix:/s" }},
+		"dir":             {[]string{"--dir=/b"}, func(c *Config) { c.Dir = "/b" }},
+		"max-size":        {[]string{"--max-size=40%"}, func(c *Config) { c.MaxSize = Size{share: 4000} }},
+		"an upstream of the file gets other endpoints and keeps the rest": {
+			[]string{"--upstream=corp.IO=http://c/p", "--upstream=corp.io=http://d=e"},
+			func(c *Config) { c.Upstreams[0].Endpoints = []Endpoint{{URL: "http://c/p"}, {URL: "http://d=e"}} },
+		},
+		"an upstream that the file has not gets the file's defaults": {
+			[]string{"--upstream=new.io:5000=http://10.0.0.1"},
+			func(c *Config) {
+				c.Upstreams = append(c.Upstreams, Upstream{
+					Name:             "new.io:5000",
+					Endpoints:        []Endpoint{{URL: "http://10.0.0.1"}},
+					UpstreamDefaults: c.Defaults,
+				})
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			got, err := parse(c.args...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := file
+			want.Upstreams = slices.Clone(file.Upstreams)
+			c.change(&want)
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+		})
 	}
-	for _, bad := range []string{"x", "a.b=", "a.b=ftp://x", "a b=http://x", "=http://x"} {
-		if err := c.addUpstream(bad); err == nil {
-			t.Errorf("--upstream %q was taken", bad)
+	for name, c := range map[string]struct{ arg, want string }{
+		"listen without a port":     {"--listen=x", `--listen: "x" is not host:port, as in 127.0.0.1:5050`},
+		"an empty listen":           {"--listen=", `--listen: "" is not host:port, as in 127.0.0.1:5050`},
+		"an empty dir":              {"--dir=", `--dir: must not be empty`},
+		"a size of 0":               {"--max-size=0", `--max-size: must be more than 0`},
+		"a size without sense":      {"--max-size=big", `--max-size: "big" is not a size`},
+		"an upstream without a URL": {"--upstream=ghcr.io", `--upstream: "ghcr.io" is not NAME=URL`},
+		"an upstream without name":  {"--upstream==http://x", `--upstream: `},
+		"an upstream's bad URL":     {"--upstream=ghcr.io=ghcr.io", `--upstream: the URL's scheme must be http or https, as in https://registry.example:5000`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := parse(c.arg)
+			if err == nil || !strings.HasPrefix(err.Error(), c.want) {
+				t.Errorf("got  %v\nwant %s", err, c.want)
+			}
+		})
+	}
+}
+
+func TestAFileThatCannotBeReadIsAnError(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	large := filepath.Join(dir, "large")
+	if err := os.WriteFile(large, []byte(strings.Repeat("#", maxConfigBytes+1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{filepath.Join(dir, "absent"), dir, large} {
+		if _, err := loadConfig(path); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v", path, err)
 		}
 	}
 }
 
-// TestTheExampleNamesEveryKey: the documented file loads as it stands, is the
-// defaults, and leaves no key out.
-func TestTheExampleNamesEveryKey(t *testing.T) {
-	path := "../../docs/tarn.example.yaml"
-	c, err := loadConfig(path)
-	if err != nil {
-		t.Fatal(err)
+func TestAUserWithoutAFileHasADirectoryOfTheirOwn(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", "/home/u/.cache")
+	if got := userConfig(1000).Dir; got != "/home/u/.cache/tarn" {
+		t.Errorf("a user gets %s", got)
 	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
+	if got := userConfig(0).Dir; got != "/var/lib/tarn" {
+		t.Errorf("root gets %s", got)
 	}
-	d := defaultConfig()
-	if c.Listen != d.Listen || c.AdminListen != d.AdminListen || c.Dir != d.Dir || c.MaxSize != d.MaxSize || c.MinFree != d.MinFree ||
-		c.Allow != d.Allow || c.DefaultUpstream != d.DefaultUpstream || c.Defaults.HeadTimeout != d.Defaults.HeadTimeout || len(c.Upstreams) != 0 {
-		t.Errorf("the example is not the defaults: %+v", c)
+	t.Setenv("XDG_CACHE_HOME", "")
+	t.Setenv("HOME", "")
+	if got := userConfig(1000).Dir; got != "/var/lib/tarn" {
+		t.Errorf("a user without a home gets %s", got)
 	}
-	var walk func(reflect.Type)
-	walk = func(s reflect.Type) {
-		for i := range s.NumField() {
-			f := s.Field(i)
-			key, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
-			if key != "" && !strings.Contains(string(text), key+":") {
-				t.Errorf("key %q is missing in %s", key, path)
-			}
-			ft := f.Type
-			if ft.Kind() == reflect.Slice {
-				ft = ft.Elem()
-			}
-			if ft.Kind() == reflect.Struct && ft != reflect.TypeFor[notYet]() && ft != reflect.TypeFor[Size]() {
-				walk(ft)
-			}
+}
+
+func TestURLsOfEndpoints(t *testing.T) {
+	t.Parallel()
+	for raw, ok := range map[string]bool{
+		"https://ghcr.io":               true,
+		"http://127.0.0.1:5000":         true,
+		"http://[::1]":                  true,
+		"http://[::1]:5000/path/prefix": true,
+		"https://a.io/":                 true,
+		"":                              false,
+		"a.io":                          false,
+		"a.io:5000":                     false,
+		"ftp://a.io":                    false,
+		"https:a.io":                    false,
+		"https://":                      false,
+		"https://:5000":                 false,
+		"https://a.io:":                 false,
+		"https://a.io:0":                false,
+		"https://a.io:65536":            false,
+		"https://[::1]:":                false,
+		"https://u@a.io":                false,
+		"https://u:p@a.io":              false,
+		"https://a.io?":                 false,
+		"https://a.io?a=b":              false,
+		"https://a.io#":                 false,
+		"https://a.io/%zz":              false,
+		"https://a b.io":                false,
+	} {
+		if err := checkURL(raw); (err == nil) != ok {
+			t.Errorf("%q: %v", raw, err)
 		}
 	}
-	walk(reflect.TypeFor[Config]())
+}
+
+func TestSizes(t *testing.T) {
+	t.Parallel()
+	const total = 1000_003
+	for in, want := range map[string]int64{
+		"0":                   0,
+		"1073741824":          1 << 30,
+		"9223372036854775807": math.MaxInt64,
+		"7B":                  7,
+		"1k":                  1000,
+		"500MB":               500e6,
+		"2 GB":                2e9,
+		"3T":                  3e12,
+		"1Ki":                 1024,
+		"50GiB":               50 << 30,
+		"1.5GiB":              3 << 29,
+		"0.000001TiB":         1099511,
+		"8388607Ti":           8388607 << 40,
+		"0%":                  0,
+		"40%":                 400_001,
+		"2.5%":                25_000,
+		"0.01%":               100,
+		"99.99%":              999_902,
+		"100%":                total,
+	} {
+		got, err := parseSize(in)
+		if err != nil {
+			t.Errorf("%q: %v", in, err)
+		} else if got.Bytes(total) != want {
+			t.Errorf("%q: got %d, want %d", in, got.Bytes(total), want)
+		}
+	}
+	for _, in := range []string{
+		"", " ", "x", "-1", "+1", "-5%", "NaN", "inf", "1e9", "0x10", "1_000", "1.5", "1.5B", ".5G", "1.", "1,5G",
+		"5 0G", "50GiBB", "50gib", "50XiB", "50P", "i", "B", "5%B", "100.01%", "101%", "9223372036854775808",
+		"8388608Ti", "8388607.9999999Ti", "9223372036854775807K", "99999999999999999999", "1G ", "5  G", "%", "٣",
+	} {
+		if got, err := parseSize(in); err == nil {
+			t.Errorf("%q: got %v, want an error", in, got)
+		}
+	}
+	if got := (Size{share: filesystem}).Bytes(math.MaxInt64); got != math.MaxInt64 {
+		t.Errorf("all of the largest filesystem: %d", got)
+	}
+	if got := (Size{share: 1}).Bytes(-1); got != 0 {
+		t.Errorf("a share of less than nothing: %d", got)
+	}
+}
+
+func FuzzSize(f *testing.F) {
+	for _, s := range []string{"50GiB", "40%", "1.5TB", "8388607.999999Ti", "0.000001k", "99.999999%"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		s, err := parseSize(in)
+		if err != nil {
+			return
+		}
+		again, err := parseSize(s.String())
+		if err != nil || again != s {
+			t.Errorf("%q is %v, which reads as %v, %v", in, s, again, err)
+		}
+		for _, total := range []int64{0, 1, 4096, 1 << 40, math.MaxInt64} {
+			b := s.Bytes(total)
+			if b < 0 || strings.HasSuffix(in, "%") && b > total {
+				t.Errorf("%q of %d bytes is %d", in, total, b)
+			}
+		}
+	})
 }
 
 func FuzzConfig(f *testing.F) {
-	f.Add([]byte("max_size: 1GiB\nupstreams: [{name: a.b, endpoints: [https://x]}]"))
-	f.Add([]byte("tls: &a [*a]"))
+	example, err := os.ReadFile("../../docs/tarn.example.yaml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(example)
+	for _, s := range []string{
+		"", "---\n", "a: &a [*a]\n", "? {}\n: 1\n", "listen: !!binary aGk=\n", "\xff\xfe", "upstreams: [{name: a, endpoints: [b]}]",
+		"defaults: {<<: *x}", "max_size: !foo 1", "!!map\nlisten: 127.0.0.1:1", "- - - -\n", "upstreams: [[[[", "a: 1\n---\nb: 2\n",
+		"upstreams: [{name: a.io, endpoints: ['http://b', {url: 'https://c:1/d', trusted: true}], head_timeout: 1s}]",
+	} {
+		f.Add([]byte(s))
+	}
+	located := regexp.MustCompile(`(?m)^tarn\.yaml:[0-9]+: .`)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c, err := parseConfig(data)
+		c, err := parseConfig("tarn.yaml", data)
 		if err != nil {
-			inFile("f", err)
+			if !located.MatchString(err.Error()) {
+				t.Errorf("an error that names no line: %v", err)
+			}
 			return
 		}
-		if c.MaxSize.Bytes(1<<40) <= 0 {
-			t.Fatalf("max_size %v", c.MaxSize)
+		// What is accepted can be run with.
+		if err := checkAddress(c.Listen); err != nil {
+			t.Error(err)
 		}
+		if c.MaxSize == (Size{}) || c.Dir == "" || !slices.Contains([]string{"public", "listed"}, c.Allow) {
+			t.Errorf("accepted: %+v", c)
+		}
+		names := make(map[upstream.Name]bool)
 		for _, u := range c.Upstreams {
-			if _, err := upstreamConfig(u, c.Defaults); err != nil && u.CAFile == "" && u.CertFile == "" {
-				t.Fatalf("a checked upstream cannot be used: %v", err)
+			name, err := upstream.ParseName(u.Name)
+			if err != nil || names[name] {
+				t.Errorf("accepted: upstream %q, %v", u.Name, err)
+			}
+			names[name] = true
+			if u.HeadTimeout <= 0 || u.HeadTimeout > upstream.DefaultHeadTimeout {
+				t.Errorf("accepted: head_timeout %v", u.HeadTimeout)
+			}
+			u.CAFile, u.CertFile, u.KeyFile = "", "", "" // not the fuzzer's business to open
+			if _, err := upstreamConfig(u, c.Defaults); err != nil {
+				t.Errorf("accepted: %+v, %v", u, err)
 			}
 		}
 	})
