@@ -23,13 +23,13 @@ import (
 // leave: it lives on the cache's context.
 //
 //	            fetch refused or failed
-//	asking ───────────────────────────────────────────> failed
-//	  │  │  stored meanwhile ─────────────────────────> gone
+//	asking ─────────────────────────────────> ending ─> failed
+//	  │  │  stored meanwhile ───────────────> ending ─> gone
 //	  │  └─ no room ──────────────────────────────────> apart
 //	  │ headers, room                                     ^
 //	  v                                                   │
 //	filling ── disk refuses a write, or room ends ────────┘
-//	  │  └─ short, long, digest or check fails, source breaks ──> failed
+//	  │  └─ short, long, digest or check fails, source breaks ──> ending
 //	  │ digest matches
 //	  v
 //	verified ── committer: stored, or dropped ──> out of the table
@@ -39,6 +39,7 @@ import (
 //	asking    wait
 //	filling   have every written byte but the last tailHold of the object
 //	verified  have every byte
+//	ending    wait: nobody is fed any more, the taints are being written
 //	apart     have what is in the file, then go on with a stream of its own
 //	failed    have nothing more. It is tainted if it had anything.
 //	gone      look at the store again
@@ -76,6 +77,7 @@ const (
 	asking flightState = iota
 	filling
 	verified
+	ending
 	apart
 	failed
 	gone
@@ -284,19 +286,21 @@ func (f *flight) verify(h hash.Hash, check func([]byte) error) error {
 
 // end is for failed and gone. The order matters: first nobody is fed any more,
 // then the taints are written, then the table lets a new generation in, and
-// only then do the readers hear of it.
+// only then do the readers hear of it: who comes back at once starts anew.
 func (f *flight) end(state flightState, err error) {
 	f.mu.Lock()
-	f.state, f.err = state, err
+	f.state = ending
 	fed := f.fed
-	f.fed = nil
 	f.mu.Unlock()
 	for reader := range fed {
 		f.cache.taint.add(f.key, reader, promise{})
 	}
-	f.cancel()
-	f.wakeAll()
 	f.leaveTable()
+	f.cancel()
+	f.mu.Lock()
+	f.state, f.err = state, err
+	f.changed.Broadcast()
+	f.mu.Unlock()
 }
 
 // standApart leaves the readers to streams of their own: from the state h that
@@ -405,7 +409,7 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 // length when a range of it is asked for. Called with the lock.
 func (f *flight) undecided(req Request) bool {
 	switch f.state {
-	case asking:
+	case asking, ending:
 		return true
 	case filling:
 		if f.size < 0 {

@@ -86,7 +86,7 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 	f := r.flight
 	f.mu.Lock()
-	for r.stopped == nil && r.pos >= f.readable() && f.state == filling {
+	for r.stopped == nil && r.pos >= f.readable() && (f.state == filling || f.state == ending) {
 		f.changed.Wait()
 	}
 	avail, state, err := f.readable()-r.pos, f.state, f.err

@@ -34,7 +34,6 @@ type answer struct {
 // of this endpoint reaches, from the address that it was found at.
 func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authorization string) (*answer, reach, error) {
 	u := req.url(e)
-	far := r.endpointReach()
 	word := reachPublic
 	sent := time.Now()
 	for hop := 0; ; hop++ {
@@ -42,14 +41,12 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 		if err != nil {
 			return nil, word, err
 		}
-		home := sameOrigin(u, e.URL)
+		far, home := word, sameOrigin(u, e.URL)
 		if home {
+			far = r.endpointReach()
 			if authorization != "" {
 				hreq.Header.Set("Authorization", authorization)
 			}
-			far = r.endpointReach()
-		} else {
-			far = word
 		}
 		resp, at, err := r.roundTrip(hreq, far)
 		if err != nil {

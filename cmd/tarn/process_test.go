@@ -130,6 +130,12 @@ func (p *process) kill() {
 func (p *process) terminate() {
 	p.t.Helper()
 	p.Process.Signal(syscall.SIGTERM)
+	p.ended()
+}
+
+// ended waits for the end of a process that was told to stop.
+func (p *process) ended() {
+	p.t.Helper()
 	select {
 	case <-p.exited:
 	case <-time.After(20 * time.Second):

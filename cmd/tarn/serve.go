@@ -122,9 +122,10 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	defer p.Close()
 
-	servers := []*http.Server{newServer(p, log)}
+	registryServer := newServer(p, log)
+	servers := []*http.Server{registryServer}
 	failed := make(chan error, 2)
-	go func() { failed <- servers[0].Serve(listener) }()
+	go func() { failed <- registryServer.Serve(listener) }()
 	if adminListener != nil {
 		s := newServer(newAdmin(cfg, store, registry, adminListener), log)
 		servers = append(servers, s)

@@ -142,7 +142,7 @@ func TestSIGTERMClosesTheListenerAtOnceAndFinishesAnswers(t *testing.T) {
 	if err != nil || digest.FromBytes(got) != d {
 		t.Fatalf("the running answer: %d bytes, %v", len(got), err)
 	}
-	p.terminate()
+	p.ended()
 }
 
 // TestKillAtAnyMoment: tarn is killed at a moment that no test chose, in the
