@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package e2e
+
+import (
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"testing"
+)
+
+// startTarn runs the built tarn on this directory and returns when it serves. A
+// wrapper, such as a tracer with its options, goes in front of its command line.
+func startTarn(t *testing.T, dir string, wrapper ...string) *process {
+	t.Helper()
+	line := append(wrapper, filepath.Join(work(), "tarn"), "serve",
+		"--dir", dir,
+		"--listen", tarnAddr,
+		"--admin-listen", tarnAdminAddr,
+		"--upstream", upstreamName+"=http://"+forTarnAddr,
+	)
+	p := start(t, "tarn", line[0], line[1:]...)
+	waitFor(t, "tarn serves", func() error {
+		if err := p.alive(); err != nil {
+			t.Fatalf("%v; its log:\n%s", err, p.tail(t))
+		}
+		resp, err := http.Get("http://" + tarnAddr + "/v2/")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("GET /v2/ answers %s", resp.Status)
+		}
+		return nil
+	})
+	return p
+}
