@@ -102,7 +102,7 @@ func build(ctx context.Context, work string) (containerd string, err error) {
 		{"..", "./cmd/tarn", "tarn"},
 		{".", "./program", "program"},
 	} {
-		c := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(work, b.binary), b.pkg)
+		c := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(work, b.binary), b.pkg)
 		c.Dir = b.folder
 		c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 		if out, err := c.CombinedOutput(); err != nil {

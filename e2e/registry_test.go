@@ -74,6 +74,7 @@ type registry struct {
 	requests    []*request
 	refuseBlobs bool
 	brake       *brake
+	password    string // of the user "lab"; empty when everybody may read
 }
 
 // The registry logs each request; our record is what counts.
@@ -132,10 +133,15 @@ func (r *registry) recorded(way route) http.Handler {
 		// record.
 		r.mu.Lock()
 		r.requests = append(r.requests, rec)
-		refuse, brake := r.refuseBlobs, r.brake
+		refuse, brake, password := r.refuseBlobs, r.brake, r.password
 		r.mu.Unlock()
 
 		rw := &recorder{ResponseWriter: w, registry: r, rec: rec}
+		if user, given, _ := req.BasicAuth(); password != "" && (user != "lab" || given != password) {
+			rw.Header().Set("WWW-Authenticate", `Basic realm="the tests"`)
+			http.Error(rw, "locked by the tests", http.StatusUnauthorized)
+			return
+		}
 		if strings.Contains(rec.path, "/blobs/") {
 			if refuse {
 				http.Error(rw, "the tests have switched off blobs", http.StatusServiceUnavailable)
@@ -168,6 +174,9 @@ func (w *recorder) WriteHeader(status int) {
 
 func (w *recorder) Write(p []byte) (int, error) {
 	w.registry.mu.Lock()
+	if w.rec.status == 0 {
+		w.rec.status = http.StatusOK // as net/http does
+	}
 	w.rec.body += int64(len(p))
 	sent := w.rec.body
 	w.registry.mu.Unlock()
@@ -203,6 +212,14 @@ func (r *registry) stopMidway(object digest.Digest, after int64) *brake {
 	defer r.mu.Unlock()
 	r.brake = b
 	return b
+}
+
+// lock makes both recorded addresses answer 401 to everybody but the user "lab"
+// with this password, as the server in front of a private registry does.
+func (r *registry) lock(password string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.password = password
 }
 
 // switchBlobsOff makes both recorded addresses answer 503 to every request for

@@ -5,7 +5,6 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -13,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -43,11 +41,12 @@ func TestACachedBlobIsSentByTheKernelAndNotCopied(t *testing.T) {
 		}
 	}
 
+	// The last line is of the thread that the process began with.
+	end := regexp.MustCompile(fmt.Sprintf(`(?m)^%d +\+\+\+ exited`, n.tarn.cmd.Process.Pid))
 	var raw []byte
 	waitFor(t, "the trace has tarn's end", func() (err error) {
-		// The last line is of the thread that the process began with.
-		if raw, err = os.ReadFile(trace); err == nil && !strings.Contains(string(raw), fmt.Sprintf("%d +++ exited", n.tarn.cmd.Process.Pid)) {
-			err = errors.New("it has not")
+		if raw, err = os.ReadFile(trace); err == nil && !end.Match(raw) {
+			err = fmt.Errorf("its last bytes are %q", raw[max(0, len(raw)-200):])
 		}
 		return err
 	})

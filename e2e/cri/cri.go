@@ -57,7 +57,7 @@ func (c *Client) Close() error { return c.conn.Close() }
 func (c *Client) Ready(ctx context.Context) error {
 	r, err := c.runtime.Status(ctx, &runtime.StatusRequest{})
 	if err != nil {
-		return fmt.Errorf("Status: %w", err)
+		return fmt.Errorf("ask the runtime for its status: %w", err)
 	}
 	for _, cond := range r.GetStatus().GetConditions() {
 		if cond.GetType() == runtime.RuntimeReady && !cond.GetStatus() {

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# Names for the commands that people type. What each change has to pass is in .ci/run.
+
+FUZZTIME ?= 30s
+
+.PHONY: test race lint e2e bench fuzz ci
+
+test:
+	go test ./...
+
+race:
+	go test -race ./...
+
+lint:
+	test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	go tool staticcheck ./...
+	staticcheck=$$(go tool -n staticcheck) && cd e2e && go vet ./... && "$$staticcheck" ./...
+
+# Real clients against the built binary. Needs Linux and root; installs what is missing.
+e2e:
+	e2e/install.sh
+	cd e2e && go test -count=1 ./...
+
+bench:
+	go test -run '^$$' -bench . -benchmem ./...
+
+# Each fuzz target for FUZZTIME.
+fuzz:
+	set -e; for package in $$(go list ./...); do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz'); do \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+ci:
+	.ci/run
