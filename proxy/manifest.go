@@ -5,6 +5,7 @@ package proxy
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"mime"
@@ -56,6 +57,12 @@ func manifestLike(mediaType string) bool {
 func schema1(mediaType string) bool {
 	return strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.v1+")
 }
+
+// schema1Type is the usual one.
+const schema1Type = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+
+// errSchema1 ends a flight that cannot be one.
+var errSchema1 = errors.New("schema 1 manifest")
 
 // manifestInfo is what a manifest's own bytes say about its type.
 type manifestInfo struct {

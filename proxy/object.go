@@ -61,6 +61,9 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 	} else if err == nil {
 		contentType = said.MediaType
 	}
+	if errors.Is(err, errSchema1) {
+		return p.relayManifest(ctx, w, q, &confirmation{mediaType: schema1Type})
+	}
 	if err != nil {
 		return err
 	}
@@ -80,29 +83,27 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 		return err
 	}
 	yes.Body.Close()
-	size, cached := p.cache.Has(p.key(q, q.digest))
-	mediaType := blobType
-	if cached {
-		w.source(cache.Hit)
-	} else {
-		w.detail("fwd=uri-miss; fwd-status=200", "")
-		size = yes.Size
-	}
-	if q.kind == upstream.Manifest {
-		switch {
-		case cached:
-			if mediaType, err = p.storedType(q, q.digest, yes.MediaType); err != nil {
+	if size, cached := p.cache.Has(p.key(q, q.digest)); cached {
+		mediaType := blobType
+		if q.kind == upstream.Manifest {
+			mediaType, err = p.storedType(ctx, q, q.digest, yes.MediaType)
+		}
+		if !errors.Is(err, errGone) {
+			if err != nil {
 				return err
 			}
-		case schema1(yes.MediaType):
-			mediaType = yes.MediaType
-		case size < 0 || !manifestLike(yes.MediaType):
-			return p.headByGet(ctx, w, r, q)
-		default:
-			mediaType = yes.MediaType
+			w.source(cache.Hit)
+			return serveHead(w, r, q.digest, mediaType, size)
 		}
 	}
-	return serveHead(w, r, q.digest, mediaType, size)
+	w.detail("fwd=uri-miss; fwd-status=200", "")
+	switch {
+	case q.kind == upstream.Blob:
+		return serveHead(w, r, q.digest, blobType, yes.Size)
+	case !schema1(yes.MediaType) && (yes.Size < 0 || !manifestLike(yes.MediaType)):
+		return p.headByGet(ctx, w, r, q)
+	}
+	return serveHead(w, r, q.digest, yes.MediaType, yes.Size)
 }
 
 // headByGet fetches the manifest to say what a HEAD must say of it.
@@ -138,16 +139,20 @@ func rangeStart(r *http.Request) int64 {
 	return 0
 }
 
+// errGone: what was stored a moment ago is not any more.
+var errGone = errors.New("no longer stored")
+
 // storedType is the type of a stored manifest where this authority calls it
-// contentType.
-func (p *Proxy) storedType(q *request, d digest.Digest, contentType string) (string, error) {
+// contentType. It fails with errGone when the manifest is not there.
+func (p *Proxy) storedType(ctx context.Context, q *request, d digest.Digest, contentType string) (string, error) {
 	info, ok := p.infos.get(d)
 	if !ok {
-		o, err := p.cache.Open(p.ctx, cache.Request{Key: p.key(q, d), Authorised: true, Fetch: notNow})
+		o, err := p.cache.Open(ctx, cache.Request{Key: p.key(q, d), Authorised: true, Fetch: notNow})
 		if err != nil {
 			return "", err
 		}
 		defer o.Close()
+		defer context.AfterFunc(ctx, o.Interrupt)()
 		data, err := io.ReadAll(io.LimitReader(o.Content, maxManifest+1))
 		if err != nil {
 			return "", err
@@ -160,9 +165,10 @@ func (p *Proxy) storedType(q *request, d digest.Digest, contentType string) (str
 	return info.typeAs(contentType)
 }
 
-// notNow is the Fetch of who only wants what is there.
+// notNow is the Fetch of who only wants what is there. Others who wait for it
+// are to fetch it themselves.
 func notNow(context.Context, int64, int64) (body, cache.Info, error) {
-	return nil, cache.Info{}, fmt.Errorf("%w: it was stored a moment ago", cache.ErrBroken)
+	return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errGone)
 }
 
 // serveManifest reads the manifest whole before it answers: it is small, and

@@ -480,6 +480,8 @@ func TestSchema1AndUnwantedTypesAreRelayedUncached(t *testing.T) {
 	d.get(manifestPath("app", "old")).mustBe(t, body).mustSay(t, "Content-Type", prettyjws).
 		mustSay(t, "Cache-Status", "tarn; fwd=bypass; fwd-status=200; detail=schema1")
 	d.head(manifestPath("app", "old")).must(t, 200).mustSay(t, "Content-Type", prettyjws)
+	d.get(manifestPath("app", dgst.String())).mustBe(t, body).mustSay(t, "Content-Type", prettyjws)
+	d.head(manifestPath("app", dgst.String())).must(t, 200).mustSay(t, "Content-Type", prettyjws)
 	img := r.Image("app", "new")
 	d.get(manifestPath("app", "new"), "Accept", "application/vnd.docker.distribution.manifest.v2+json").mustBe(t, img.Body).
 		mustSay(t, "Cache-Status", "tarn; fwd=bypass; fwd-status=200; detail=type-not-accepted")

@@ -146,6 +146,10 @@ func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, said *upstre
 			return nil, cache.Info{}, refusedAlone(err)
 		}
 		if q.kind == upstream.Manifest {
+			if schema1(resp.MediaType) {
+				resp.Body.Close()
+				return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errSchema1)
+			}
 			if resp.Size > maxManifest {
 				resp.Body.Close()
 				return nil, cache.Info{}, fmt.Errorf("%w: it has %d bytes, of at most %d", errManifest, resp.Size, maxManifest)

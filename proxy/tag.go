@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"tarn/blobstore"
 	"tarn/cache"
 	"tarn/index"
 	"tarn/upstream"
@@ -33,7 +34,7 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 			return p.relayManifest(ctx, w, q, c)
 		}
 		if q.method == http.MethodHead {
-			return p.headTag(w, r, q, c)
+			return p.headTag(ctx, w, r, q, c)
 		}
 		err = p.getTag(ctx, w, r, q, c)
 		var refused *upstream.StatusError
@@ -84,7 +85,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	}
 	resp.Body.Close()
 	c := &confirmation{digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType, sent: resp.Sent, anonymous: resp.Anonymous}
-	if c.digest == "" || c.size < 0 || !manifestLike(c.mediaType) {
+	if blobstore.CheckDigest(c.digest) != nil || c.size < 0 || !manifestLike(c.mediaType) {
 		if c, err = readTag(ctx, registry, ask); err != nil {
 			return nil, err
 		}
@@ -134,20 +135,19 @@ func readTag(ctx context.Context, registry *upstream.Registry, ask upstream.Requ
 // headTag answers from what was verified when the manifest is here, and else
 // from the HEAD; it fetches nothing, because who polls would spend the quota
 // of pulls.
-func (p *Proxy) headTag(w *response, r *http.Request, q *request, c *confirmation) error {
-	size, cached := p.cache.Has(p.key(q, c.digest))
-	mediaType := c.mediaType
-	if cached {
-		var err error
-		if mediaType, err = p.storedType(q, c.digest, mediaType); err != nil {
-			return err
+func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
+	if size, cached := p.cache.Has(p.key(q, c.digest)); cached {
+		mediaType, err := p.storedType(ctx, q, c.digest, c.mediaType)
+		if !errors.Is(err, errGone) {
+			if err != nil {
+				return err
+			}
+			w.detail("fwd=stale; fwd-status=200", "confirmed")
+			return serveHead(w, r, c.digest, mediaType, size)
 		}
-		w.detail("fwd=stale; fwd-status=200", "confirmed")
-	} else {
-		size = c.size
-		w.detail("fwd=uri-miss; fwd-status=200", "")
 	}
-	return serveHead(w, r, c.digest, mediaType, size)
+	w.detail("fwd=uri-miss; fwd-status=200", "")
+	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
 
 // getTag serves the manifest, which is fetched by its digest when it is not
@@ -210,7 +210,7 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	}
 	data := c.body
 	if data == nil {
-		resp, err := p.ask(ctx, q, http.MethodGet, q.tag, false, 0)
+		resp, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
 		if err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -85,7 +86,7 @@ func run(t testing.TB, dir string, args ...string) *process {
 	t.Helper()
 	listen, admin := freePort(t), freePort(t)
 	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, exited: make(chan struct{})}
-	p.Cmd = command(append([]string{"serve", "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
+	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -101,6 +102,16 @@ func run(t testing.TB, dir string, args ...string) *process {
 		return resp.StatusCode == 200
 	})
 	return p
+}
+
+// anyDisk is a configuration for a machine whose disk may be nearly full.
+func anyDisk(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "tarn.yaml")
+	if err := os.WriteFile(path, []byte("min_free: 0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // until waits, bounded, for what ok says.
