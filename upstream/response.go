@@ -209,7 +209,7 @@ func (h *headerDeadline) explain(err error) error {
 	}
 	switch cause := context.Cause(h.ctx); {
 	case errors.Is(cause, ErrTimeout):
-		return fmt.Errorf("%w: no headers in time", ErrTimeout)
+		return fmt.Errorf("%w: nothing came in time", ErrTimeout)
 	case errors.Is(cause, context.DeadlineExceeded):
 		return fmt.Errorf("%w: %w", ErrTimeout, cause)
 	case cause != nil && !errors.Is(cause, context.Canceled):
@@ -223,7 +223,9 @@ func (h *headerDeadline) explain(err error) error {
 // arrived turns the deadline into the body's idle limit.
 func (h *headerDeadline) arrived(body io.ReadCloser) io.ReadCloser {
 	h.timer.Stop()
-	return &idleBody{deadline: h, body: body, timer: time.AfterFunc(bodyIdle, func() { h.cancel(ErrTimeout) })}
+	idle := time.AfterFunc(bodyIdle, func() { h.cancel(ErrTimeout) })
+	idle.Stop() // until the first Read
+	return &idleBody{deadline: h, body: body, timer: idle}
 }
 
 // idleBody ends when a Read brings nothing for bodyIdle. Time between two

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"tarn/internal/registrytest"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const lab Name = "lab.test"
+
+func endpoint(r *registrytest.Registry) Endpoint { return Endpoint{URL: r.Endpoint()} }
+
+func listed(t *testing.T, endpoints ...Endpoint) *Registry {
+	t.Helper()
+	c, err := New(Options{
+		Listed:  []Config{{Name: lab, Endpoints: endpoints}},
+		Connect: registrytest.Loopback(t),
+		Lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
+			return nil, fmt.Errorf("a test looked up %s", host)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c.Registry(lab)
+}
+
+func blobRequest(method string, d digest.Digest) Request {
+	return Request{Method: method, Repository: "app", Kind: Blob, Reference: d.String()}
+}
+
+func read(t *testing.T, resp *Response, err error) string {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestOnlyTheAuthorityAnswersUntilItHasSaidYes(t *testing.T) {
+	authority, mirror := registrytest.New(t), registrytest.New(t)
+	d := mirror.Blob("app", []byte("bytes"))
+	r := listed(t, endpoint(authority), endpoint(mirror))
+	status := 0
+	authority.Hook = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(status); return true }
+	for _, status = range []int{401, 403, 404, 429, 500, 503} {
+		for _, authorised := range []bool{false, true} {
+			req := blobRequest("GET", d)
+			req.Authorised = authorised
+			req.Authorization = "Basic c2VjcmV0"
+			mirror.Reset()
+			resp, err := r.Do(t.Context(), req)
+			if moves := authorised && status >= 500; moves {
+				if got := read(t, resp, err); got != "bytes" {
+					t.Errorf("%d: %q", status, got)
+				}
+				if mirror.Exchanges()[0].Authorization != "" {
+					t.Error("an endpoint that is not trusted saw the credential")
+				}
+				continue
+			}
+			var refused *StatusError
+			if !errors.As(err, &refused) || refused.Status != status || len(mirror.Exchanges()) != 0 {
+				t.Errorf("%d, authorised %v: %v, the other endpoint saw %v", status, authorised, err, mirror.Exchanges())
+			}
+		}
+	}
+	// A tag is the authority's alone, even when it is dead.
+	authority.Close()
+	if _, err := r.Do(t.Context(), Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1", Authorised: true}); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("a tag of a dead authority: %v", err)
+	}
+}
+
+func TestATrustedEndpointSeesTheCredential(t *testing.T) {
+	authority, mirror := registrytest.New(t), registrytest.New(t)
+	d := mirror.Blob("app", []byte("bytes"))
+	authority.Close()
+	r := listed(t, Endpoint{URL: authority.Endpoint()}, Endpoint{URL: mirror.Endpoint(), Trusted: true})
+	req := blobRequest("GET", d)
+	req.Authorised, req.Authorization = true, "Basic c2VjcmV0"
+	resp, err := r.Do(t.Context(), req)
+	read(t, resp, err)
+	if mirror.Exchanges()[0].Authorization != req.Authorization {
+		t.Error("it did not")
+	}
+}
+
+func TestRangesAreStrict(t *testing.T) {
+	up := registrytest.New(t)
+	d := up.Blob("app", []byte("0123456789"))
+	r := listed(t, endpoint(up))
+	req := blobRequest("GET", d)
+	req.Offset = 4
+	resp, err := r.Do(t.Context(), req)
+	if got := read(t, resp, err); got != "456789" || resp.Offset != 4 || resp.Size != 10 {
+		t.Errorf("%q from %d of %d", got, resp.Offset, resp.Size)
+	}
+	up.NoRange = true
+	resp, err = r.Do(t.Context(), req)
+	if got := read(t, resp, err); got != "0123456789" || resp.Offset != 0 || resp.Size != 10 {
+		t.Errorf("without ranges: %q from %d of %d", got, resp.Offset, resp.Size)
+	}
+	for _, header := range []string{"bytes 3-9/10", "bytes 4-8/10", "bytes 4-9/11", "bytes 4-9/*", ""} {
+		up.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Content-Range", header)
+			w.WriteHeader(206)
+			io.WriteString(w, "456789")
+			return true
+		}
+		if _, err := r.Do(t.Context(), req); !errors.Is(err, ErrProtocol) {
+			t.Errorf("%q: %v", header, err)
+		}
+	}
+	up.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Content-Encoding", "gzip")
+		return false
+	}
+	if _, err := r.Do(t.Context(), req); !errors.Is(err, ErrProtocol) {
+		t.Errorf("an encoding that nobody asked for: %v", err)
+	}
+	for _, e := range up.Exchanges() {
+		if e.Method != "GET" {
+			t.Errorf("%v", e)
+		}
+	}
+}
+
+func TestARegistryThatRefusesHeadOfBlobsIsAskedWithGet(t *testing.T) {
+	for _, refusal := range []int{401, 403, 405} {
+		up := registrytest.New(t)
+		d := up.Blob("app", []byte("bytes"))
+		up.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+			if req.Method == "HEAD" {
+				w.WriteHeader(refusal)
+			}
+			return req.Method == "HEAD"
+		}
+		r := listed(t, endpoint(up))
+		resp, err := r.Do(t.Context(), blobRequest("HEAD", d))
+		if refusal == 405 {
+			read(t, resp, err)
+		} else if err == nil {
+			t.Errorf("%d: a yes without any evidence", refusal)
+		}
+		resp, err = r.Do(t.Context(), blobRequest("GET", d))
+		read(t, resp, err)
+		// The same credential has just had its GET: the refused HEAD is a habit.
+		resp, err = r.Do(t.Context(), blobRequest("HEAD", d))
+		if read(t, resp, err); resp.Size != 5 {
+			t.Errorf("%d: size %d", refusal, resp.Size)
+		}
+		up.Reset()
+		resp, err = r.Do(t.Context(), blobRequest("HEAD", d))
+		read(t, resp, err)
+		if h, g := up.Count("HEAD", ""), up.Count("GET", ""); h != 0 || g != 1 {
+			t.Errorf("%d: then %d HEAD and %d GET", refusal, h, g)
+		}
+	}
+}
+
+func TestAChallengeIsTakenFromTheBaseWhereTheAnswerHasNone(t *testing.T) {
+	up := registrytest.New(t)
+	up.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		if req.URL.Path == "/v2/" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="base"`)
+		}
+		w.WriteHeader(401)
+		return true
+	}
+	_, err := listed(t, endpoint(up)).Do(t.Context(), Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1"})
+	var refused *StatusError
+	if !errors.As(err, &refused) || len(refused.Challenge) != 1 || refused.Challenge[0] != `Basic realm="base"` {
+		t.Fatalf("%v", err)
+	}
+}
+
+func TestErrorsCarryNoURL(t *testing.T) {
+	up := registrytest.New(t)
+	up.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		http.Redirect(w, req, "http://127.0.0.1:1/x?signature=secret", http.StatusTemporaryRedirect)
+		return true
+	}
+	_, err := listed(t, endpoint(up)).Do(t.Context(), blobRequest("GET", digest.FromString("x")))
+	if err == nil || !errors.Is(err, ErrUnreachable) {
+		t.Fatal(err)
+	}
+	for _, word := range []string{"signature", "secret", "/x"} {
+		if text := err.Error(); strings.Contains(text, word) {
+			t.Errorf("%s", text)
+		}
+	}
+}
+
+func TestHeadersThatDoNotComeEndInTime(t *testing.T) {
+	up := registrytest.New(t)
+	up.Hook = func(_ http.ResponseWriter, req *http.Request) bool {
+		<-req.Context().Done()
+		return true
+	}
+	r := listed(t, endpoint(up))
+	r.headTimeout = time.Millisecond
+	for _, method := range []string{"HEAD", "GET"} {
+		if _, err := r.Do(t.Context(), blobRequest(method, digest.FromString("x"))); !errors.Is(err, ErrTimeout) {
+			t.Errorf("%s: %v", method, err)
+		}
+	}
+}
+
+// silentBody brings nothing until its context ends.
+type silentBody struct{ ctx context.Context }
+
+func (b silentBody) Read([]byte) (int, error) { <-b.ctx.Done(); return 0, b.ctx.Err() }
+func (silentBody) Close() error               { return nil }
+
+func TestABodyThatBringsNothingEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, deadline := withHeaderDeadline(t.Context(), DefaultHeadTimeout)
+		body := deadline.arrived(silentBody{ctx})
+		time.Sleep(time.Hour) // the bubble's clock; the reader's own time does not count
+		start := time.Now()
+		if _, err := body.Read(make([]byte, 1)); !errors.Is(err, ErrTimeout) || time.Since(start) != bodyIdle {
+			t.Errorf("%v after %s", err, time.Since(start))
+		}
+		body.Close()
+	})
+}
