@@ -25,7 +25,8 @@ import (
 // digest of that number.
 type tagRegister struct {
 	*registrytest.Registry
-	value atomic.Int64
+	value  atomic.Int64
+	linger atomic.Int64 // how often others get to run between reading the value and the answer
 
 	mu     sync.Mutex
 	values map[digest.Digest]int64
@@ -33,12 +34,13 @@ type tagRegister struct {
 
 func newTagRegister(t testing.TB) *tagRegister {
 	g := &tagRegister{Registry: registrytest.New(t), values: make(map[digest.Digest]int64)}
+	g.linger.Store(20)
 	g.write(0)
 	g.Hook = func(w http.ResponseWriter, r *http.Request) bool {
 		d := digestOf(g.value.Load())
 		// The value is read; the answer takes its time, and the tag may move
 		// meanwhile: what it was is then only true of who asked before.
-		for range 20 {
+		for range g.linger.Load() {
 			runtime.Gosched()
 		}
 		w.Header().Set("Docker-Content-Digest", d.String())
@@ -167,7 +169,9 @@ func TestFreshTagReadsAreLinearizable(t *testing.T) {
 	for run := range 20 {
 		g := newTagRegister(t)
 		d := start(t, setup{listed: map[string]*registrytest.Registry{lab: g.Registry}})
-		const readers, reads, writes = 6, 130, 200 // 980 operations
+		g.linger.Store(200)
+		const readers, reads, perWrite = 6, 130, 4 // 976 operations at most
+		pace := make(chan struct{}, readers*reads)
 		begin := time.Now()
 		var mu sync.Mutex
 		var ops []porcupine.Operation
@@ -180,7 +184,10 @@ func TestFreshTagReadsAreLinearizable(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range readers {
 			wg.Go(func() {
-				for range reads {
+				for n := range reads {
+					if n%perWrite == i%perWrite {
+						pace <- struct{}{}
+					}
 					call := time.Since(begin).Nanoseconds()
 					v, err := g.read(d.proxy)
 					if err != nil {
@@ -191,17 +198,20 @@ func TestFreshTagReadsAreLinearizable(t *testing.T) {
 				}
 			})
 		}
-		wg.Go(func() {
-			for v := range int64(writes) {
+		writerDone := make(chan struct{})
+		go func() {
+			defer close(writerDone)
+			v := int64(0)
+			for range pace {
+				v++
 				call := time.Since(begin).Nanoseconds()
-				g.write(v + 1)
-				note(readers, registerInput{write: true, value: v + 1}, 0, call)
-				for range 50 {
-					runtime.Gosched()
-				}
+				g.write(v)
+				note(readers, registerInput{write: true, value: v}, 0, call)
 			}
-		})
+		}()
 		wg.Wait()
+		close(pace)
+		<-writerDone
 		if res := porcupine.CheckOperationsTimeout(registerModel, ops, time.Minute); res != porcupine.Ok {
 			t.Fatalf("run %d: %d operations: %v", run, len(ops), res)
 		}
