@@ -139,7 +139,7 @@ type Cache struct {
 	flights map[Key]*flight
 	used    int64 // allocated bytes of blobs and strangers' files under blobs/
 	claimed int64 // reserved for pending files, written or not
-	indexed int64 // bytes of the index
+	indexed int64 // bytes of the index, its next growth included
 	adopt   int   // files yet to be adopted
 	trouble error // the disk's last refusal; nil after the next success
 }
@@ -340,7 +340,7 @@ func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {
 
 // Stats are for people and metrics.
 type Stats struct {
-	UsedBytes    int64 `json:"usedBytes"`    // blobs and index, on disk
+	UsedBytes    int64 `json:"usedBytes"`    // blobs and index, the index's next growth included
 	PendingBytes int64 `json:"pendingBytes"` // reserved for flights
 	MaxBytes     int64 `json:"maxBytes"`
 	Flights      int   `json:"flights"`

@@ -137,7 +137,7 @@ func (c *Cache) commit(batch []*flight) {
 	}
 	c.mu.Lock()
 	c.used += grown
-	c.indexed = c.index.FileSize()
+	c.indexed = c.index.Footprint()
 	for _, f := range stored {
 		c.claimed -= roundUp(f.claim) // its bytes are counted as used now
 		f.claim = 0                   // nobody else looks at it before the table's reference is back

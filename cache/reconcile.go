@@ -71,7 +71,7 @@ func (c *Cache) open() (strays []stray, err error) {
 			return nil, errors.Join(err, c.index.Close())
 		}
 	}
-	c.indexed = c.index.FileSize()
+	c.indexed = c.index.Footprint()
 	if len(left)+len(gone)+len(strays)+foreign > 0 {
 		c.log.Sugar().Infow("reconciled the data directory",
 			"pending_swept", len(left), "rows_without_file", len(gone), "files_to_adopt", len(strays), "foreign_files", foreign)

@@ -121,6 +121,10 @@ type Index struct {
 	lastUse     map[digest.Digest]time.Time
 }
 
+// growStep is how much a file beyond that size grows at a time. bbolt's own
+// 16 MiB is too much where the bound on the directory is small.
+const growStep = 1 << 20
+
 // openTimeout is how long another process may take to let go of the file.
 const openTimeout = time.Second
 
@@ -151,9 +155,7 @@ func openDB(path string) (*bolt.DB, error) {
 	})
 	switch {
 	case err == nil:
-		// bbolt grows the file by 16 MiB at a time by default, which is too
-		// much where the bound on the directory is small.
-		db.AllocSize = 1 << 20
+		db.AllocSize = growStep
 		return db, nil
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, ErrLocked
@@ -488,11 +490,14 @@ func (ix *Index) Counts() (c Counts, err error) {
 	return c, err
 }
 
-// FileSize is what the index takes on disk, in bytes.
-func (ix *Index) FileSize() int64 {
+// Footprint is what the index takes on disk, in bytes, and will take when it
+// grows next: bbolt doubles a small file and adds growStep to a larger one, and
+// a transaction is not asked whether there is room.
+func (ix *Index) Footprint() int64 {
 	info, err := os.Stat(ix.db.Path())
 	if err != nil {
 		return 0
 	}
-	return info.Size()
+	size := info.Size()
+	return size + min(size, 2*growStep)
 }
