@@ -3,9 +3,12 @@
 package proxy
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -615,4 +618,52 @@ func TestTheRealDistributionRegistry(t *testing.T) {
 	d.get("/v2/team/app/tags/list?ns=lab.test").must(t, 200)
 	d.get(manifestPath("team/app", "v2")).must(t, 404)
 	d.get(manifestPath("team/none", "v2")).must(t, 404)
+}
+
+func TestUnusualObjects(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	for range 2 {
+		empty := r.Blob("app", nil)
+		d.get(blobPath("app", empty)).mustBe(t, nil).mustSay(t, "Content-Length", "0")
+		d.head(blobPath("app", empty)).must(t, 200).mustSay(t, "Content-Length", "0")
+		d.stored(cache.ListedDomain, empty)
+
+		body := random(3, 100_000)
+		long := digest.SHA512.FromBytes(body)
+		r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+			w.Header().Set("Content-Length", fmt.Sprint(len(body)))
+			w.Write(body)
+			return true
+		}
+		d.get(blobPath("app", long)).mustBe(t, body).mustSay(t, "Docker-Content-Digest", long.String())
+		d.stored(cache.ListedDomain, long)
+		r.Hook = nil
+	}
+}
+
+func TestABodyWithoutALengthIsNotSentToHTTP10(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	blob := random(1, 1<<20)
+	dgst := r.Blob("app", blob)
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		r.Answer(unsized{w}, req)
+		return true
+	}
+	conn, err := net.Dial("tcp", d.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET %s HTTP/1.0\r\n\r\n", blobPath("app", dgst))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	// Complete by now, or refused: never a body whose end nobody can tell.
+	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != 502 && !bytes.Equal(body, blob) {
+		t.Fatalf("%s, %d bytes", resp.Status, len(body))
+	}
 }
