@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -309,7 +311,7 @@ func (f *flight) end(state flightState, err error) {
 func (f *flight) standApart(h hash.Hash, body io.ReadCloser) {
 	f.mu.Lock()
 	f.state, f.prefix, f.body = apart, h, body
-	fed := f.fed
+	fed := slices.Collect(maps.Keys(f.fed)) // readers go on being fed
 	orphan := body != nil && f.noLeader
 	if orphan {
 		f.body = nil
@@ -319,15 +321,21 @@ func (f *flight) standApart(h hash.Hash, body io.ReadCloser) {
 		body.Close()
 	}
 	// Who has a part of this generation and comes back for another must find
-	// that the next one begins alike.
-	for reader := range fed {
-		f.cache.taint.add(f.key, reader, promise{length: f.written, sum: string(h.Sum(nil))})
+	// that the next one begins alike. Who is fed from now on sees to that
+	// when it closes.
+	for _, reader := range fed {
+		f.cache.taint.add(f.key, reader, f.promise())
 	}
 	f.wakeAll()
 	if body == nil || orphan {
 		f.cancel() // a leader's stream ends the flight's context itself
 	}
 	f.leaveTable()
+}
+
+// promise is what a reader of a flight that stands apart may hold.
+func (f *flight) promise() promise {
+	return promise{length: f.written, sum: string(f.prefix.Sum(nil))}
 }
 
 func (f *flight) wakeAll() {

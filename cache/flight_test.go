@@ -392,6 +392,7 @@ func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, bod
 	d.Write(body[:first])
 	readExactly(t, a, body[:1000])
 	b := mustOpen(t, goOpen(c, request(dgst, s, "b")))
+	leaver := <-goOpen(c, request(dgst, s, "leaver"))
 
 	// The fill waits for the source, so the file may be swapped under it for
 	// one that cannot be written.
@@ -410,6 +411,16 @@ func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, bod
 	f.pending.File = readOnly
 	f.mu.Unlock()
 	go d.Write(body[first : first+1])
+	f.mu.Lock()
+	for f.state != apart {
+		f.changed.Wait()
+	}
+	f.mu.Unlock()
+	readExactly(t, leaver.object, body[:1000])
+	leaver.object.Close()
+	if !c.taint.has(f.key, "leaver") {
+		t.Error("who has bytes of a flight that stands apart and leaves is not remembered")
+	}
 
 	for _, o := range []*Object{a, b} {
 		from := int64(0)

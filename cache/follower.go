@@ -38,10 +38,17 @@ func (r *follower) interrupt() {
 }
 
 func (r *follower) close() {
-	if r.own != nil {
+	f := r.flight
+	f.mu.Lock()
+	leftApart := r.fed && r.own == nil && f.state == apart
+	f.mu.Unlock()
+	switch {
+	case r.own != nil:
 		r.own.Close()
+	case leftApart:
+		f.cache.taint.add(f.key, r.reader, f.promise())
 	}
-	r.flight.release()
+	f.release()
 }
 
 // Seek implements io.Seeker. The end is only known when the size is.
@@ -137,13 +144,12 @@ func (r *follower) goOwn() error {
 		return fmt.Errorf("%w: the source has another size now", ErrBroken)
 	}
 	info.Size = max(info.Size, f.size)
-	sum := promise{length: f.written, sum: string(h.Sum(nil))}
 	if info.Offset == 0 && f.written > 0 {
 		h = f.key.Digest.Algorithm().Hash()
 	}
 	own := newStream(f.cache, f.key, r.reader, h, info)
 	if info.Offset == 0 && f.written > 0 {
-		own.promises = []promise{sum} // the first bytes again: they must be the same
+		own.promises = []promise{f.promise()} // the first bytes again: they must be the same
 	} else if held := f.written - f.heldBack(); held > 0 {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, f.heldBack(), held); err != nil {
