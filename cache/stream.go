@@ -30,6 +30,7 @@ type stream struct {
 	start    int64     // offset of buf[0]
 	pos      int64     // next byte the reader wants
 	verified bool
+	wrong    bool // the bytes are not the object's, as opposed to not all of them
 	err      error
 	gave     bool // the reader has bytes of this object
 	promises []promise
@@ -75,7 +76,7 @@ func (s *stream) Close() {
 			return
 		}
 		p := promise{}
-		if s.err == nil {
+		if !s.wrong {
 			p = promise{length: s.start + int64(len(s.buf)), sum: string(s.hash.Sum(nil))}
 		}
 		s.cache.taint.add(s.key, s.reader, p)
@@ -159,11 +160,13 @@ func (s *stream) more() error {
 	s.buf = append(s.buf, chunk[:n]...)
 	at += int64(n)
 	if s.size >= 0 && at > s.size {
+		s.wrong = true
 		return fmt.Errorf("%w: more than the %d bytes announced", ErrBroken, s.size)
 	}
 	if n > 0 {
 		for _, p := range s.promises {
 			if p.length == at && string(s.hash.Sum(nil)) != p.sum {
+				s.wrong = true
 				return fmt.Errorf("%w: it does not begin as it did before", ErrBroken)
 			}
 		}
@@ -178,10 +181,12 @@ func (s *stream) more() error {
 	}
 	for _, p := range s.promises {
 		if p.length > at {
+			s.wrong = true
 			return fmt.Errorf("%w: it is shorter than before", ErrBroken)
 		}
 	}
 	if got := digest.NewDigest(s.key.Digest.Algorithm(), s.hash); got != s.key.Digest {
+		s.wrong = true
 		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, s.key.Digest)
 	}
 	s.size, s.verified = at, true

@@ -266,6 +266,46 @@ func TestWhatDoesNotFitPassesThrough(t *testing.T) {
 	d.stored(cache.ListedDomain, sd)
 }
 
+func TestWhoLeavesAStreamOfItsOwnMayResumeIt(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, maxSize: 100 << 10})
+	blob := random(1, 1<<20)
+	dgst := r.Blob("app", blob)
+	for _, cut := range []struct {
+		name string
+		hook func(w http.ResponseWriter, req *http.Request) bool
+	}{
+		{"the client leaves", nil},
+		{"the upstream breaks", func(w http.ResponseWriter, req *http.Request) bool {
+			sized(w, len(blob))
+			w.Write(blob[:1<<19])
+			return true
+		}},
+	} {
+		r.Hook = cut.hook
+		resp, err := http.Get(d.URL + blobPath("app", dgst))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 1000)
+		if _, err := io.ReadFull(resp.Body, got); err != nil {
+			t.Fatal(err)
+		}
+		if cut.hook != nil {
+			if _, err := io.Copy(io.Discard, resp.Body); err == nil {
+				t.Fatal("a cut body ended well")
+			}
+		}
+		resp.Body.Close()
+		r.Hook = nil
+		a := d.get(blobPath("app", dgst), "Range", "bytes=1000-").must(t, 206)
+		if !bytes.Equal(append(got, a.body...), blob) {
+			t.Errorf("%s: the resumed blob is wrong", cut.name)
+		}
+	}
+}
+
 func TestEverythingSurvivesARestart(t *testing.T) {
 	t.Parallel()
 	r, d := one(t)
