@@ -47,9 +47,11 @@ type setup struct {
 	// hosts are what names resolve to; every other name fails.
 	hosts map[string]string
 	// routes are where connections to public addresses really go.
-	routes     map[string]string
-	roots      *x509.CertPool
-	listedOnly bool
+	routes map[string]string
+	roots  *x509.CertPool
+	// headTimeout of all upstreams; 0 is the default.
+	headTimeout time.Duration
+	listedOnly  bool
 }
 
 // start runs tarn, and again over the same directory after stop.
@@ -75,7 +77,7 @@ func start(t testing.TB, s setup) *tarnd {
 		if err != nil {
 			t.Fatal(err)
 		}
-		listed = append(listed, upstream.Config{Name: n, Endpoints: []upstream.Endpoint{{URL: u}}})
+		listed = append(listed, upstream.Config{Name: n, Endpoints: []upstream.Endpoint{{URL: u}}, HeadTimeout: s.headTimeout})
 	}
 	for name, r := range s.listed {
 		add(name, r.URL)

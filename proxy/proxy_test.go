@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"tarn/cache"
 	"tarn/internal/registrytest"
@@ -556,6 +557,26 @@ func TestADeadUpstreamIsAnErrorAtOnce(t *testing.T) {
 	d := start(t, setup{urls: map[string]string{lab: "http://127.0.0.1:1"}})
 	d.get(manifestPath("app", "v1")).must(t, 502)
 	d.get("/v2/app/manifests/v1?ns=nowhere.example").must(t, 502)
+}
+
+func TestAnUpstreamThatHangsIsAnErrorInTime(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, headTimeout: 50 * time.Millisecond})
+	img := r.Image("app", "v1", random(1, 100_000))
+	d.get(blobPath("app", img.Layers[0])).must(t, 200)
+	d.stored(cache.ListedDomain, img.Layers[0])
+	r.Hook = func(_ http.ResponseWriter, req *http.Request) bool {
+		<-req.Context().Done() // it is tarn that gives up
+		return true
+	}
+	for _, path := range []string{
+		manifestPath("app", "v1"), manifestPath("app", img.Manifest.String()),
+		blobPath("app", img.Layers[0]), blobPath("app", img.Config), "/v2/app/tags/list?ns=lab.test",
+	} {
+		d.get(path).must(t, 504)
+		d.head(path).must(t, 504)
+	}
 }
 
 func TestWhatIsNoPullIsRefused(t *testing.T) {
