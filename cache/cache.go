@@ -91,8 +91,13 @@ type Request struct {
 	Reader string
 	// Offset is the first byte that is wanted.
 	Offset int64
-	// Authorised: the authority has said yes to this reader, now.
+	// Authorised: the authority has said yes to this reader.
 	Authorised bool
+	// Wait is for who is not Authorised. When the same Reader's question is
+	// on its way, as a Fetch that has not answered yet, its answer is waited
+	// for: a refusal is this request's too, and after a yes the error is
+	// ErrAuthorise as ever, but the caller may know more by then.
+	Wait bool
 	// Fetch asks the source with this reader's credential.
 	Fetch Fetch
 	// Check looks at the verified bytes before they are stored; its error
@@ -278,8 +283,12 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 			return nil, err
 		}
 		if !leader && !req.Authorised {
+			err := ErrAuthorise
+			if req.Wait {
+				err = f.answer(ctx, req.Reader)
+			}
 			f.release()
-			return nil, ErrAuthorise
+			return nil, err
 		}
 		o, err = f.open(ctx, req, leader)
 		switch {

@@ -56,6 +56,7 @@ type flight struct {
 	ctx    context.Context // the flight's own; ends with it or with the cache
 	cancel context.CancelFunc
 	refs   atomic.Int32 // the table's or the committer's one, and one for each reader
+	asker  string       // the reader whose right the fetch is to find out; "" when that is known
 
 	// mu guards what follows; changed is signalled on every change. The
 	// cache's mutex is never taken under it.
@@ -115,6 +116,9 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	}
 	f = &flight{cache: c, key: req.Key, size: -1, fed: make(map[string]bool)}
 	f.changed.L = &f.mu
+	if !req.Authorised {
+		f.asker = req.Reader
+	}
 	f.ctx, f.cancel = context.WithCancel(c.ctx)
 	f.refs.Store(2)
 	c.flights[req.Key] = f
@@ -363,6 +367,28 @@ func (f *flight) heldBack() int64 {
 		return max(0, f.written-tailHold)
 	}
 	return max(0, min(f.written, f.size-tailHold))
+}
+
+// answer waits for what the fetch is told, when it asks for this reader, and
+// returns a refusal or failure, or ErrAuthorise.
+func (f *flight) answer(ctx context.Context, reader string) error {
+	if f.asker == "" || f.asker != reader {
+		return ErrAuthorise
+	}
+	stop := context.AfterFunc(ctx, f.wakeAll)
+	defer stop()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for ctx.Err() == nil && (f.state == asking || f.state == ending) {
+		f.changed.Wait()
+	}
+	switch {
+	case f.state == failed:
+		return f.err
+	case f.state == asking || f.state == ending:
+		return context.Cause(ctx)
+	}
+	return ErrAuthorise
 }
 
 // open waits until the flight can say what the object's size is, and returns

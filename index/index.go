@@ -73,11 +73,12 @@ type Tag struct {
 	Sequence uint64 `json:"seq"`
 }
 
-// Membership says that the authority served the object in that repository at
-// Time, to anonymous or to some credential.
+// Membership says that the authority served the object in that repository: to
+// somebody at Time, and to anonymous at Anonymous, which is zero when it never
+// did.
 type Membership struct {
 	Time      time.Time `json:"time"`
-	Anonymous bool      `json:"anonymous"`
+	Anonymous time.Time `json:"anon,omitzero"`
 	// MediaType is the Content-Type that this authority gave a manifest.
 	MediaType string `json:"type,omitempty"`
 }
@@ -119,6 +120,7 @@ type Index struct {
 	tags        map[string]Tag
 	memberships map[string]*Membership // nil: deleted
 	lastUse     map[digest.Digest]time.Time
+	applied     uint64 // how often notes were written and forgotten
 }
 
 // growStep is how much a file beyond that size grows at a time. bbolt's own
@@ -301,18 +303,45 @@ func (ix *Index) NoteTag(key string, t Tag) {
 	ix.tags[key] = t
 }
 
-// membershipRenewal is how much older a known membership must be for a newer
-// one of the same content to be worth a row.
-const membershipRenewal = time.Hour
+// membershipRenewal is how much newer a confirmation must be to be worth a row:
+// a burst writes one.
+const membershipRenewal = time.Second
 
-// NoteMembership takes what an authority said.
+// NoteMembership takes what an authority said; what is known already and newer
+// stays.
 func (ix *Index) NoteMembership(key string, m Membership) {
-	if old, ok := ix.Membership(key); ok && old.Anonymous == m.Anonymous && old.MediaType == m.MediaType &&
-		m.Time.Sub(old.Time) < membershipRenewal {
+	var old Membership
+	var ok bool
+	for read := false; !read; {
+		ix.mu.Lock()
+		applied := ix.applied
+		ix.mu.Unlock()
+		old, ok = ix.Membership(key)
+		ix.mu.Lock()
+		// A deletion that was noted and written since would be undone by what
+		// was read before it.
+		if read = ix.applied == applied; !read {
+			ix.mu.Unlock()
+		}
+	}
+	defer ix.mu.Unlock()
+	if ok && old.MediaType == m.MediaType &&
+		m.Time.Sub(old.Time) < membershipRenewal && m.Anonymous.Sub(old.Anonymous) < membershipRenewal {
 		return
 	}
-	ix.mu.Lock()
-	defer ix.mu.Unlock()
+	if note, noted := ix.memberships[key]; noted {
+		if ok = note != nil; ok {
+			old = *note
+		}
+	}
+	if ok {
+		if old.Time.After(m.Time) {
+			m.Time, m.MediaType = old.Time, old.MediaType
+		}
+		if old.Anonymous.After(m.Anonymous) {
+			m.Anonymous = old.Anonymous
+		}
+	}
 	ix.memberships[key] = &m
 }
 
@@ -393,6 +422,7 @@ func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
 	// What was noted anew meanwhile stays a note.
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
+	ix.applied++
 	forget(ix.tags, tagNotes)
 	forget(ix.memberships, membershipNotes)
 	forget(ix.lastUse, useNotes)

@@ -43,12 +43,12 @@ func TestNotesAreReadAtOnceAndSurviveAClose(t *testing.T) {
 	}} {
 		ix.NoteTag(tag, Tag{Digest: d1, Confirmed: at, Sequence: 5})
 		ix.NoteTag(tag, Tag{Digest: d2, Confirmed: at, Sequence: 4}) // handed over earlier, answered later
-		ix.NoteMembership(member, Membership{Time: at, Anonymous: true, MediaType: "x"})
+		ix.NoteMembership(member, Membership{Time: at, Anonymous: at, MediaType: "x"})
 		step()
 		if got, ok := ix.Tag(tag); !ok || got.Digest != d1 || got.Sequence != 5 {
 			t.Fatalf("%+v %v", got, ok)
 		}
-		if got, ok := ix.Membership(member); !ok || !got.Anonymous || got.MediaType != "x" || !got.Time.Equal(at) {
+		if got, ok := ix.Membership(member); !ok || !got.Anonymous.Equal(at) || got.MediaType != "x" || !got.Time.Equal(at) {
 			t.Fatalf("%+v %v", got, ok)
 		}
 	}
