@@ -3,7 +3,7 @@
 // Package upstream asks OCI registries, as OCI distribution-spec 1.1 has it.
 //
 // Contract: a Registry is asked with exactly the credential of the request, or
-// as anonymous, for which tarn fetches the token itself. Only the first
+// as anonymous or as the node, for which tarn fetches the tokens itself. Only the first
 // endpoint of a registry, its authority, sees a client's credential, and only
 // its answers count as a yes or a no; the others may serve bytes by digest
 // once the authority has said yes. Redirects are followed here, never by the
@@ -11,8 +11,8 @@
 //
 // Failure model: every answer has its headers within the registry's head
 // timeout, and a body that brings no byte for bodyIdle fails. An error is a
-// *StatusError (the registry said no), or wraps ErrTimeout, ErrUnreachable,
-// ErrProtocol or ErrGuard.
+// *StatusError (the authority said no), or wraps ErrTimeout, ErrUnreachable,
+// ErrProtocol, ErrGuard or ErrCredentials.
 //
 // It never stores anything, never hashes a body, never retries an answer that
 // was understood, and never puts a URL, a token or a query string into an
@@ -58,6 +58,11 @@ type Config struct {
 	// HeadTimeout bounds the time to the response headers. 0 means
 	// DefaultHeadTimeout.
 	HeadTimeout time.Duration
+	// Realm is the only token service that passwords which were given to
+	// tarn may go to. nil means https on the authority's own domain.
+	Realm *url.URL
+	// Credentials of the node for this registry. nil means none.
+	Credentials *DockerConfig
 }
 
 // Options are all optional.
@@ -137,6 +142,11 @@ func New(opts Options) (*Client, error) {
 				return nil, fmt.Errorf("upstream %s: %w", cfg.Name, err)
 			}
 		}
+		if cfg.Realm != nil {
+			if err := CheckRealm(cfg.Realm); err != nil {
+				return nil, fmt.Errorf("upstream %s: realm: %w", cfg.Name, err)
+			}
+		}
 		r := c.newRegistry(cfg)
 		r.listed = true
 		c.listed[cfg.Name] = r
@@ -205,7 +215,10 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		endpoints:   cfg.Endpoints,
 		pool:        c.pool,
 		headTimeout: cmp.Or(cfg.HeadTimeout, DefaultHeadTimeout),
-		tokens:      make(map[string]token),
+		realm:       cfg.Realm,
+		credentials: cfg.Credentials,
+		proofs:      make(map[proofKey]proof),
+		bases:       make(map[string]base),
 		served:      make(map[string]time.Time),
 		headRefused: make(map[Kind]bool),
 	}

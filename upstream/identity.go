@@ -3,201 +3,305 @@
 package upstream
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
+	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"strings"
 	"time"
 )
 
-// token is an anonymous one: the right that a registry gives to everybody.
-type token struct {
-	value     string
-	expires   time.Time
-	challenge []string // of the 401 that it was fetched for
-}
-
-// header is the Authorization value, "" for no token.
-func (t token) header() string {
-	if t.value == "" {
-		return ""
-	}
-	return "Bearer " + t.value
-}
-
-// errTokenRefused: the token service gives anonymous nothing.
-var errTokenRefused = errors.New("token service refuses anonymous")
+// Identity is who a request is made as when it carries no client's credential.
+// What each shows to a registry is its own: nothing that one identity was given
+// is ever sent for the other.
+type Identity int
 
 const (
-	// defaultTokenLife is what a token service means that does not say
-	// (distribution, "Token Authentication": 60 seconds).
-	defaultTokenLife = 60 * time.Second
-	// tokenMargin is how long before its end a token is not used any more,
-	// so that it does not run out on the way.
-	tokenMargin = 5 * time.Second
-	// maxTokenBody bounds the answer of a token service; real ones are a
-	// few KiB.
-	maxTokenBody = 1 << 20
+	// Anonymous is everybody: no credential, or the token that a registry
+	// gives to all.
+	Anonymous Identity = iota
+	// Node is the operator's credential for this registry.
+	Node
 )
 
-func tokenKey(e Endpoint, repository string) string { return e.URL.Host + "\x00" + repository }
+// proof is what an identity shows in one repository, and how to come by the
+// next one before the registry has to ask for it.
+type proof struct {
+	header    string            // the Authorization; "" for none
+	expires   time.Time         // of a token; zero for what does not run out
+	bearer    map[string]string // the challenge that it answers
+	challenge []string          // the same, as the registry wrote it
+	far       reach             // how far the registry's word reached then
+}
 
-func (r *Registry) cachedToken(e Endpoint, repository string) (token, bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	t, ok := r.tokens[tokenKey(e, repository)]
-	if !ok || time.Now().After(t.expires) {
-		return token{}, false
+func (p proof) endsBefore(t time.Time) bool { return !p.expires.IsZero() && p.expires.Before(t) }
+
+type proofKey struct {
+	as               Identity
+	host, repository string
+}
+
+var (
+	// errNoProof: there is nothing that this identity could show.
+	errNoProof = errors.New("nothing to show")
+	// ErrCredentials: the operator's credentials for this registry cannot be
+	// had, or must not go where the registry sends for a token. It says what
+	// to mend, and holds no secret.
+	ErrCredentials = errors.New("credentials of the node")
+)
+
+// exchange asks the endpoint: with the client's credential verbatim, or as one
+// of tarn's own identities, for which a challenge costs a token and one more
+// try.
+func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Response, error) {
+	if req.Authorization != "" {
+		resp, _, err := r.try(ctx, e, req, req.Authorization)
+		return resp, r.withChallenge(ctx, e, err)
 	}
-	return t, true
+	key := proofKey{req.As, e.URL.Host, req.Repository}
+	shown, fresh := r.known(ctx, e, key)
+	resp, from, err := r.try(ctx, e, req, shown.header)
+	var status *StatusError
+	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized && status.Status != http.StatusForbidden {
+		return resp, err
+	}
+	refusal := func() error {
+		if len(shown.challenge) == 0 {
+			return r.withChallenge(ctx, e, status)
+		}
+		// The token was refused. A credential of the client's own may do
+		// better, with a token for the challenge that came without one.
+		return &StatusError{Status: http.StatusUnauthorized, Challenge: shown.challenge}
+	}
+	if status.Status == http.StatusForbidden || fresh || status.insufficient && shown.header != "" {
+		return nil, refusal()
+	}
+	next, err := r.prove(ctx, e, key, status.Challenge, from)
+	switch {
+	case errors.Is(err, errNoProof):
+		return nil, refusal()
+	case err != nil:
+		return nil, err
+	}
+	shown = next
+	resp, _, err = r.try(ctx, e, req, shown.header)
+	if errors.As(err, &status) && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden) {
+		if req.As == Node {
+			r.refusedSecret()
+		}
+		return nil, refusal()
+	}
+	return resp, err
 }
 
-func (r *Registry) dropToken(e Endpoint, repository string) {
+// known returns what the identity showed last, renewed when it has run out;
+// fresh tells that it was. A token service that does not answer now is heard
+// about after the registry's next challenge.
+func (r *Registry) known(ctx context.Context, e Endpoint, key proofKey) (p proof, fresh bool) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.tokens, tokenKey(e, repository))
+	p = r.proofs[key]
+	r.mu.Unlock()
+	if !p.endsBefore(time.Now()) {
+		return p, false
+	}
+	p, err := r.prove(ctx, e, key, p.challenge, p.far)
+	return p, err == nil
 }
 
-// anonymousToken fetches the token that the challenge asks for, once for all
-// that wait for it. The fetch has a context of its own: whoever started it may
-// leave.
-func (r *Registry) anonymousToken(ctx context.Context, e Endpoint, repository string, bearer map[string]string, challenge []string, far reach) (token, error) {
-	key := tokenKey(e, repository)
-	done := r.fetching.DoChan(key, func() (any, error) {
+// prove finds what answers the challenge, once for all that wait for it. It has
+// a context of its own: whoever started it may leave.
+func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach) (proof, error) {
+	done := r.proving.DoChan(fmt.Sprint(key), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.headTimeout)
 		defer cancel()
-		t, err := r.fetchToken(ctx, e, repository, bearer, far)
-		if err != nil {
-			return token{}, err
-		}
-		t.challenge = challenge
+		p, err := r.newProof(ctx, e, key, challenge, far)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if len(r.tokens) >= maxTokens {
-			clear(r.tokens)
+		if err != nil {
+			delete(r.proofs, key)
+			return proof{}, err
 		}
-		r.tokens[key] = t
-		return t, nil
+		if len(r.proofs) >= maxProofs {
+			clear(r.proofs)
+		}
+		r.proofs[key] = p
+		return p, nil
 	})
 	select {
 	case res := <-done:
-		return res.Val.(token), res.Err
+		return res.Val.(proof), res.Err
 	case <-ctx.Done():
-		return token{}, context.Cause(ctx)
+		return proof{}, context.Cause(ctx)
 	}
 }
 
-// fetchToken asks the realm of a Bearer challenge without any credential, as
-// distribution's "Token Authentication" has it. oras-go's client for this
-// refuses every realm on a private address under another host name than the
-// registry's, listed or not, and looks names up past the dial guard; here the
-// guard decides.
-func (r *Registry) fetchToken(ctx context.Context, e Endpoint, repository string, bearer map[string]string, far reach) (token, error) {
-	realm, err := url.Parse(bearer["realm"])
-	if err != nil || realm.Host == "" || realm.User != nil ||
-		realm.Scheme != "https" && (realm.Scheme != "http" || e.URL.Scheme == "https") {
-		return token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, e.URL.Host)
+func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach) (proof, error) {
+	p := proof{challenge: challenge, far: far}
+	bearer, isBearer := bearerChallenge(challenge)
+	var secret Secret
+	if key.as == Node {
+		var err error
+		if secret, err = r.secret(ctx); err != nil {
+			return proof{}, err
+		}
+		switch {
+		case secret == Secret{}:
+			return proof{}, errNoProof
+		case secret.RegistryToken != "":
+			p.header = "Bearer " + secret.RegistryToken
+			return p, nil
+		case !isBearer && hasBasic(challenge):
+			p.header = secret.basic()
+			return p, nil
+		}
 	}
-	q := realm.Query()
-	if s := bearer["service"]; s != "" {
-		q.Set("service", s)
+	if !isBearer {
+		return proof{}, errNoProof
 	}
-	q.Set("scope", cmp.Or(bearer["scope"], "repository:"+repository+":pull"))
-	realm.RawQuery = q.Encode()
-	hreq, err := http.NewRequestWithContext(ctx, http.MethodGet, realm.String(), nil)
+	p.bearer = bearer
+	realm, err := r.realmOf(e, bearer["realm"])
 	if err != nil {
-		return token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, e.URL.Host)
+		return proof{}, err
+	}
+	ask := tokenRequest{realm: realm, service: bearer["service"], scopes: []string{bearer["scope"]}}
+	if ask.scopes[0] == "" {
+		ask.scopes[0] = "repository:" + key.repository + ":pull"
+	}
+	if key.as == Node {
+		if !r.pinned(realm) {
+			return proof{}, fmt.Errorf("%w: %s sends for a token to %s, where they may not go; if that is its token service, set realm: %s://%s%s",
+				ErrCredentials, r.name, realm.Host, realm.Scheme, realm.Host, realm.Path)
+		}
+		ask.refreshToken = secret.IdentityToken
+		if secret.IdentityToken == "" {
+			ask.authorization = secret.basic()
+		}
 	}
 	if sameOrigin(realm, e.URL) {
 		far = r.endpointReach()
 	}
-	resp, _, err := r.roundTrip(hreq, far)
-	if err != nil {
-		return token{}, err
-	}
-	defer resp.Body.Close()
+	t, err := r.fetchToken(ctx, ask, far)
 	switch {
-	case resp.StatusCode == http.StatusOK:
-	case resp.StatusCode == http.StatusTooManyRequests:
-		return token{}, &StatusError{Status: resp.StatusCode, RetryAfter: resp.Header.Get("Retry-After")}
-	case resp.StatusCode >= 400 && resp.StatusCode < 500:
-		return token{}, errTokenRefused
-	default:
-		return token{}, &StatusError{Status: http.StatusBadGateway}
+	case errors.Is(err, errTokenRefused):
+		if key.as == Node {
+			r.refusedSecret()
+		}
+		return proof{}, errNoProof
+	case err != nil:
+		return proof{}, err
 	}
-	var body struct {
-		Token       string `json:"token"`
-		AccessToken string `json:"access_token"`
-		ExpiresIn   int64  `json:"expires_in"`
-	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxTokenBody)).Decode(&body); err != nil {
-		return token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, e.URL.Host)
-	}
-	value := cmp.Or(body.Token, body.AccessToken)
-	if value == "" || strings.ContainsAny(value, "\r\n\x00") {
-		return token{}, fmt.Errorf("%w: the token service of %s sent no token", ErrProtocol, e.URL.Host)
-	}
-	life := defaultTokenLife
-	if body.ExpiresIn > 0 && body.ExpiresIn < int64((24*time.Hour)/time.Second) {
-		life = time.Duration(body.ExpiresIn) * time.Second
-	}
-	return token{value: value, expires: time.Now().Add(life - min(tokenMargin, life/2))}, nil
+	p.header, p.expires = "Bearer "+t.Value, t.usableUntil()
+	return p, nil
 }
 
-// bearerChallenge returns the parameters of the first Bearer challenge with a
-// realm (RFC 9110 11.6.1).
-func bearerChallenge(challenges []string) (map[string]string, bool) {
+// withChallenge completes a 401 that came without a challenge by the one of
+// the endpoint's /v2/, where clients look for it (distribution-spec "API").
+func (r *Registry) withChallenge(ctx context.Context, e Endpoint, err error) error {
+	var status *StatusError
+	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized || len(status.Challenge) > 0 {
+		return err
+	}
+	challenge, _, cerr := r.baseChallenge(ctx, e)
+	if cerr != nil || len(challenge) == 0 {
+		return err
+	}
+	return &StatusError{Status: http.StatusUnauthorized, Challenge: challenge}
+}
+
+// baseChallengeFor is how long what /v2/ said is believed: a refused client
+// comes back within it.
+const baseChallengeFor = 5 * time.Second
+
+// baseChallenge is what the endpoint's /v2/ asks for, nothing when it is open,
+// and how far its word reaches.
+func (r *Registry) baseChallenge(ctx context.Context, e Endpoint) ([]string, reach, error) {
+	key := e.URL.Host
+	r.mu.Lock()
+	known, ok := r.bases[key]
+	r.mu.Unlock()
+	if ok && time.Since(known.when) < baseChallengeFor {
+		return known.challenge, known.far, nil
+	}
+	hreq, err := http.NewRequestWithContext(ctx, http.MethodGet, e.URL.JoinPath("/v2/").String(), nil)
+	if err != nil {
+		return nil, reachPublic, fmt.Errorf("%w: %s has no /v2/", ErrProtocol, e.URL.Host)
+	}
+	resp, at, err := r.roundTrip(hreq, r.endpointReach())
+	if err != nil {
+		return nil, reachPublic, err
+	}
+	resp.Body.Close()
+	known = base{when: time.Now(), far: reachPublic}
+	if r.listed {
+		known.far = reachFrom(at)
+	}
+	if resp.StatusCode == http.StatusUnauthorized {
+		known.challenge = cleanChallenges(resp.Header)
+	}
+	r.mu.Lock()
+	r.bases[key] = known
+	r.mu.Unlock()
+	return known.challenge, known.far, nil
+}
+
+type base struct {
+	challenge []string
+	far       reach
+	when      time.Time
+}
+
+// realmOf parses the realm of a Bearer challenge: https, or http where the
+// endpoint itself is.
+func (r *Registry) realmOf(e Endpoint, realm string) (*url.URL, error) {
+	u, err := url.Parse(realm)
+	if err != nil || u.Host == "" || u.User != nil ||
+		u.Scheme != "https" && (u.Scheme != "http" || e.URL.Scheme == "https") {
+		return nil, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, e.URL.Host)
+	}
+	return u, nil
+}
+
+// hasBasic tells whether a Basic challenge is among them.
+func hasBasic(challenges []string) bool {
 	for _, c := range challenges {
-		scheme, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
-		if !strings.EqualFold(scheme, "Bearer") {
-			continue
-		}
-		if p := authParams(rest); p["realm"] != "" {
-			return p, true
+		scheme, _, _ := strings.Cut(strings.TrimSpace(c), " ")
+		if strings.EqualFold(scheme, "Basic") {
+			return true
 		}
 	}
-	return nil, false
+	return false
 }
 
-// authParams reads name=value pairs, quoted or not, up to what is no pair.
-func authParams(s string) map[string]string {
-	params := make(map[string]string)
-	for {
-		s = strings.TrimLeft(s, " \t,")
-		name, rest, ok := strings.Cut(s, "=")
-		if !ok {
-			return params
-		}
-		name = asciiLower(strings.TrimSpace(name))
-		if strings.ContainsAny(name, " \t") { // the next challenge of a list
-			return params
-		}
-		rest = strings.TrimLeft(rest, " \t")
-		var value strings.Builder
-		if strings.HasPrefix(rest, `"`) {
-			i := 1
-			for ; i < len(rest) && rest[i] != '"'; i++ {
-				if rest[i] == '\\' && i+1 < len(rest) {
-					i++
-				}
-				value.WriteByte(rest[i])
-			}
-			s = rest[min(i+1, len(rest)):]
-		} else {
-			end := strings.IndexAny(rest, " \t,")
-			if end < 0 {
-				end = len(rest)
-			}
-			value.WriteString(rest[:end])
-			s = rest[end:]
-		}
-		if _, dup := params[name]; !dup {
-			params[name] = value.String()
-		}
+// Secret is a credential of the node for one registry; the zero value is none.
+// Which of the fields count is said by docker's config.json: a RegistryToken
+// goes to the registry as it is, an IdentityToken is shown to the token service,
+// and else the user's name and password are.
+type Secret struct {
+	Username, Password string
+	IdentityToken      string
+	RegistryToken      string
+}
+
+func (s Secret) basic() string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(s.Username+":"+s.Password))
+}
+
+// secret is the node's, the zero value when there is none for this registry.
+func (r *Registry) secret(ctx context.Context) (Secret, error) {
+	if r.credentials == nil {
+		return Secret{}, nil
+	}
+	return r.credentials.Get(ctx)
+}
+
+// refusedSecret: what was shown last did not do. It may have been replaced.
+func (r *Registry) refusedSecret() {
+	if r.credentials != nil {
+		r.credentials.Forget()
 	}
 }
+
+// HasNode tells whether the operator gave credentials for this registry.
+func (r *Registry) HasNode() bool { return r.credentials != nil }

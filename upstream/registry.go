@@ -35,8 +35,10 @@ type Request struct {
 	Reference  string // a tag or a digest; "list" for Tags
 	Query      url.Values
 	Accept     []string
-	// Authorization goes to the authority as it is. "" asks as anonymous.
+	// Authorization is a client's; it goes to the authority as it is. "" asks
+	// as As says.
 	Authorization string
+	As            Identity
 	// Offset is the first byte wanted. 0 means all, without a Range.
 	Offset int64
 	// Authorised says that the authority has said yes to what this request
@@ -53,10 +55,15 @@ type Registry struct {
 	pool        pool
 	headTimeout time.Duration
 
-	fetching singleflight.Group // anonymous tokens, by repository
+	realm       *url.URL      // where passwords may go; nil: the authority's own domain
+	credentials *DockerConfig // of the node; nil for none
 
+	proving singleflight.Group // by proofKey
+
+	// mu guards what follows.
 	mu     sync.Mutex
-	tokens map[string]token // anonymous ones by repository, at most maxTokens
+	proofs map[proofKey]proof // at most maxProofs
+	bases  map[string]base    // what /v2/ said, by host: one an endpoint
 	// served are repository+credential pairs whose GET of a blob succeeded
 	// lately: the evidence that a refused HEAD is the registry's habit.
 	served      map[string]time.Time // at most maxServed
@@ -64,7 +71,7 @@ type Registry struct {
 }
 
 const (
-	maxTokens = 1024
+	maxProofs = 1024
 	maxServed = 1024
 	servedFor = 10 * time.Minute
 	// earlyTimeout is what an endpoint gets while another one is left.
@@ -84,33 +91,38 @@ func (r *Registry) HeadTimeout() time.Duration { return r.headTimeout }
 // error. The context covers the body too; the time to the headers is bounded
 // besides. The caller closes the body.
 //
-// Only a request that is Authorised, and by digest, moves on from an endpoint
-// that cannot be reached, is too late or answers 5xx to the next; no 4xx does.
+// Only a request that is Authorised, and by digest, moves on from an authority
+// that cannot be reached, is too late or answers 5xx to the next endpoints; no
+// 4xx of it does. What those say but the bytes is nobody's word: when none of
+// them has the object, the error is the authority's.
 func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 	endpoints := r.endpoints[:1]
 	if req.Authorised && strings.Contains(req.Reference, ":") {
 		endpoints = r.endpoints
 	}
-	var err error
+	var first error
 	for i, e := range endpoints {
 		ask := req
 		if i > 0 && !e.Trusted {
-			ask.Authorization = ""
+			ask.Authorization, ask.As = "", Anonymous
 		}
 		timeout := r.headTimeout
 		if i < len(endpoints)-1 {
 			timeout = min(timeout, earlyTimeout)
 		}
-		var resp *Response
-		resp, err = r.askHead(ctx, e, i == 0, timeout, ask)
+		resp, err := r.askHead(ctx, e, i == 0, timeout, ask)
 		if err == nil {
+			resp.Authority = i == 0
 			return resp, nil
 		}
-		if !movesOn(err) || ctx.Err() != nil {
-			return nil, err
+		if i == 0 {
+			first = err
+		}
+		if i == 0 && !movesOn(err) || ctx.Err() != nil {
+			break
 		}
 	}
-	return nil, err
+	return nil, first
 }
 
 func movesOn(err error) bool {
@@ -126,7 +138,7 @@ func movesOn(err error) bool {
 // credential that may GET): those are asked with a GET that is closed after
 // its headers.
 func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := req.Repository + "\x00" + req.Authorization
+	key := fmt.Sprint(req.Repository, "\x00", req.As, "\x00", req.Authorization)
 	isObject := (req.Kind == Blob || req.Kind == Manifest) && strings.Contains(req.Reference, ":")
 	if !isObject || !authority {
 		return r.ask(ctx, e, timeout, req)
@@ -186,72 +198,13 @@ func (r *Registry) noteServed(key string) {
 // anonymous, where a Bearer challenge costs a token and one more try.
 func (r *Registry) ask(ctx context.Context, e Endpoint, timeout time.Duration, req Request) (*Response, error) {
 	ctx, headers := withHeaderDeadline(ctx, timeout)
-	resp, err := r.exchange(ctx, e, req, req.Authorization)
+	resp, err := r.exchange(ctx, e, req)
 	if err != nil {
 		headers.cancel(nil)
 		return nil, headers.explain(err)
 	}
 	resp.Body = headers.arrived(resp.Body)
 	return resp, nil
-}
-
-func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request, authorization string) (*Response, error) {
-	if authorization != "" {
-		resp, _, err := r.try(ctx, e, req, authorization)
-		return resp, r.withChallenge(ctx, e, err)
-	}
-	cached, _ := r.cachedToken(e, req.Repository)
-	resp, from, err := r.try(ctx, e, req, cached.header())
-	var status *StatusError
-	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized {
-		if errors.As(err, &status) && status.Status == http.StatusForbidden && len(cached.challenge) > 0 {
-			// The anonymous token is what was refused. The client's own
-			// credential may do better: show it where to take it.
-			return nil, &StatusError{Status: http.StatusUnauthorized, Challenge: cached.challenge}
-		}
-		return resp, err
-	}
-	bearer, ok := bearerChallenge(status.Challenge)
-	if !ok {
-		return nil, r.withChallenge(ctx, e, err)
-	}
-	tok, err := r.anonymousToken(ctx, e, req.Repository, bearer, status.Challenge, from)
-	if err != nil {
-		if errors.Is(err, errTokenRefused) {
-			return nil, status
-		}
-		return nil, err
-	}
-	resp, _, err = r.try(ctx, e, req, tok.header())
-	if errors.As(err, &status) && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden) {
-		if status.Status == http.StatusUnauthorized {
-			r.dropToken(e, req.Repository)
-		}
-		return nil, &StatusError{Status: http.StatusUnauthorized, Challenge: tok.challenge}
-	}
-	return resp, err
-}
-
-// withChallenge completes a 401 that came without a challenge by the one of
-// the endpoint's /v2/, where clients look for it (distribution-spec "API").
-func (r *Registry) withChallenge(ctx context.Context, e Endpoint, err error) error {
-	var status *StatusError
-	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized || len(status.Challenge) > 0 {
-		return err
-	}
-	hreq, rerr := http.NewRequestWithContext(ctx, http.MethodGet, e.URL.JoinPath("/v2/").String(), nil)
-	if rerr != nil {
-		return err
-	}
-	resp, _, rerr := r.roundTrip(hreq, r.endpointReach())
-	if rerr != nil {
-		return err
-	}
-	resp.Body.Close()
-	if resp.StatusCode == http.StatusUnauthorized {
-		return &StatusError{Status: http.StatusUnauthorized, Challenge: cleanChallenges(resp.Header)}
-	}
-	return err
 }
 
 // endpointReach is how far the registry's own endpoints may be.
@@ -290,7 +243,7 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 		resp.Body.Close()
 		return nil, from, err
 	}
-	out.Anonymous = req.Authorization == ""
+	out.Anonymous = req.Authorization == "" && req.As == Anonymous
 	return out, from, nil
 }
 

@@ -35,6 +35,8 @@ type StatusError struct {
 	Challenge []string
 	// RetryAfter is the header of a 429 or 503, as it came.
 	RetryAfter string
+
+	insufficient bool // RFC 6750 3.1: the token is good, but not for this
 }
 
 func (e *StatusError) Error() string {
@@ -59,8 +61,11 @@ type Response struct {
 	// Sent is when the request went out: what the answer says was so at
 	// some moment after it.
 	Sent time.Time
-	// Anonymous: no credential of a client was needed.
+	// Anonymous: neither a client's credential nor the node's was shown.
 	Anonymous bool
+	// Authority: it is the first endpoint's answer, which is the registry's
+	// word; another's is bytes only.
+	Authority bool
 }
 
 func newResponse(req Request, a *answer) (*Response, error) {
@@ -72,6 +77,10 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		switch a.StatusCode {
 		case http.StatusUnauthorized:
 			e.Challenge = cleanChallenges(a.Header)
+			for _, c := range a.Header.Values("WWW-Authenticate") {
+				_, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
+				e.insufficient = e.insufficient || authParams(rest)["error"] == "insufficient_scope"
+			}
 		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 			e.RetryAfter = a.Header.Get("Retry-After")
 		}

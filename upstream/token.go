@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"time"
+
+	"golang.org/x/net/publicsuffix"
+)
+
+// Token is what a token service gave, as distribution's "Token Authentication"
+// has it.
+type Token struct {
+	Value string
+	// Life is how long it holds from Issued on.
+	Life   time.Duration
+	Issued time.Time
+}
+
+// usableUntil leaves room for the way, so that a token does not run out on it.
+func (t Token) usableUntil() time.Time { return t.Issued.Add(t.Life - min(tokenMargin, t.Life/2)) }
+
+const (
+	// defaultTokenLife is what a token service means that does not say
+	// (distribution, "Token Authentication": 60 seconds).
+	defaultTokenLife = 60 * time.Second
+	// maxTokenLife bounds what one may claim.
+	maxTokenLife = 24 * time.Hour
+	// tokenMargin is how long before its end a token is not used any more.
+	tokenMargin = 5 * time.Second
+	// maxTokenBody bounds the answer of a token service; real ones are a
+	// few KiB.
+	maxTokenBody = 1 << 20
+)
+
+var (
+	// errTokenRefused: the token service gives this identity nothing.
+	errTokenRefused = errors.New("token service refuses")
+	// ErrNoTokenService: the registry does not ask for Bearer tokens.
+	ErrNoTokenService = errors.New("registry has no token service")
+)
+
+// tokenRequest is one question to a token service. At most one of
+// authorization and refreshToken is set; none asks as anonymous.
+type tokenRequest struct {
+	realm         *url.URL
+	service       string
+	scopes        []string
+	authorization string // Basic
+	refreshToken  string
+}
+
+func (t tokenRequest) httpRequest(ctx context.Context) (*http.Request, error) {
+	values := make(url.Values)
+	if t.service != "" {
+		values.Set("service", t.service)
+	}
+	u := *t.realm
+	if t.refreshToken != "" {
+		values.Set("grant_type", "refresh_token")
+		values.Set("refresh_token", t.refreshToken)
+		values.Set("client_id", "tarn")
+		values.Set("scope", strings.Join(t.scopes, " "))
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), strings.NewReader(values.Encode()))
+		if err == nil {
+			req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		}
+		return req, err
+	}
+	values["scope"] = t.scopes
+	q := u.Query()
+	for k, v := range values {
+		q[k] = v
+	}
+	u.RawQuery = q.Encode()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err == nil && t.authorization != "" {
+		req.Header.Set("Authorization", t.authorization)
+	}
+	return req, err
+}
+
+// fetchToken asks the realm. It follows no redirect: a credential goes where it
+// was said to go. oras-go's client for this refuses every realm on a private
+// address under another host name than the registry's, listed or not, and looks
+// names up past the dial guard; here the guard decides.
+func (r *Registry) fetchToken(ctx context.Context, t tokenRequest, far reach) (Token, error) {
+	hreq, err := t.httpRequest(ctx)
+	if err != nil {
+		return Token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
+	}
+	issued := time.Now()
+	resp, _, err := r.roundTrip(hreq, far)
+	if err != nil {
+		return Token{}, err
+	}
+	defer resp.Body.Close()
+	switch {
+	case resp.StatusCode == http.StatusOK:
+	case resp.StatusCode == http.StatusTooManyRequests:
+		return Token{}, &StatusError{Status: resp.StatusCode, RetryAfter: resp.Header.Get("Retry-After")}
+	case resp.StatusCode >= 400 && resp.StatusCode < 500:
+		return Token{}, errTokenRefused
+	default:
+		return Token{}, &StatusError{Status: http.StatusBadGateway}
+	}
+	var body struct {
+		Token       string `json:"token"`
+		AccessToken string `json:"access_token"`
+		ExpiresIn   int64  `json:"expires_in"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxTokenBody)).Decode(&body); err != nil {
+		return Token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, r.name)
+	}
+	out := Token{Value: cmp.Or(body.Token, body.AccessToken), Life: defaultTokenLife, Issued: issued}
+	if out.Value == "" || strings.IndexFunc(out.Value, func(c rune) bool { return c <= ' ' || c >= 0x7f }) >= 0 {
+		return Token{}, fmt.Errorf("%w: the token service of %s sent no token", ErrProtocol, r.name)
+	}
+	if body.ExpiresIn > 0 {
+		out.Life = time.Duration(min(body.ExpiresIn, int64(maxTokenLife/time.Second))) * time.Second
+	}
+	return out, nil
+}
+
+// ClientToken is for a client that was sent to tarn for its token: it passes
+// the client's own credential to the token service of this registry, for
+// pulling from these repositories, and keeps nothing. authorization is Basic;
+// or refreshToken is set in its place.
+//
+// Errors: ErrNoTokenService; ErrCredentials when the registry names a token
+// service that is not the one it may have; a *StatusError with 401 when the
+// service refuses.
+func (r *Registry) ClientToken(ctx context.Context, repositories []string, authorization, refreshToken string) (Token, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, r.headTimeout, ErrTimeout)
+	defer cancel()
+	e := r.endpoints[0]
+	challenge, far, err := r.baseChallenge(ctx, e)
+	if err != nil {
+		return Token{}, err
+	}
+	bearer, ok := bearerChallenge(challenge)
+	if !ok {
+		return Token{}, ErrNoTokenService
+	}
+	realm, err := r.realmOf(e, bearer["realm"])
+	if err != nil {
+		return Token{}, err
+	}
+	if !r.pinned(realm) {
+		return Token{}, fmt.Errorf("%w: %s sends for a token to %s, which is neither its own domain nor what realm: says in tarn's configuration",
+			ErrCredentials, r.name, realm.Host)
+	}
+	if sameOrigin(realm, e.URL) {
+		far = r.endpointReach()
+	}
+	ask := tokenRequest{realm: realm, service: bearer["service"], authorization: authorization, refreshToken: refreshToken}
+	for _, repository := range repositories {
+		ask.scopes = append(ask.scopes, "repository:"+repository+":pull")
+	}
+	t, err := r.fetchToken(ctx, ask, far)
+	if errors.Is(err, errTokenRefused) {
+		return Token{}, &StatusError{Status: http.StatusUnauthorized}
+	}
+	return t, err
+}
+
+// pinned tells whether this realm may see a password that was given to tarn:
+// it is what the operator said, or https on the authority's own registrable
+// domain. A registry that is listed with http on loopback may have its realm
+// there, too.
+func (r *Registry) pinned(realm *url.URL) bool {
+	authority := r.endpoints[0].URL
+	switch {
+	case r.realm != nil:
+		return sameOrigin(realm, r.realm) && realm.Path == r.realm.Path
+	case realm.Scheme == "http":
+		return r.listed && authority.Scheme == "http" && isLoopback(authority.Hostname()) && isLoopback(realm.Hostname())
+	default:
+		return sameSite(realm.Hostname(), authority.Hostname())
+	}
+}
+
+// sameSite tells whether two hosts are one, or under one registrable domain.
+func sameSite(a, b string) bool {
+	a, b = asciiLower(strings.TrimSuffix(a, ".")), asciiLower(strings.TrimSuffix(b, "."))
+	if a == b {
+		return true
+	}
+	if _, err := netip.ParseAddr(a); err == nil {
+		return false
+	}
+	da, errA := publicsuffix.EffectiveTLDPlusOne(a)
+	db, errB := publicsuffix.EffectiveTLDPlusOne(b)
+	return errA == nil && errB == nil && da == db
+}
+
+// CheckRealm says what is wrong with the URL of a token service that passwords
+// go to, if anything.
+func CheckRealm(u *url.URL) error {
+	switch {
+	case u == nil || u.Hostname() == "":
+		return errors.New("not a URL, as in https://auth.example/token")
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		return errors.New("user info, query and fragment have no place here")
+	case u.Scheme == "https":
+		return nil
+	case u.Scheme == "http" && isLoopback(u.Hostname()):
+		return nil
+	}
+	return errors.New("must be https, since passwords go there (http only on loopback)")
+}
+
+func isLoopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// bearerChallenge returns the parameters of the first Bearer challenge with a
+// realm (RFC 9110 11.6.1).
+func bearerChallenge(challenges []string) (map[string]string, bool) {
+	for _, c := range challenges {
+		scheme, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
+		if !strings.EqualFold(scheme, "Bearer") {
+			continue
+		}
+		if p := authParams(rest); p["realm"] != "" {
+			return p, true
+		}
+	}
+	return nil, false
+}
+
+// authParams reads name=value pairs, quoted or not, up to what is no pair.
+func authParams(s string) map[string]string {
+	params := make(map[string]string)
+	for {
+		s = strings.TrimLeft(s, " \t,")
+		name, rest, ok := strings.Cut(s, "=")
+		if !ok {
+			return params
+		}
+		name = asciiLower(strings.TrimSpace(name))
+		if strings.ContainsAny(name, " \t") { // the next challenge of a list
+			return params
+		}
+		rest = strings.TrimLeft(rest, " \t")
+		var value strings.Builder
+		if strings.HasPrefix(rest, `"`) {
+			i := 1
+			for ; i < len(rest) && rest[i] != '"'; i++ {
+				if rest[i] == '\\' && i+1 < len(rest) {
+					i++
+				}
+				value.WriteByte(rest[i])
+			}
+			s = rest[min(i+1, len(rest)):]
+		} else {
+			end := strings.IndexAny(rest, " \t,")
+			if end < 0 {
+				end = len(rest)
+			}
+			value.WriteString(rest[:end])
+			s = rest[end:]
+		}
+		if _, dup := params[name]; !dup {
+			params[name] = value.String()
+		}
+	}
+}
