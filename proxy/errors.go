@@ -69,6 +69,9 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 		return http.StatusBadGateway, errcode.ErrorCodeManifestInvalid.WithMessage(err.Error())
 	case errors.Is(err, upstream.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
 		return http.StatusGatewayTimeout, unavailable.WithMessage("upstream did not answer in time")
+	case errors.Is(err, upstream.ErrCredentials):
+		// Says which file, program or key of the configuration to mend.
+		return http.StatusBadGateway, unavailable.WithMessage(err.Error())
 	case errors.Is(err, upstream.ErrGuard):
 		return http.StatusBadGateway, errcode.ErrorCodeDenied.WithMessage(
 			"this registry's address is not public; list the registry under upstreams: in tarn's configuration to allow it")

@@ -270,6 +270,8 @@ func TestRedirectsCarryNoCredentialAndTheirRefusalsAreNobodysWord(t *testing.T) 
 		http.Redirect(w, req, fmt.Sprintf("%s/data?sig=%d", cdn.URL, asked.Add(1)), http.StatusTemporaryRedirect)
 		return true
 	}
+	d.stop() // asked for each object, whatever was said before
+	d = start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, rules: &Rules{}})
 	auth := []string{"Authorization", "Basic YTpi"}
 	d.get(blobPath("app", dgst), auth...).mustBe(t, blob)
 	asked.Store(0)

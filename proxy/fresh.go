@@ -17,8 +17,6 @@ type confirmation struct {
 	digest    digest.Digest
 	size      int64
 	mediaType string
-	sent      time.Time
-	anonymous bool
 	// body is the manifest itself, when the authority had to be asked with
 	// GET to know the rest.
 	body []byte
@@ -27,7 +25,8 @@ type confirmation struct {
 // headKey is who may share one HEAD: the same question with the same
 // credential.
 type headKey struct {
-	upstream, repository, tag, accept, credential string
+	upstream, repository, tag, accept string
+	credential                        credential
 }
 
 // freshness is group commit for HEADs. A request may use only a HEAD that was

@@ -6,13 +6,20 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,7 +28,10 @@ import (
 	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 func TestMain(m *testing.M) {
@@ -36,6 +46,13 @@ type tarnd struct {
 	cache   *cache.Cache
 	proxy   *Proxy
 	options setup
+	ahead   atomic.Int64 // of the rights' clock
+	log     logBuffer
+	metrics *prometheus.Registry
+
+	mu       sync.Mutex
+	secrets  map[string]bool
+	refusals [][]byte
 }
 
 // setup is what a test may choose; the zero value lists nothing.
@@ -52,6 +69,10 @@ type setup struct {
 	// headTimeout of all upstreams; 0 is the default.
 	headTimeout time.Duration
 	listedOnly  bool
+	// rules are each listed upstream's; nil means the defaults.
+	rules *Rules
+	// configure may change how an upstream is listed.
+	configure func(*upstream.Config)
 }
 
 // start runs tarn, and again over the same directory after stop.
@@ -63,7 +84,9 @@ func start(t testing.TB, s setup) *tarnd {
 	if s.maxSize == 0 {
 		s.maxSize = 1 << 30
 	}
-	c, err := cache.New(cache.Options{Dir: s.dir, MaxSize: s.maxSize})
+	d := &tarnd{t: t, options: s, metrics: prometheus.NewRegistry()}
+	log := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&d.log), zap.DebugLevel))
+	c, err := cache.New(cache.Options{Dir: s.dir, MaxSize: s.maxSize, Logger: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +100,11 @@ func start(t testing.TB, s setup) *tarnd {
 		if err != nil {
 			t.Fatal(err)
 		}
-		listed = append(listed, upstream.Config{Name: n, Endpoints: []upstream.Endpoint{{URL: u}}, HeadTimeout: s.headTimeout})
+		c := upstream.Config{Name: n, Endpoints: []upstream.Endpoint{{URL: u}}, HeadTimeout: s.headTimeout}
+		if s.configure != nil {
+			s.configure(&c)
+		}
+		listed = append(listed, c)
 	}
 	for name, r := range s.listed {
 		add(name, r.URL)
@@ -105,13 +132,80 @@ func start(t testing.TB, s setup) *tarnd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := New(Options{Upstreams: u, Cache: c, ListedOnly: s.listedOnly})
+	rules := DefaultRules()
+	if s.rules != nil {
+		rules = *s.rules
+	}
+	ruleOf := make(map[upstream.Name]Rules)
+	for _, l := range listed {
+		ruleOf[l.Name] = rules
+	}
+	p, err := New(Options{
+		Upstreams: u, Cache: c, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
+		Metrics: NewMetrics(d.metrics), Logger: log,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &tarnd{Server: httptest.NewServer(p), t: t, cache: c, proxy: p, options: s}
+	p.now = func() time.Time { return time.Now().Add(time.Duration(d.ahead.Load())) }
+	d.Server, d.cache, d.proxy = httptest.NewServer(p), c, p
 	t.Cleanup(func() { d.stop(); u.Close() })
 	return d
+}
+
+// advance turns the clock of the rights.
+func (d *tarnd) advance(by time.Duration) { d.ahead.Add(int64(by)) }
+
+// keepsNoSecret fails the test when what a client or registry called secret is
+// in a log line, a metric or a file of the data directory. Secrets of tests have
+// the word canary in them; besides, each Authorization that was sent is one.
+func (d *tarnd) keepsNoSecret() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	look := func(where string, text []byte) {
+		for secret := range d.secrets {
+			if bytes.Contains(text, []byte(secret)) {
+				d.t.Errorf("%s has the secret %q", where, secret)
+			}
+		}
+		if i := bytes.Index(text, []byte("canary")); i >= 0 {
+			d.t.Errorf("%s has a secret: %.80q", where, text[max(0, i-20):])
+		}
+	}
+	look("the log", d.log.take())
+	families, err := d.metrics.Gather()
+	if err != nil {
+		d.t.Error(err)
+	}
+	look("a metric", []byte(fmt.Sprint(families)))
+	filepath.WalkDir(d.options.dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() {
+			data, _ := os.ReadFile(path)
+			look(path, data)
+		}
+		return nil
+	})
+	for _, text := range d.refusals {
+		look("an error's answer", text)
+	}
+}
+
+// logBuffer keeps what was logged.
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *logBuffer) take() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return bytes.Clone(b.text.Bytes())
 }
 
 // stop ends it in good order; a second call does nothing.
@@ -126,6 +220,7 @@ func (d *tarnd) stop() {
 	if err := d.cache.Close(); err != nil {
 		d.t.Errorf("close the cache: %v", err)
 	}
+	d.keepsNoSecret()
 }
 
 // answer is a whole response.
@@ -146,6 +241,15 @@ func (d *tarnd) do(method, path string, headers ...string) answer {
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Add(headers[i], headers[i+1])
 	}
+	_, secret, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+	if len(secret) > 10 && secret != markerToken { // a short one is in any file by chance
+		d.mu.Lock()
+		if d.secrets == nil {
+			d.secrets = make(map[string]bool)
+		}
+		d.secrets[secret] = true
+		d.mu.Unlock()
+	}
 	resp, err := http.DefaultTransport.RoundTrip(req)
 	if err != nil {
 		return answer{err: err}
@@ -153,6 +257,11 @@ func (d *tarnd) do(method, path string, headers ...string) answer {
 	defer resp.Body.Close()
 	a := answer{status: resp.StatusCode, header: resp.Header}
 	a.body, a.err = io.ReadAll(resp.Body)
+	if a.status >= 400 {
+		d.mu.Lock()
+		d.refusals = append(d.refusals, fmt.Appendf(nil, "%v %s", a.header, a.body))
+		d.mu.Unlock()
+	}
 	return a
 }
 

@@ -23,44 +23,12 @@ func (p *Proxy) key(q *request, d digest.Digest) cache.Key {
 	return cache.Key{Domain: p.sourceDomain(q.upstream), Digest: d}
 }
 
-// serveDigest answers HEAD and GET of a manifest or blob by digest. What is
-// cached, or on its way, costs one HEAD with this client's credential; what is
-// not, is asked for by the GET that fetches it.
+// serveDigest answers HEAD and GET of a manifest or blob by digest.
 func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q *request) error {
 	if q.method == http.MethodHead {
 		return p.headDigest(ctx, w, r, q)
 	}
-	var said upstream.Response
-	req := cache.Request{
-		Key:    p.key(q, q.digest),
-		Reader: p.reader(q),
-		Offset: rangeStart(r),
-		Fetch:  p.fetch(q, q.digest, false, &said),
-	}
-	if q.kind == upstream.Manifest {
-		// The check runs in the flight, after this Fetch.
-		req.Check = checkAs(func() string { return said.MediaType })
-	}
-	o, err := p.cache.Open(ctx, req)
-	contentType := ""
-	if errors.Is(err, cache.ErrAuthorise) {
-		var yes *upstream.Response
-		if yes, err = p.ask(ctx, q, http.MethodHead, q.digest.String(), false, 0); err != nil {
-			return err
-		}
-		yes.Body.Close()
-		contentType = yes.MediaType
-		req.Authorised = true
-		// The flight that was there may fail, and then it is this client's
-		// turn; the other endpoints may serve it now.
-		req.Fetch = p.fetch(q, q.digest, true, nil)
-		if q.kind == upstream.Manifest {
-			req.Check = checkAs(func() string { return contentType })
-		}
-		o, err = p.cache.Open(ctx, req)
-	} else if err == nil {
-		contentType = said.MediaType
-	}
+	o, y, err := p.openDigest(ctx, q)
 	if errors.Is(err, errSchema1) {
 		return p.relayManifest(ctx, w, q, &confirmation{mediaType: schema1Type})
 	}
@@ -68,25 +36,93 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 		return err
 	}
 	defer o.Close()
+	defer p.begin(q, y)()
 	w.source(o.Source)
 	if q.kind == upstream.Manifest {
-		return p.serveManifest(ctx, w, r, q, o, q.digest, contentType)
+		return p.serveManifest(ctx, w, r, q, o, q.digest, y.mediaType)
 	}
 	return serveObject(w, r, o, q.digest, blobType)
 }
 
-// headDigest asks the authority, cached or not, and fetches nothing unless the
-// registry's answer to HEAD says too little.
-func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q *request) error {
-	yes, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), false, 0)
-	if err != nil {
-		return err
+// openDigest opens an object for a client that may have it. Who is known to be
+// entitled is not asked about again. What is here costs everybody else a HEAD
+// with their own credential; what is not, is asked for by the GET that fetches
+// it, whose answer those wait for that ask with the same credential.
+func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes, error) {
+	req := cache.Request{
+		Key:    p.key(q, q.digest),
+		Reader: p.reader(q.repositoryKey(), p.credential(q)),
+		Offset: q.first,
 	}
-	yes.Body.Close()
-	if size, cached := p.cache.Has(p.key(q, q.digest)); cached {
-		mediaType := blobType
+	y, ok := p.entitled(q)
+	if !ok {
+		if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
+			return nil, yes{}, p.ownWords(q, err)
+		}
+	}
+	if !ok && !p.lendsNode(q) {
+		var answer yes
+		req.Fetch = p.fetch(q, q.digest, false, &answer)
+		req.Check = p.check(q, func() string { return answer.mediaType }) // runs after the Fetch
+		req.Wait = p.rules(q.upstream).GrantTTL > 0
+		o, err := p.cache.Open(ctx, req)
+		switch {
+		case err == nil:
+			return o, answer, nil
+		case !errors.Is(err, cache.ErrAuthorise):
+			return nil, yes{}, err // the Fetch may be running still
+		}
+		y, ok = p.entitled(q)
+	}
+	if !ok {
+		var err error
+		if y, err = p.inquire(ctx, q); err != nil {
+			return nil, yes{}, err
+		}
+	}
+	// The flight that is there may fail, and then it is this client's turn.
+	// The other endpoints may serve it, unless the yes was for what had begun.
+	req.Authorised = true
+	req.Fetch = p.fetch(q, q.digest, !y.finishing, nil)
+	req.Check = p.check(q, func() string { return y.mediaType })
+	o, err := p.cache.Open(ctx, req)
+	return o, y, err
+}
+
+// inquire asks the authority about the object, by HEAD.
+func (p *Proxy) inquire(ctx context.Context, q *request) (yes, error) {
+	resp, asked, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), false, 0)
+	if err != nil {
+		return yes{}, err
+	}
+	resp.Body.Close()
+	return yes{asked: asked, mediaType: resp.MediaType, size: resp.Size}, nil
+}
+
+// check is what a flight looks at before it stores the object.
+func (p *Proxy) check(q *request, contentType func() string) func([]byte) error {
+	if q.kind != upstream.Manifest {
+		return nil
+	}
+	return checkAs(contentType)
+}
+
+// headDigest fetches nothing, unless the registry's answer to HEAD says too
+// little.
+func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q *request) error {
+	size, cached := p.cache.Has(p.key(q, q.digest))
+	y, ok := p.entitled(q)
+	if !cached || !ok {
+		var err error
+		if y, err = p.inquire(ctx, q); err != nil {
+			return err
+		}
+		size, cached = p.cache.Has(p.key(q, q.digest))
+	}
+	if cached {
+		mediaType, err := blobType, error(nil)
 		if q.kind == upstream.Manifest {
-			mediaType, err = p.storedType(ctx, q, q.digest, yes.MediaType)
+			mediaType, err = p.storedType(ctx, q, q.digest, y.mediaType)
 		}
 		if !errors.Is(err, errGone) {
 			if err != nil {
@@ -95,26 +131,31 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 			w.source(cache.Hit)
 			return serveHead(w, r, q.digest, mediaType, size)
 		}
+		if ok { // and no question was asked
+			if y, err = p.inquire(ctx, q); err != nil {
+				return err
+			}
+		}
 	}
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:
-		return serveHead(w, r, q.digest, blobType, yes.Size)
-	case !schema1(yes.MediaType) && (yes.Size < 0 || !manifestLike(yes.MediaType)):
+		return serveHead(w, r, q.digest, blobType, y.size)
+	case !schema1(y.mediaType) && (y.size < 0 || !manifestLike(y.mediaType)):
 		return p.headByGet(ctx, w, r, q)
 	}
-	return serveHead(w, r, q.digest, yes.MediaType, yes.Size)
+	return serveHead(w, r, q.digest, y.mediaType, y.size)
 }
 
 // headByGet fetches the manifest to say what a HEAD must say of it.
 func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *request) error {
-	var said upstream.Response
+	var answer yes
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, q.digest),
-		Reader:     p.reader(q),
+		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
 		Authorised: true,
-		Fetch:      p.fetch(q, q.digest, true, &said),
-		Check:      checkAs(func() string { return said.MediaType }),
+		Fetch:      p.fetch(q, q.digest, true, &answer),
+		Check:      checkAs(func() string { return answer.mediaType }),
 	})
 	if err != nil {
 		return err
@@ -122,21 +163,6 @@ func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *
 	defer o.Close()
 	w.source(o.Source)
 	return p.serveManifest(ctx, w, r, q, o, q.digest, "")
-}
-
-// rangeStart is the first byte that the request wants, 0 for all. What cannot
-// be read is left to http.ServeContent, which answers it; a suffix counts as
-// some way into the object.
-func rangeStart(r *http.Request) int64 {
-	var first, last int64
-	h := r.Header.Get("Range")
-	if n, _ := fmt.Sscanf(h, "bytes=%d-%d", &first, &last); n >= 1 {
-		if first < 0 {
-			return 1 // "-500": the last 500 bytes
-		}
-		return first
-	}
-	return 0
 }
 
 // errGone: what was stored a moment ago is not any more.
@@ -218,26 +244,19 @@ func serveObject(w *response, r *http.Request, o *cache.Object, d digest.Digest,
 	if o.Size < 0 {
 		return serveUnsized(w, r, o, d)
 	}
-	simplifyRange(r)
+	quoteCondition(r)
 	http.ServeContent(w, r, "", noTime, o.Content)
 	// A body that broke off is shorter than its Content-Length, and net/http
 	// closes the connection on that.
 	return nil
 }
 
-// simplifyRange leaves the one kind of range that registries' clients send, so
-// that the answer is the same whether the object is complete or on its way: a
-// GET with one range. A server may ignore any other (RFC 9110 14.2).
-func simplifyRange(r *http.Request) {
-	h := r.Header
-	if r.Method != http.MethodGet || len(h["Range"]) > 1 || bytes.IndexByte([]byte(h.Get("Range")), ',') >= 0 {
-		h.Del("Range")
-	}
-	if inm := h.Get("If-None-Match"); inm != "" {
-		// Some clients leave the quotes out; the standard library knows no
-		// such entity tag.
+// quoteCondition adds the quotes that some clients leave out of If-None-Match;
+// the standard library knows no such entity tag.
+func quoteCondition(r *http.Request) {
+	if inm := r.Header.Get("If-None-Match"); inm != "" {
 		if d, err := digest.Parse(inm); err == nil {
-			h.Set("If-None-Match", `"`+d.String()+`"`)
+			r.Header.Set("If-None-Match", `"`+d.String()+`"`)
 		}
 	}
 }
@@ -282,7 +301,7 @@ func serveHead(w *response, r *http.Request, d digest.Digest, mediaType string, 
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	simplifyRange(r)
+	quoteCondition(r)
 	http.ServeContent(w, r, "", noTime, sizeOnly(size))
 	return nil
 }

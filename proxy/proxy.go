@@ -19,12 +19,12 @@ package proxy
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"tarn/cache"
@@ -48,10 +48,33 @@ type Options struct {
 	DefaultUpstream upstream.Name
 	// ListedOnly serves only registries that are listed.
 	ListedOnly bool
+	// Rules by listed upstream; the others follow Defaults.
+	Rules    map[upstream.Name]Rules
+	Defaults Rules
 	// Metrics counts; nil counts nothing.
 	Metrics *Metrics
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
+}
+
+// Rules say how far an authority's yes is believed, and by whom.
+type Rules struct {
+	// GrantTTL is how long a yes to a credential is believed for further
+	// objects of the repository. 0 means asking for each.
+	GrantTTL time.Duration
+	// MembershipTTL is how long the authority is believed to have what it
+	// had. 0 means asking every time.
+	MembershipTTL time.Duration
+	// TokenBroker passes clients' credentials on to the token service.
+	TokenBroker bool
+	// Share are patterns (path.Match) of repositories that every client of
+	// this node may have, with the node's credential.
+	Share []string
+}
+
+// DefaultRules are those of the configuration's defaults.
+func DefaultRules() Rules {
+	return Rules{GrantTTL: time.Minute, MembershipTTL: 24 * time.Hour}
 }
 
 // Proxy serves the registry API. It is an http.Handler.
@@ -64,7 +87,13 @@ type Proxy struct {
 	metrics   *Metrics
 	log       *zap.Logger
 	router    *mux.Router
-	readerKey [32]byte
+	rights    *rights
+	ruleOf    map[upstream.Name]Rules
+	defaults  Rules
+	brokers   bool // some upstream has a token broker
+	now       func() time.Time
+
+	nodeTrouble sync.Map // upstream.Name to what ails the node's credential, "" for nothing
 
 	ctx    context.Context // of what is shared between requests; ends with Close
 	cancel context.CancelFunc
@@ -92,8 +121,14 @@ func New(opts Options) (*Proxy, error) {
 			defaultUpstream: opts.DefaultUpstream,
 			listedOnly:      opts.ListedOnly,
 		},
+		rights:   newRights(),
+		ruleOf:   opts.Rules,
+		defaults: opts.Defaults,
+		now:      time.Now,
 	}
-	rand.Read(p.readerKey[:])
+	for _, rules := range opts.Rules {
+		p.brokers = p.brokers || rules.TokenBroker
+	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), sequence: sequence}
 
@@ -103,9 +138,19 @@ func New(opts Options) (*Proxy, error) {
 	for _, prefix := range []string{"/v2", "/{upstream}/v2"} {
 		p.router.PathPrefix(prefix).Methods(http.MethodGet, http.MethodHead).HandlerFunc(p.serveAPI)
 	}
+	if p.brokers {
+		p.router.Path("/token").Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
+	}
 	p.router.NotFoundHandler = failing(errNoRoute)
 	p.router.MethodNotAllowedHandler = failing(errMethod)
 	return p, nil
+}
+
+func (p *Proxy) rules(name upstream.Name) Rules {
+	if r, ok := p.ruleOf[name]; ok {
+		return r
+	}
+	return p.defaults
 }
 
 // Close ends what is shared between requests and waits for it. Call it when no
@@ -138,7 +183,7 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case q.base:
-		err = serveBase(w, q)
+		err = p.serveBase(w, r, q)
 	case q.kind == upstream.Manifest && q.tag != "":
 		err = p.serveTag(ctx, w, r, q)
 	case q.kind == upstream.Manifest, q.kind == upstream.Blob:

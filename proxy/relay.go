@@ -21,7 +21,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	life, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	stop := context.AfterFunc(ctx, cancel)
-	resp, err := p.ask(life, q, q.method, q.reference(), false, 0)
+	resp, _, err := p.ask(life, q, q.method, q.reference(), false, 0)
 	if !stop() && err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -82,17 +82,4 @@ func (q *request) rewriteLink(link string) string {
 		return ""
 	}
 	return "<" + back.String() + ">" + params
-}
-
-// serveBase answers /v2/. tarn itself asks for no credential: which one is
-// wanted depends on the repository.
-func serveBase(w *response, q *request) error {
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", "2")
-	w.WriteHeader(http.StatusOK)
-	if q.method == http.MethodGet {
-		io.WriteString(w, "{}")
-	}
-	return nil
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"regexp"
+	"strconv"
 	"strings"
 
 	"tarn/blobstore"
@@ -44,8 +46,11 @@ type request struct {
 	prefix string // path before the repository as the client writes it, for links
 	named  string // repository as the client writes it, for links
 
-	accept        []string // "" means anything; see acceptOf
-	authorization string
+	accept        []string   // "" means anything; see acceptOf
+	authorization string     // "" for none, also where the client sent the broker's marker
+	agent         string     // User-Agent
+	first         int64      // first byte that the client wants, see parseRange
+	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
 }
 
@@ -101,10 +106,16 @@ func (n names) parse(r *http.Request) (*request, error) {
 	if err != nil {
 		return nil, badName("the query string cannot be parsed")
 	}
-	q := &request{method: r.Method, accept: acceptOf(r.Header), authorization: r.Header.Get("Authorization")}
 	if len(r.Header.Values("Authorization")) > 1 {
 		return nil, badName("more than one Authorization header")
 	}
+	q := &request{
+		method:        r.Method,
+		accept:        acceptOf(r.Header),
+		authorization: withoutMarker(r.Header.Get("Authorization")),
+		agent:         r.UserAgent(),
+	}
+	q.first, q.resumes = parseRange(r)
 
 	head, rest, ok := strings.Cut(path, "/v2")
 	if !ok || rest != "" && rest[0] != '/' || strings.Count(head, "/") > 1 {
@@ -124,15 +135,55 @@ func (n names) parse(r *http.Request) (*request, error) {
 	if q.base {
 		return q, nil
 	}
-	if q.upstream == upstream.DockerHub && !strings.Contains(q.repository, "/") {
-		q.repository = "library/" + q.repository
-	}
-	if err := checkRepository(q.repository); err != nil {
+	if err := q.completeRepository(); err != nil {
 		return nil, err
 	}
 	q.query = passedOn(q.kind, query)
 	return q, nil
 }
+
+// completeRepository gives Docker Hub's own images their full name, and checks
+// it.
+func (q *request) completeRepository() error {
+	if q.upstream == upstream.DockerHub && !strings.Contains(q.repository, "/") {
+		q.repository = "library/" + q.repository
+	}
+	return checkRepository(q.repository)
+}
+
+// parseRange returns the first byte that is wanted, and whether the request is
+// for a part that cannot be the whole object. It leaves the one kind of range
+// that registries' clients send, so that the answer is the same whether the
+// object is complete or on its way, and so that what is authorised here is what
+// net/http serves later: a GET with one range of bytes. A server may ignore any
+// other (RFC 9110 14.2).
+func parseRange(r *http.Request) (first int64, resumes bool) {
+	lines := r.Header["Range"]
+	if len(lines) == 0 {
+		return 0, false
+	}
+	spec, bytes := strings.CutPrefix(lines[0], "bytes=")
+	switch {
+	case r.Method != http.MethodGet || len(lines) > 1:
+	case !bytes:
+		return 0, false // 416 where ranges are known, see http.ServeContent
+	case suffixRange.MatchString(spec):
+		return 1, false // somewhere in the object
+	case simpleRange.MatchString(spec):
+		from, _, _ := strings.Cut(spec, "-")
+		if n, err := strconv.ParseInt(from, 10, 64); err == nil {
+			// If-Range may turn it into a request for all.
+			return n, n > 0 && r.Header.Get("If-Range") == ""
+		}
+	}
+	r.Header.Del("Range")
+	return 0, false
+}
+
+var (
+	simpleRange = regexp.MustCompile(`^[0-9]+-[0-9]*$`)
+	suffixRange = regexp.MustCompile(`^-[0-9]+$`)
+)
 
 // decodePath returns the path of the URL. The only escape that a client has a
 // reason for is that of the colon in a digest; any other could make the path
@@ -350,6 +401,8 @@ func (q *request) route() string {
 		return v2.RouteNameBlob
 	case q.kind == upstream.Tags:
 		return v2.RouteNameTags
+	case q.kind == tokenRoute:
+		return string(tokenRoute)
 	default:
 		return "referrers"
 	}

@@ -5,10 +5,16 @@ package proxy
 import (
 	"context"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
+	"strings"
+	"sync"
 	"time"
 
 	"tarn/cache"
@@ -16,19 +22,93 @@ import (
 	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 )
 
-// Who may have what. Storage is shared, rights are not: the authority is asked
-// about this client, with the client's own credential, for each tag and each
-// cached object; only an object that nobody has here is asked for by the GET
-// that fetches it. Three kinds of fact are kept apart:
+// Who may have what. Storage is shared, rights are not: only the authority's
+// own answer, to a request that carried this client's own credential, lets a
+// byte out. All that is remembered of its answers is in this file:
 //
-//	grant       "yes" to one credential for one repository. None is
-//	            remembered yet: every request asks.
+//	grant       the authority said yes to this credential in this
+//	            repository. Memory only, for grant_ttl from when the
+//	            question was sent, never past the token's own end. What
+//	            anonymous was granted serves everybody.
 //	membership  the authority served this digest in this repository, as
-//	            manifest or blob, to anonymous or to some credential.
+//	            manifest or blob: to somebody then, to anonymous then. In the
+//	            index, believed for membership_ttl.
 //	possession  a source domain delivered all bytes of a digest, verified.
 //	            The cache keeps it; bytes of one domain never serve another.
+//	finish      this credential has begun to download this object: it may
+//	            have the rest, for finishFor at most.
+//	401         anonymous was refused in this repository a moment ago. The
+//	            only refusal that is ever remembered, for refusedFor.
+//
+// An object that is here, stored or in flight, goes out for a grant and a
+// membership (entitled). If either is missing the authority is asked, by a HEAD
+// of that object, or, when nobody has it here, by the GET that fetches it (see
+// openDigest). A tag is always asked for. So a question costs the same round
+// trip whatever is cached, and a refusal says nothing about it.
+//
+// A yes that was sent before a refusal was received makes nothing: the two may
+// have crossed, and the refusal is newer.
+
+const (
+	// finishFor is how long after the yes a download that it began may go
+	// on. containerd asks for the ranges of a large layer one by one, and
+	// after the first has nowhere else to go.
+	finishFor = 10 * time.Minute
+	// finishIdle ends it earlier, when nobody is downloading any more.
+	finishIdle = 30 * time.Second
+	// refusedFor is how long a 401 answers further requests without a
+	// credential: containerd's HEAD and GET each start with one.
+	refusedFor = 5 * time.Second
+	// crossing is how long a refusal is remembered as newer than a yes that
+	// is on its way: more than any request to a registry takes.
+	crossing = time.Minute
+	// maxRights bounds each of the tables. Past it what is forgotten costs a
+	// question, never a right.
+	maxRights = 1 << 16
+)
+
+// rights are what the authorities have said.
+type rights struct {
+	key [sha256.Size]byte // of the readers' names, new with each process
+
+	// mu guards what follows. Readers are named as in (*Proxy).reader.
+	mu        sync.Mutex
+	grants    map[string]grant
+	finishing map[string]map[string]*finish // by reader, then by membership key
+	finishes  int
+	// refused is when the last refusal of a reader, or of an object by its
+	// membership key, was received; refusedAll stands for those forgotten.
+	refused      map[string]time.Time
+	refusedAll   time.Time
+	unauthorised map[index.RepositoryKey]unauthorised
+}
+
+type grant struct{ asked, until time.Time }
+
+type finish struct {
+	until time.Time
+	open  int       // answers that are being sent
+	idle  time.Time // since when there is none
+}
+
+type unauthorised struct {
+	err   *upstream.StatusError
+	until time.Time
+}
+
+func newRights() *rights {
+	r := &rights{
+		grants:       make(map[string]grant),
+		finishing:    make(map[string]map[string]*finish),
+		refused:      make(map[string]time.Time),
+		unauthorised: make(map[index.RepositoryKey]unauthorised),
+	}
+	rand.Read(r.key[:])
+	return r
+}
 
 // sourceDomain is whose deliveries may serve this upstream. The operator vouches
 // for the listed ones together; a stranger vouches for itself only.
@@ -42,62 +122,367 @@ func (p *Proxy) sourceDomain(name upstream.Name) string {
 // mayPass tells whether an Authorization, or a challenge that asks for one, may
 // pass between this client and the upstream. Clients that find tarn by a path
 // keep their secrets under tarn's own address, and would hand them to whatever
-// registry the path names; containerd's credential is the image host's.
+// registry the path names; containerd's credential is the image host's. Once
+// there is a token broker, secrets are kept under tarn's address for it, and
+// other clients than containerd show those to a mirror too.
 func (p *Proxy) mayPass(q *request) bool {
-	return p.upstreams.Listed(q.upstream) || q.form == formNS
-}
-
-// credential is the Authorization that the upstream may see, "" for anonymous.
-func (p *Proxy) credential(q *request) string {
-	if p.mayPass(q) {
-		return q.authorization
+	if p.upstreams.Listed(q.upstream) {
+		return true
 	}
-	return ""
+	return q.form == formNS && (!p.brokers || strings.HasPrefix(q.agent, "containerd/"))
 }
 
-// reader names repository and credential, for the rule that nobody joins bytes
-// of two generations. It is keyed, so that no credential lies in memory in a
-// form that is worth something elsewhere.
-func (p *Proxy) reader(q *request) string {
-	m := hmac.New(sha256.New, p.readerKey[:])
-	for _, s := range []string{string(q.upstream), q.repository, p.credential(q)} {
+// credential is what a request is made with: a client's own Authorization, the
+// node's credential, or neither.
+type credential struct {
+	authorization string
+	node          bool
+}
+
+func (c credential) anonymous() bool { return c == credential{} }
+
+// credential is how the upstream is asked on behalf of this client: with what
+// the client sent, as far as it may pass; as the node where the operator shares
+// the repository with every client of the node; else as anonymous.
+func (p *Proxy) credential(q *request) credential {
+	switch {
+	case p.shared(q):
+		return credential{node: true}
+	case p.mayPass(q):
+		return credential{authorization: q.authorization}
+	}
+	return credential{}
+}
+
+// shared tells whether the operator lets every client have this repository.
+func (p *Proxy) shared(q *request) bool {
+	for _, pattern := range p.rules(q.upstream).Share {
+		if ok, err := path.Match(pattern, q.repository); ok && err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// reader names a repository and a credential. It is keyed, so that no
+// credential lies in memory in a form that is worth something elsewhere.
+func (p *Proxy) reader(k index.RepositoryKey, c credential) string {
+	m := hmac.New(sha256.New, p.rights.key[:])
+	for _, s := range []string{k.Upstream, k.Repository, c.authorization} {
 		fmt.Fprintf(m, "%d:%s", len(s), s)
 	}
+	fmt.Fprint(m, c.node)
 	return string(m.Sum(nil))
 }
 
-func repositoryKey(q *request) index.RepositoryKey {
+func (q *request) repositoryKey() index.RepositoryKey {
 	return index.RepositoryKey{Upstream: string(q.upstream), Repository: q.repository}
 }
 
-// ask puts the client's question for an object or a tag to the authority, with
-// the client's own credential, and notes what the answer says about
-// membership. What it refuses is an error that serveError understands.
-func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, authorised bool, offset int64) (*upstream.Response, error) {
-	resp, err := p.upstreams.Registry(q.upstream).Do(ctx, upstream.Request{
+func (q *request) membershipKey(d digest.Digest) string {
+	return q.repositoryKey().MembershipKey(string(q.kind), d)
+}
+
+// A yes is the authority's, to this client, for an object.
+type yes struct {
+	asked     time.Time // when the question was sent
+	mediaType string    // what this authority calls a manifest
+	size      int64     // -1: not said
+	// finishing: the yes is a while ago, and only lets a download end that
+	// it began.
+	finishing bool
+}
+
+// entitled tells whether the client may have the object without another
+// question.
+func (p *Proxy) entitled(q *request) (y yes, ok bool) {
+	rules, now := p.rules(q.upstream), p.now()
+	if rules.GrantTTL <= 0 {
+		return yes{}, false
+	}
+	own := p.credential(q)
+	reader, key := p.reader(q.repositoryKey(), own), q.membershipKey(q.digest)
+	m, _ := p.cache.Index().Membership(key)
+	y = yes{mediaType: m.MediaType, size: -1}
+	lives := func(confirmed time.Time) bool {
+		return !confirmed.IsZero() && now.Sub(confirmed) < rules.MembershipTTL
+	}
+
+	r := p.rights
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if g, granted := r.grants[reader]; granted && now.Before(g.until) && lives(m.Time) && !own.anonymous() {
+		y.asked = g.asked
+		return y, true
+	}
+	// What was served to a credential may be nothing for anonymous, also where
+	// anonymous may have other things.
+	everybody := p.reader(q.repositoryKey(), credential{})
+	if g, granted := r.grants[everybody]; granted && now.Before(g.until) && lives(m.Anonymous) {
+		y.asked = g.asked
+		return y, true
+	}
+	if f := r.finishing[reader][key]; q.resumes && f != nil && now.Before(f.until) && (f.open > 0 || now.Sub(f.idle) < finishIdle) {
+		y.finishing = true
+		return y, true
+	}
+	return yes{}, false
+}
+
+// begin notes that an answer to this client is being sent, which it may finish
+// with further ranges. The caller calls end after it.
+func (p *Proxy) begin(q *request, y yes) (end func()) {
+	if p.rules(q.upstream).GrantTTL <= 0 || q.digest == "" {
+		return func() {}
+	}
+	reader, key := p.reader(q.repositoryKey(), p.credential(q)), q.membershipKey(q.digest)
+	r := p.rights
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f := r.finishing[reader][key]
+	if f == nil {
+		if r.finishes >= maxRights {
+			r.expireFinishes(p.now())
+		}
+		if r.finishes >= maxRights {
+			return func() {}
+		}
+		if r.finishing[reader] == nil {
+			r.finishing[reader] = make(map[string]*finish)
+		}
+		f = &finish{}
+		r.finishing[reader][key] = f
+		r.finishes++
+	}
+	if until := y.asked.Add(finishFor); !y.finishing && until.After(f.until) {
+		f.until = until
+	}
+	f.open++
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		f.open--
+		f.idle = p.now()
+	}
+}
+
+// expireFinishes is called with the lock.
+func (r *rights) expireFinishes(now time.Time) {
+	for reader, objects := range r.finishing {
+		for key, f := range objects {
+			if f.open == 0 && (now.After(f.until) || now.Sub(f.idle) >= finishIdle) {
+				delete(objects, key)
+				r.finishes--
+			}
+		}
+		if len(objects) == 0 {
+			delete(r.finishing, reader)
+		}
+	}
+}
+
+// granted takes the authority's yes to a question that was sent at asked.
+func (p *Proxy) granted(k index.RepositoryKey, c credential, asked time.Time) {
+	until := asked.Add(p.rules(upstream.Name(k.Upstream)).GrantTTL)
+	if end, ok := tokenEnd(c.authorization); ok && end.Before(until) {
+		until = end
+	}
+	reader, now := p.reader(k, c), p.now()
+	r := p.rights
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.crossed(reader, asked) {
+		return
+	}
+	if c.anonymous() {
+		delete(r.unauthorised, k)
+	}
+	if !now.Before(until) || r.grants[reader].asked.After(asked) {
+		return
+	}
+	if _, known := r.grants[reader]; !known && len(r.grants) >= maxRights {
+		for k, g := range r.grants {
+			if !now.Before(g.until) {
+				delete(r.grants, k)
+			}
+		}
+		if len(r.grants) >= maxRights {
+			clear(r.grants)
+		}
+	}
+	r.grants[reader] = grant{asked, until}
+}
+
+// member takes the authority's yes to a question about an object.
+func (p *Proxy) member(k index.RepositoryKey, kind upstream.Kind, d digest.Digest, c credential, asked time.Time, mediaType string) {
+	key := k.MembershipKey(string(kind), d)
+	m := index.Membership{Time: asked}
+	if kind == upstream.Manifest {
+		m.MediaType = mediaType
+	}
+	if c.anonymous() {
+		m.Anonymous = asked
+	}
+	crossed := func() bool {
+		p.rights.mu.Lock()
+		defer p.rights.mu.Unlock()
+		return p.rights.crossed(key, asked)
+	}
+	if crossed() {
+		return
+	}
+	p.cache.Index().NoteMembership(key, m)
+	if crossed() { // just now, and what it deleted has come back
+		p.cache.Index().DeleteMembership(key)
+	}
+}
+
+// crossed tells whether a refusal was received after a yes was asked for.
+// Called with the lock.
+func (r *rights) crossed(key string, asked time.Time) bool {
+	return !r.refused[key].Before(asked) || !r.refusedAll.Before(asked)
+}
+
+// said takes the authority's refusal, if the error is one: of a tag when d is
+// "".
+func (p *Proxy) said(k index.RepositoryKey, kind upstream.Kind, d digest.Digest, c credential, err error) {
+	var refused *upstream.StatusError
+	if !errors.As(err, &refused) {
+		return
+	}
+	now := p.now()
+	reader, r := p.reader(k, c), p.rights
+	switch refused.Status {
+	case http.StatusUnauthorized, http.StatusForbidden:
+	case http.StatusNotFound:
+		if d != "" {
+			key := k.MembershipKey(string(kind), d)
+			r.mu.Lock()
+			r.refuse(key, now)
+			r.mu.Unlock()
+			p.cache.Index().DeleteMembership(key)
+			return
+		}
+	default:
+		return // says nothing about rights
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.refuse(reader, now)
+	delete(r.grants, reader)
+	if refused.Status != http.StatusUnauthorized { // a token that ran out may be renewed
+		r.finishes -= len(r.finishing[reader])
+		delete(r.finishing, reader)
+	} else if c.anonymous() {
+		if len(r.unauthorised) >= maxRights {
+			clear(r.unauthorised)
+		}
+		r.unauthorised[k] = unauthorised{refused, now.Add(refusedFor)}
+	}
+}
+
+// refuse notes when a refusal was received. Called with the lock.
+func (r *rights) refuse(key string, now time.Time) {
+	if len(r.refused) >= maxRights {
+		for k, t := range r.refused {
+			if now.Sub(t) > crossing {
+				delete(r.refused, k)
+			}
+		}
+		if len(r.refused) >= maxRights {
+			clear(r.refused)
+			r.refusedAll = now
+		}
+	}
+	r.refused[key] = now
+}
+
+// recall returns the 401 that anonymous was answered with here a moment ago.
+func (p *Proxy) recall(k index.RepositoryKey, c credential) error {
+	if !c.anonymous() {
+		return nil
+	}
+	now := p.now()
+	p.rights.mu.Lock()
+	defer p.rights.mu.Unlock()
+	if u, ok := p.rights.unauthorised[k]; ok && now.Before(u.until) {
+		return u.err
+	}
+	return nil
+}
+
+// tokenEnd reads when a Bearer token says that it ends (RFC 7519 4.1.4). It is
+// not verified: it can only shorten what the authority granted.
+func tokenEnd(authorization string) (time.Time, bool) {
+	scheme, token, _ := strings.Cut(authorization, " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return time.Time{}, false
+	}
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return time.Time{}, false
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(parts[1], "="))
+	if err != nil {
+		return time.Time{}, false
+	}
+	var claims struct {
+		Expires float64 `json:"exp"`
+	}
+	const forever = 1 << 40 // seconds
+	if json.Unmarshal(payload, &claims) != nil || claims.Expires <= 0 || claims.Expires > forever {
+		return time.Time{}, false
+	}
+	return time.Unix(int64(claims.Expires), 0), true
+}
+
+// ask puts the client's question to the authority, with the client's own
+// credential, and takes what the answer says. What it refuses is an error that
+// serveError understands.
+func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, authorised bool, offset int64) (*upstream.Response, time.Time, error) {
+	k, c := q.repositoryKey(), p.credential(q)
+	if err := p.recall(k, c); err != nil {
+		return nil, time.Time{}, p.ownWords(q, err)
+	}
+	asked := p.now()
+	resp, err := p.do(ctx, q, c, method, reference, authorised, offset)
+	if q.kind != upstream.Manifest && q.kind != upstream.Blob {
+		return resp, asked, p.ownWords(q, err) // lists make no rights
+	}
+	d := digest.Digest(reference)
+	if d.Validate() != nil {
+		d = ""
+	}
+	switch {
+	case err != nil:
+		p.said(k, q.kind, d, c, err)
+		return nil, asked, p.ownWords(q, err)
+	case resp.Authority:
+		p.granted(k, c, asked)
+		if d != "" {
+			p.member(k, q.kind, d, c, asked, resp.MediaType)
+		}
+	}
+	return resp, asked, nil
+}
+
+// do is the request itself.
+func (p *Proxy) do(ctx context.Context, q *request, c credential, method, reference string, authorised bool, offset int64) (*upstream.Response, error) {
+	req := upstream.Request{
 		Method:        method,
 		Repository:    q.repository,
 		Kind:          q.kind,
 		Reference:     reference,
 		Query:         q.query,
 		Accept:        p.acceptFor(q, reference),
-		Authorization: p.credential(q),
+		Authorization: c.authorization,
 		Offset:        offset,
 		Authorised:    authorised,
-	})
-	d := digest.Digest(reference)
-	isObject := d.Validate() == nil && (q.kind == upstream.Manifest || q.kind == upstream.Blob)
-	if err == nil {
-		if isObject {
-			p.noteMembership(q, d, resp.Sent, resp.Anonymous, resp.MediaType)
-		}
-		return resp, nil
 	}
-	var refused *upstream.StatusError
-	if isObject && errors.As(err, &refused) && refused.Status == http.StatusNotFound {
-		p.cache.Index().DeleteMembership(repositoryKey(q).MembershipKey(string(q.kind), d))
+	if c.node {
+		req.As = upstream.Node
 	}
-	return nil, p.ownWords(q, err)
+	return p.upstreams.Registry(q.upstream).Do(ctx, req)
 }
 
 // acceptFor is what the upstream is told. A digest names its bytes whatever is
@@ -115,33 +500,49 @@ func (p *Proxy) acceptFor(q *request, reference string) []string {
 	}
 }
 
-func (p *Proxy) noteMembership(q *request, d digest.Digest, sent time.Time, anonymous bool, mediaType string) {
-	if q.kind != upstream.Manifest {
-		mediaType = ""
-	}
-	p.cache.Index().NoteMembership(repositoryKey(q).MembershipKey(string(q.kind), d),
-		index.Membership{Time: sent, Anonymous: anonymous, MediaType: mediaType})
-}
-
-// ownWords replaces a refusal whose challenge may not pass.
+// ownWords replaces a refusal that would send the client the wrong way: a
+// challenge that may not pass, and what the registry says of the node's
+// credential, which is not the client's affair.
 func (p *Proxy) ownWords(q *request, err error) error {
 	var refused *upstream.StatusError
-	if !errors.As(err, &refused) || p.mayPass(q) ||
+	if !errors.As(err, &refused) ||
 		refused.Status != http.StatusUnauthorized && refused.Status != http.StatusForbidden {
 		return err
+	}
+	switch {
+	case p.shared(q):
+		return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
+			"%s is shared with every client of this node, but %s refuses the node's credentials: look at credentials: of that upstream in tarn's configuration",
+			q.repository, q.upstream)}
+	case p.mayPass(q):
+		return err
+	case p.brokers && q.form == formNS:
+		return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
+			"%s refuses anonymous, and with token_broker on tarn passes credentials to registries that are not listed from containerd only: add \"upstreams: [{name: %q}]\" to its configuration",
+			q.upstream, q.upstream)}
 	}
 	return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
 		"%s refuses anonymous, and tarn passes credentials by path only to listed registries: add \"upstreams: [{name: %q}]\" to its configuration",
 		q.upstream, q.upstream)}
 }
 
-// fetch is how a flight opens the object: a GET with this client's credential.
-// A refusal is marked as one that concerns this credential only. With until it
-// becomes known what the authority said, for the client that started the
-// flight.
-func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, said *upstream.Response) cache.Fetch {
+// fetch is how a flight opens the object. Before the authority has said yes,
+// it is a GET with the client's credential, and what that is told comes back in
+// answer; afterwards the node's credential is as good, if there is one: the
+// bytes are the same, and its quota is the operator's. A refusal is marked as
+// one that concerns this credential only.
+func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, answer *yes) cache.Fetch {
 	return func(ctx context.Context, off, _ int64) (body, cache.Info, error) {
-		resp, err := p.ask(ctx, q, http.MethodGet, d.String(), authorised, off)
+		var resp *upstream.Response
+		var err error
+		var asked time.Time
+		if authorised && p.lendsNode(q) {
+			resp, err = p.do(ctx, q, credential{node: true}, http.MethodGet, d.String(), true, off)
+			p.noteNode(q.upstream, err)
+		}
+		if resp == nil && (err == nil || nodeRefused(err)) {
+			resp, asked, err = p.ask(ctx, q, http.MethodGet, d.String(), authorised, off)
+		}
 		if err != nil {
 			return nil, cache.Info{}, refusedAlone(err)
 		}
@@ -156,8 +557,8 @@ func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, said *upstre
 			}
 			resp.Body = &limitedBody{resp.Body, maxManifest}
 		}
-		if said != nil {
-			*said = *resp
+		if answer != nil {
+			*answer = yes{asked: asked, mediaType: resp.MediaType, size: resp.Size}
 		}
 		return resp.Body, cache.Info{Size: resp.Size, Offset: resp.Offset}, nil
 	}
@@ -171,4 +572,35 @@ func refusedAlone(err error) error {
 		return fmt.Errorf("%w: %w", cache.ErrRefused, err)
 	}
 	return err
+}
+
+// lendsNode tells whether bytes may be fetched with the node's credential for
+// a client that has the authority's own yes. A shared repository is asked as
+// the node anyhow.
+func (p *Proxy) lendsNode(q *request) bool {
+	return p.upstreams.Registry(q.upstream).HasNode() && !p.shared(q)
+}
+
+// nodeRefused tells whether the node's credential is the trouble, so that the
+// client's own may do.
+func nodeRefused(err error) bool {
+	var refused *upstream.StatusError
+	return errors.Is(err, upstream.ErrCredentials) || errors.As(err, &refused) && refused.Status < 500
+}
+
+// noteNode logs when the node's credential begins to fail, and when it works
+// again.
+func (p *Proxy) noteNode(name upstream.Name, err error) {
+	trouble := ""
+	if err != nil && nodeRefused(err) {
+		trouble = err.Error()
+	}
+	if before, _ := p.nodeTrouble.Swap(name, trouble); before == trouble || before == nil && trouble == "" {
+		return
+	}
+	if trouble == "" {
+		p.log.Info("the node's credentials work again", zap.String("upstream", string(name)))
+	} else {
+		p.log.Error("the node's credentials do not work; clients' own are used", zap.String("upstream", string(name)), zap.Error(err))
+	}
 }

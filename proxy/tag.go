@@ -46,6 +46,9 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 }
 
 func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool, error) {
+	if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
+		return nil, false, p.ownWords(q, err)
+	}
 	c, shared, err := p.fresh.confirm(ctx, p.ctx, headKey{
 		upstream:   string(q.upstream),
 		repository: q.repository,
@@ -63,6 +66,20 @@ func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool
 func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*confirmation, error) {
 	ctx, cancel := context.WithTimeout(ctx, headerDeadline)
 	defer cancel()
+	repository := index.RepositoryKey{Upstream: key.upstream, Repository: key.repository}
+	asked := p.now()
+	c, err := p.headOrReadTag(ctx, key)
+	if err != nil {
+		p.said(repository, upstream.Manifest, "", key.credential, err)
+		return nil, err
+	}
+	p.cache.Index().NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
+	p.granted(repository, key.credential, asked)
+	p.member(repository, upstream.Manifest, c.digest, key.credential, asked, c.mediaType)
+	return c, nil
+}
+
+func (p *Proxy) headOrReadTag(ctx context.Context, key headKey) (*confirmation, error) {
 	registry := p.upstreams.Registry(upstream.Name(key.upstream))
 	ask := upstream.Request{
 		Method:        http.MethodHead,
@@ -70,7 +87,10 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		Kind:          upstream.Manifest,
 		Reference:     key.tag,
 		Accept:        acceptLines(key.accept),
-		Authorization: key.credential,
+		Authorization: key.credential.authorization,
+	}
+	if key.credential.node {
+		ask.As = upstream.Node
 	}
 	if ask.Accept == nil {
 		ask.Accept = defaultAccept
@@ -78,24 +98,16 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	resp, err := registry.Do(ctx, ask)
 	var refused *upstream.StatusError
 	if errors.As(err, &refused) && (refused.Status == http.StatusMethodNotAllowed || refused.Status == http.StatusNotImplemented) {
-		resp, err = &upstream.Response{Size: -1, Body: http.NoBody}, nil
+		return readTag(ctx, registry, ask)
 	}
 	if err != nil {
 		return nil, err
 	}
 	resp.Body.Close()
-	c := &confirmation{digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType, sent: resp.Sent, anonymous: resp.Anonymous}
-	if blobstore.CheckDigest(c.digest) != nil || c.size < 0 || !manifestLike(c.mediaType) {
-		if c, err = readTag(ctx, registry, ask); err != nil {
-			return nil, err
-		}
+	if blobstore.CheckDigest(resp.Digest) != nil || resp.Size < 0 || !manifestLike(resp.MediaType) {
+		return readTag(ctx, registry, ask)
 	}
-	repository := index.RepositoryKey{Upstream: key.upstream, Repository: key.repository}
-	ix := p.cache.Index()
-	ix.NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: c.sent, Sequence: sequence})
-	ix.NoteMembership(repository.MembershipKey(string(upstream.Manifest), c.digest),
-		index.Membership{Time: c.sent, Anonymous: c.anonymous, MediaType: c.mediaType})
-	return c, nil
+	return &confirmation{digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType}, nil
 }
 
 // readTag asks for the manifest itself.
@@ -113,7 +125,7 @@ func readTag(ctx context.Context, registry *upstream.Registry, ask upstream.Requ
 	if resp.Size >= 0 && int64(len(data)) != resp.Size {
 		return nil, fmt.Errorf("%w: %d bytes of the %d announced", cache.ErrBroken, len(data), resp.Size)
 	}
-	c := &confirmation{size: int64(len(data)), mediaType: resp.MediaType, sent: resp.Sent, anonymous: resp.Anonymous, body: data}
+	c := &confirmation{size: int64(len(data)), mediaType: resp.MediaType, body: data}
 	if schema1(c.mediaType) {
 		c.digest = resp.Digest // over the payload without its signatures
 		return c, nil
@@ -161,7 +173,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	}
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, c.digest),
-		Reader:     p.reader(q),
+		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
 		Authorised: true,
 		Fetch:      fetch,
 		Check:      checkAs(func() string { return c.mediaType }),
@@ -210,7 +222,7 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	}
 	data := c.body
 	if data == nil {
-		resp, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
+		resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
 		if err != nil {
 			return err
 		}

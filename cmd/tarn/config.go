@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -108,8 +109,9 @@ type Upstream struct {
 	// a tag means and who may have it; the others serve bytes only. Default
 	// none, which means https on the registry's own name.
 	Endpoints []Endpoint `yaml:"endpoints"`
-	// Realm pins the URL of the token service that credentials of the node
-	// may go to. Default "": https on the authority's own domain.
+	// Realm pins the URL of the token service that passwords which tarn is
+	// given, the node's and the token broker's, may go to: https, or http on
+	// loopback. Default "": https on the authority's own domain.
 	Realm string `yaml:"realm"`
 	// CAFile has the certificates, in PEM form, that the registry's must be
 	// signed by. Default "": the system's.
@@ -122,13 +124,15 @@ type Upstream struct {
 	// InsecureSkipVerify believes any certificate: whoever sits between
 	// then sees the clients' credentials. Default false.
 	InsecureSkipVerify bool `yaml:"insecure_skip_verify"`
-	// TokenBroker hands out tokens on tarn's own address, for clients that
-	// learn the scheme from /v2/ alone. Default false.
+	// TokenBroker passes clients' credentials on to the token service from
+	// tarn's own address, for clients that learn the scheme from /v2/ alone.
+	// Default false.
 	TokenBroker bool `yaml:"token_broker"`
-	// Credentials of the node for this registry. Default none.
+	// Credentials of the node for this registry. They fetch bytes for clients
+	// to whom the registry has said yes, and what is shared. Default none.
 	Credentials Credentials `yaml:"credentials"`
 	// Share are patterns of repositories that any client of this node may
-	// have with the node's credentials. Default none.
+	// have with the node's credentials; * is all but a slash. Default none.
 	Share []string `yaml:"share"`
 	// UpstreamDefaults are those of Config.Defaults where this upstream does
 	// not set its own.
@@ -164,37 +168,20 @@ type KubeletPlugins struct {
 }
 
 // notYet has the keys that are understood but do nothing so far, so that a
-// file never promises what tarn does not do. A key leaves this table when it
-// gets its meaning, and its "not yet" in docs/tarn.example.yaml with it.
-//
-// A key that only repeats its default is accepted (onlyDefault), save for those
-// that tune how often a registry is asked (refused): who writes one of these
-// out counts on it, and so far every request is asked for.
-var notYet = map[string]missing{
-	"tls":                        onlyDefault,
-	"metrics_listen":             onlyDefault,
-	"prefetch":                   onlyDefault,
-	"allow_via_proxy":            onlyDefault,
-	"defaults.stale_if_error":    onlyDefault,
-	"defaults.grant_ttl":         refused,
-	"defaults.membership_ttl":    refused,
-	"defaults.parallel":          onlyDefault,
-	"upstreams[].realm":          onlyDefault,
-	"upstreams[].token_broker":   onlyDefault,
-	"upstreams[].credentials":    onlyDefault,
-	"upstreams[].share":          onlyDefault,
-	"upstreams[].stale_if_error": onlyDefault,
-	"upstreams[].grant_ttl":      refused,
-	"upstreams[].membership_ttl": refused,
-	"upstreams[].parallel":       onlyDefault,
+// file never promises what tarn does not do; one that only repeats its default
+// is accepted. A key leaves this table when it gets its meaning, and its "not
+// yet" in docs/tarn.example.yaml with it.
+var notYet = map[string]bool{
+	"tls":                     true,
+	"metrics_listen":          true,
+	"prefetch":                true,
+	"allow_via_proxy":         true,
+	"defaults.stale_if_error": true,
+	"defaults.parallel":       true,
+	"upstreams[].credentials.kubelet_plugins": true,
+	"upstreams[].stale_if_error":              true,
+	"upstreams[].parallel":                    true,
 }
-
-type missing int
-
-const (
-	onlyDefault missing = iota
-	refused
-)
 
 // defaultDir is where the daemon of a node keeps its data.
 const defaultDir = "/var/lib/tarn"
@@ -369,6 +356,12 @@ var rules = map[string]func(value any) error{
 	"prefetch":                    oneOf("off", "config", "layers"),
 	"defaults.head_timeout":       checkHeadTimeout,
 	"defaults.parallel":           checkParallel,
+	"defaults.grant_ttl":          checkTTL,
+	"defaults.membership_ttl":     checkTTL,
+	"upstreams[].grant_ttl":       checkTTL,
+	"upstreams[].membership_ttl":  checkTTL,
+	"upstreams[].realm":           checkRealm,
+	"upstreams[].share[]":         checkShare,
 	"upstreams[].name":            checkName,
 	"upstreams[].endpoints[]":     func(v any) error { return checkURL(v.(string)) },
 	"upstreams[].endpoints[].url": func(v any) error { return checkURL(v.(string)) },
@@ -437,6 +430,38 @@ func checkMaxSize(v any) error {
 func checkHeadTimeout(v any) error {
 	if d := v.(time.Duration); d <= 0 || d > upstream.DefaultHeadTimeout {
 		return fmt.Errorf("must be more than 0s and at most %v", upstream.DefaultHeadTimeout)
+	}
+	return nil
+}
+
+func checkTTL(v any) error {
+	if v.(time.Duration) < 0 {
+		return errors.New("must not be negative; 0s means asking every time")
+	}
+	return nil
+}
+
+func checkRealm(v any) error {
+	if v.(string) == "" {
+		return nil
+	}
+	u, err := url.Parse(v.(string))
+	if err != nil {
+		return errors.New("not a URL, as in https://auth.example/token")
+	}
+	return upstream.CheckRealm(u)
+}
+
+// checkShare: a pattern names repositories of this upstream, from their first
+// component to the last.
+func checkShare(v any) error {
+	s := v.(string)
+	_, err := path.Match(s, "")
+	switch {
+	case s == "" || strings.HasPrefix(s, "/") || strings.HasSuffix(s, "/"):
+		return fmt.Errorf("%q is not a pattern of repositories, as in platform/*", s)
+	case err != nil:
+		return fmt.Errorf("%q: a bracket or backslash is not closed", s)
 	}
 	return nil
 }

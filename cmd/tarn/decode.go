@@ -153,8 +153,7 @@ func (d *decoder) mapping(n *yaml.Node, path string, v reflect.Value) {
 		before.Set(f.value)
 		count := len(d.mistakes)
 		d.value(node[1], key, f.value)
-		kind, isMissing := notYet[general(key)]
-		if isMissing && len(d.mistakes) == count && (kind == refused || !equal(before, f.value)) {
+		if notYet[general(key)] && len(d.mistakes) == count && !equal(before, f.value) {
 			d.addKey(node[0], key, "not yet supported; remove it")
 		}
 	}

@@ -103,17 +103,23 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	registerCache(registry, store)
 	metrics := proxy.NewMetrics(registry)
 
-	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, listener, adminListener)
+	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, log, listener, adminListener)
 	if err != nil {
 		return err
 	}
 	defer upstreams.Close()
+	rules, err := newRules(cfg)
+	if err != nil {
+		return err
+	}
 
 	p, err := proxy.New(proxy.Options{
 		Upstreams:       upstreams,
 		Cache:           store,
 		DefaultUpstream: defaultUpstream,
 		ListedOnly:      cfg.Allow == "listed",
+		Rules:           rules,
+		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL},
 		Metrics:         metrics,
 		Logger:          log,
 	})
@@ -243,7 +249,7 @@ func openCache(cfg Config, log *zap.Logger) (*cache.Cache, error) {
 
 // newUpstreams lists the configured registries. The default upstream counts as
 // listed.
-func newUpstreams(cfg Config, metrics *proxy.Metrics, listeners ...net.Listener) (*upstream.Client, upstream.Name, error) {
+func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners ...net.Listener) (*upstream.Client, upstream.Name, error) {
 	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
 	if err != nil {
 		return nil, "", fmt.Errorf("default_upstream: %w", err)
@@ -256,6 +262,13 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, listeners ...net.Listener)
 			return nil, "", fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
 		defaultListed = defaultListed || c.Name == defaultUpstream
+		if c.Credentials != nil {
+			// A secret may be mounted later, and who does not need it is
+			// served meanwhile.
+			if err := c.Credentials.Check(); err != nil {
+				log.Error("the node's credentials cannot be read", zap.String("upstream", string(c.Name)), zap.Error(err))
+			}
+		}
 		listed = append(listed, c)
 	}
 	if !defaultListed {
@@ -269,6 +282,27 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, listeners ...net.Listener)
 		Observe:     metrics.Upstream,
 	})
 	return client, defaultUpstream, err
+}
+
+// newRules are who may have what from each listed registry.
+func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
+	rules := make(map[upstream.Name]proxy.Rules)
+	for _, u := range cfg.Upstreams {
+		name, err := upstream.ParseName(u.Name)
+		if err != nil {
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		if len(u.Share) > 0 && u.Credentials.DockerConfig == "" {
+			return nil, fmt.Errorf("upstream %s: share: repositories are shared with the node's credentials; set credentials: too", u.Name)
+		}
+		rules[name] = proxy.Rules{
+			GrantTTL:      u.GrantTTL,
+			MembershipTTL: u.MembershipTTL,
+			TokenBroker:   u.TokenBroker,
+			Share:         u.Share,
+		}
+	}
+	return rules, nil
 }
 
 func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
@@ -295,6 +329,14 @@ func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, e
 		c.Endpoints = append(c.Endpoints, upstream.Endpoint{URL: parsed, Trusted: e.Trusted})
 	}
 	c.HeadTimeout = cmp.Or(u.HeadTimeout, defaults.HeadTimeout)
+	if u.Realm != "" {
+		if c.Realm, err = url.Parse(u.Realm); err != nil {
+			return c, errors.New("realm: not a URL")
+		}
+	}
+	if u.Credentials.DockerConfig != "" {
+		c.Credentials = upstream.NewDockerConfig(u.Credentials.DockerConfig, c.Name)
+	}
 	if u.CAFile == "" && u.CertFile == "" && u.KeyFile == "" && !u.InsecureSkipVerify {
 		return c, nil
 	}

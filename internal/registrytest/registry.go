@@ -39,6 +39,10 @@ type Registry struct {
 	Hook func(w http.ResponseWriter, r *http.Request) bool
 	// NoRange makes it ignore Range.
 	NoRange bool
+	// Access says who may pull what. nil means everybody everything.
+	Access *Access
+	// Latency is added to each answer.
+	Latency time.Duration
 
 	mu      sync.Mutex
 	tags    map[string]digest.Digest // by "repository:tag"
@@ -180,6 +184,14 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 	r.mu.Lock()
 	r.log = append(r.log, Exchange{req.Method, req.URL.Path, req.Header.Get("Range"), req.Header.Get("Authorization")})
 	r.mu.Unlock()
+	if r.Latency > 0 {
+		late := time.NewTimer(r.Latency)
+		defer late.Stop()
+		<-late.C
+	}
+	if r.Access != nil && !r.Access.admit(w, req) {
+		return
+	}
 	if r.Hook != nil && r.Hook(w, req) {
 		return
 	}
