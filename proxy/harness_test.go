@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -71,6 +72,8 @@ type setup struct {
 	listedOnly  bool
 	// rules are each listed upstream's; nil means the defaults.
 	rules *Rules
+	// without are listed upstreams that follow the defaults all the same.
+	without []string
 	// configure may change how an upstream is listed.
 	configure func(*upstream.Config)
 }
@@ -138,7 +141,9 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	ruleOf := make(map[upstream.Name]Rules)
 	for _, l := range listed {
-		ruleOf[l.Name] = rules
+		if !slices.Contains(s.without, string(l.Name)) {
+			ruleOf[l.Name] = rules
+		}
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),

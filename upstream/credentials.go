@@ -30,6 +30,8 @@ import (
 type DockerConfig struct {
 	path   string
 	server string // the registry as docker's file calls it
+	// timeout is how long a helper may take; helperTimeout, save in tests.
+	timeout time.Duration
 
 	asking singleflight.Group
 
@@ -65,7 +67,7 @@ const (
 
 // NewDockerConfig reads nothing yet.
 func NewDockerConfig(path string, name Name) *DockerConfig {
-	return &DockerConfig{path: path, server: credentials.ServerAddressFromRegistry(string(name))}
+	return &DockerConfig{path: path, server: credentials.ServerAddressFromRegistry(string(name)), timeout: helperTimeout}
 }
 
 // Check tells whether the file is there and is what docker writes. It runs no
@@ -114,7 +116,7 @@ func (c *DockerConfig) Get(ctx context.Context) (Secret, error) {
 	// than a helper may take: one that hangs although it was killed, because
 	// a child of it holds the pipe, hangs alone.
 	done := c.asking.DoChan("", func() (any, error) {
-		hctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), helperTimeout)
+		hctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
 		defer cancel()
 		found := lookup{file: file}
 		found.secret, found.err = c.read(hctx)
@@ -127,7 +129,7 @@ func (c *DockerConfig) Get(ctx context.Context) (Secret, error) {
 		c.known = found
 		return found.secret, found.err
 	})
-	timeout := time.NewTimer(helperTimeout + time.Second)
+	timeout := time.NewTimer(c.timeout + c.timeout/5)
 	defer timeout.Stop()
 	select {
 	case res := <-done:
@@ -181,7 +183,7 @@ func (c *DockerConfig) read(ctx context.Context) (Secret, error) {
 	var mistyped *json.UnmarshalTypeError
 	switch {
 	case ctx.Err() != nil:
-		what = fmt.Sprintf("did not answer in %v", helperTimeout)
+		what = fmt.Sprintf("did not answer in %v", c.timeout)
 	case errors.Is(err, exec.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		what = "is not in the PATH"
 	case errors.Is(err, fs.ErrPermission):
