@@ -30,7 +30,7 @@ func TestOnlyThePinnedRealmIsShownAPassword(t *testing.T) {
 		{"https://registry.gitlab.com", "", "https://gitlab.com/jwt/auth", true},
 		{"https://ghcr.io", "", "https://ghcr.io/token", true},
 		{"https://registry.corp:5000", "", "https://registry.corp/token", true},
-		{"https://registry.corp:5000", "", "https://auth.registry.corp/token", true}
+		{"https://registry.corp:5000", "", "https://auth.registry.corp/token", true},
 		{"https://ghcr.io", "", "http://ghcr.io/token", false},
 		{"https://ghcr.io", "", "https://ghcr.io.evil.example/token", false},
 		{"https://ghcr.io", "", "https://evilghcr.io/token", false},
