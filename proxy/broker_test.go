@@ -162,6 +162,8 @@ func TestTheBrokerRefusesWhatIsNotOnePullFromOneRegistry(t *testing.T) {
 	basic := []string{"Authorization", registrytest.Basic("a", registrytest.Password("a"))}
 	for _, scopes := range [][]string{
 		{"repository:lab.test/team/secret:pull", "repository:off.test/team/secret:pull"},
+		{"repository:lab.test/team/secret:pull", "repository:second.test/team/secret:pull"},
+		{"repository:second.test/team/secret:pull repository:lab.test/team/secret:pull"},
 		{"repository:lab.test/team/secret:pull repository:example.com/x:pull"},
 		{"repository:lab.test/team/secret:pull", "repository:team/secret:pull"},
 		{"repository:lab.test/team/secret:push"},

@@ -104,6 +104,33 @@ func TestTheNodesCredentialFetchesForWhoHasTheRegistrysYes(t *testing.T) {
 	}
 }
 
+func TestWhoOnlyFinishesIsNotLentTheNodesCredential(t *testing.T) {
+	t.Parallel()
+	r, d, _ := withNode(t, "Basic")
+	layer := random(1, 200_000)
+	img := r.Image("private/app", "v1", layer)
+	blob := blobPath("private/app", img.Layers[0])
+	auth := r.Access.Login("private/app", "a")
+	d.get(blob, auth...).mustBe(t, layer)
+	d.stored(cache.ListedDomain, img.Layers[0])
+	r.Access.Revoke("private/app", "a")
+	d.advance(time.Minute)
+	// The 30 s have not begun for an answer that is still being sent.
+	q := &request{upstream: lab, repository: "private/app", kind: upstream.Blob, digest: img.Layers[0], authorization: auth[1]}
+	defer d.proxy.begin(q, yes{asked: d.proxy.now()})()
+	d.get(blob, append(auth, "Range", "bytes=1000-")...).must(t, 206)
+	// What is not here any more is a new question.
+	path := filepath.Join(d.options.dir, "blobs", "sha256", img.Layers[0].Encoded())
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	r.Reset()
+	d.get(blob, append(auth, "Range", "bytes=1000-")...).must(t, 403)
+	if n := asked(r, "node"); n != 0 {
+		t.Errorf("%d requests as the node", n)
+	}
+}
+
 func TestASharedRepositoryIsForEveryClient(t *testing.T) {
 	t.Parallel()
 	for _, scheme := range []string{"Basic", "Bearer"} {

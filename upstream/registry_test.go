@@ -84,6 +84,19 @@ func TestOnlyTheAuthorityAnswersUntilItHasSaidYes(t *testing.T) {
 			}
 		}
 	}
+	// What another endpoint refuses is nobody's word.
+	status = 503
+	for _, mirror.Hook = range []func(http.ResponseWriter, *http.Request) bool{
+		func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(404); return true },
+		func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(401); return true },
+	} {
+		req := blobRequest("GET", d)
+		req.Authorised = true
+		var said *StatusError
+		if _, err := r.Do(t.Context(), req); !errors.As(err, &said) || said.Status != 503 {
+			t.Errorf("a mirror that lacks it: %v", err)
+		}
+	}
 	// A tag is the authority's alone, even when it is dead.
 	authority.Close()
 	if _, err := r.Do(t.Context(), Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1", Authorised: true}); !errors.Is(err, ErrUnreachable) {
