@@ -25,6 +25,9 @@ func (c *Cache) reserve(n int64) error {
 	if err != nil {
 		return err
 	}
+	if n < 0 || n > c.opts.MaxSize { // before any sum: it may be as large as a number gets
+		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
+	}
 	n = roundUp(n)
 	c.mu.Lock()
 	defer c.mu.Unlock()

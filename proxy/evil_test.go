@@ -328,6 +328,7 @@ func TestNamesThatAreNoneTouchNothing(t *testing.T) {
 		"/v2/app/blobs/" + strings.ToUpper(good) + "?ns=lab.test",
 		"/v2/app/blobs/latest?ns=lab.test",
 		"/v2/app/manifests/v1?ns=user@lab.test",
+		"/v2/app/manifests/v1?ns=user:canary-password@lab.test",
 		"/v2/app/manifests/v1?ns=lab.test/x",
 		"/v2/app/manifests/v1?ns=lab%2etest%2f",
 		"/v2/app/manifests/v1?ns=%25",

@@ -12,11 +12,13 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"tarn/cache"
 	"tarn/internal/registrytest"
+	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -525,6 +527,97 @@ func TestListsAreRelayedAndTheirLinksLeadBack(t *testing.T) {
 	}
 	d.get("/v2/app/referrers/"+digest.FromString("x").String()+"?ns=lab.test&artifactType=a%2Fb").must(t, 200).
 		mustSay(t, "OCI-Filters-Applied", "artifactType").mustSay(t, "Content-Type", v1.MediaTypeImageIndex)
+}
+
+func TestALinkIsOneToTheNextPage(t *testing.T) {
+	t.Parallel()
+	q := &request{kind: upstream.Tags, repository: "app", named: "lab.test/app", prefix: "/v2/"}
+	for lines, want := range map[string]string{
+		`</v2/app/tags/list?last=b&n=2>; rel="next"`:                     `</v2/lab.test/app/tags/list?last=b&n=2>; rel="next"`,
+		`</v2/app/tags/list?next_page=x%2Cy>; rel=next`:                  `</v2/lab.test/app/tags/list?next_page=x%2Cy>; rel="next"`,
+		`<?n=1>; rel="prev", <http://169.254.169.254/x?n=2>; rel="next"`: `</v2/lab.test/app/tags/list?n=2>; rel="next"`,
+		`<?n=2,3&ns=evil>; title="a, b"; rel="next"`:                     `</v2/lab.test/app/tags/list?n=2%2C3>; rel="next"`,
+		`<http://169.254.169.254/x>; rel="prev"`:                         "",
+		`http://169.254.169.254/x; rel="next"`:                           "",
+		`<%zz>; rel="next"`:                                              "",
+		"":                                                               "",
+	} {
+		if got := q.rewriteLink([]string{lines}); got != want {
+			t.Errorf("%s: %q, want %q", lines, got, want)
+		}
+	}
+}
+
+func TestAListThatIsNoListIsRefused(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	var mediaType atomic.Value
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		w.Header().Set("Content-Type", mediaType.Load().(string))
+		fmt.Fprint(w, `{"name":"app","tags":[]}`)
+		return true
+	}
+	for sent, want := range map[string]string{
+		"application/json; charset=utf-8": "application/json", "text/plain": "application/json", v1.MediaTypeImageIndex: v1.MediaTypeImageIndex,
+		"text/html": "", "application/javascript": "", "image/svg+xml": "",
+	} {
+		mediaType.Store(sent)
+		a := d.get("/v2/app/tags/list?ns=lab.test")
+		if want == "" {
+			a.must(t, 502)
+		} else {
+			a.must(t, 200).mustSay(t, "Content-Type", want)
+		}
+	}
+}
+
+// TestWhatIsRelayedIsWhatWasAskedFor: a registry says schema 1 first, and then
+// sends something else.
+func TestWhatIsRelayedIsWhatWasAskedFor(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	var answers atomic.Int32
+	other := []byte(`{"schemaVersion":2,"config":{},"layers":[],"other":"bytes"}`)
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		w.Header().Set("Content-Type", schema1Type)
+		if answers.Add(1) > 1 {
+			w.Header().Set("Content-Type", v1.MediaTypeImageManifest)
+		}
+		w.Write(other)
+		return true
+	}
+	for _, dgst := range []digest.Digest{digest.FromString("x"), digest.SHA512.FromString("x")} {
+		answers.Store(0)
+		d.get(manifestPath("app", dgst.String())).must(t, 502)
+	}
+	// One that ends early without a length.
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		fmt.Fprintf(conn, "HTTP/1.0 200 OK\r\nContent-Type: %s\r\n\r\n{\"schemaVersion\":1", schema1Type)
+		conn.Close()
+		return true
+	}
+	d.get(manifestPath("app", "v1")).must(t, 502)
+}
+
+func TestALengthBeyondAllDisksPassesThrough(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		w.Header().Set("Content-Length", "9223372036854775807")
+		w.Write([]byte("a few bytes"))
+		return true
+	}
+	if a := d.get(blobPath("app", digest.FromString("x"))); a.status == 200 && a.err == nil {
+		t.Errorf("%d bytes as a whole", len(a.body))
+	}
+	if s := d.cache.Stats(); s.PendingBytes < 0 || s.UsedBytes < 0 {
+		t.Errorf("%+v", s)
+	}
 }
 
 func TestAnswersOfAnUpstreamInTrouble(t *testing.T) {

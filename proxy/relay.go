@@ -8,11 +8,11 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
-)
 
-// relayed are the upstream's headers that pass with a list.
-var relayed = []string{"Content-Type", "OCI-Filters-Applied"}
+	"tarn/upstream"
+)
 
 // serveRelayed passes tags/list and referrers on, with the client's rights and
 // uncached: they are lists, and a list that is old is wrong.
@@ -30,18 +30,19 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	}
 	defer resp.Body.Close()
 	h := w.Header()
-	for _, name := range relayed {
-		if v := resp.Header.Values(name); len(v) > 0 {
-			h[http.CanonicalHeaderKey(name)] = v
-		}
-	}
-	if h.Get("Content-Type") == "" {
+	switch {
+	case generic(resp.MediaType):
 		h.Set("Content-Type", "application/json")
+	case strings.HasPrefix(resp.MediaType, "application/") && strings.HasSuffix(resp.MediaType, "json"):
+		h.Set("Content-Type", resp.MediaType)
+	default:
+		return fmt.Errorf("%w: a list of type %q", upstream.ErrProtocol, resp.MediaType)
 	}
-	for _, l := range resp.Header.Values("Link") {
-		if link := q.rewriteLink(l); link != "" {
-			h.Add("Link", link)
-		}
+	if v := resp.Header.Values("OCI-Filters-Applied"); len(v) > 0 {
+		h["Oci-Filters-Applied"] = v
+	}
+	if link := q.rewriteLink(resp.Header.Values("Link")); link != "" {
+		h.Set("Link", link)
 	}
 	if resp.Size >= 0 {
 		h.Set("Content-Length", fmt.Sprint(resp.Size))
@@ -56,30 +57,31 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 
 // rewriteLink turns the upstream's link to the next page (RFC 8288, and
 // distribution-spec "Listing Tags") into one that leads back through tarn, in
-// the form that the client used. Only the query of the target is taken over.
-func (q *request) rewriteLink(link string) string {
-	target, params, ok := strings.Cut(strings.TrimSpace(link), ">")
-	target, open := strings.CutPrefix(target, "<")
-	if !ok || !open {
-		return ""
+// the form that the client used. Only the query of the target is taken over,
+// and no other relation than next.
+func (q *request) rewriteLink(lines []string) string {
+	for _, link := range oneLink.FindAllStringSubmatch(strings.Join(lines, ","), -1) {
+		u, err := url.Parse(link[1])
+		if err != nil || !relNext.MatchString(link[2]) {
+			continue
+		}
+		query := passedOn(q.kind, u.Query())
+		if query == nil {
+			query = make(url.Values)
+		}
+		if q.ns != "" {
+			query.Set("ns", q.ns)
+		}
+		back := url.URL{
+			Path:     q.prefix + q.named + "/" + string(q.kind) + "/" + q.reference(),
+			RawQuery: query.Encode(),
+		}
+		return "<" + back.String() + `>; rel="next"`
 	}
-	u, err := url.Parse(target)
-	if err != nil {
-		return ""
-	}
-	query := passedOn(q.kind, u.Query())
-	if query == nil {
-		query = make(url.Values)
-	}
-	if q.ns != "" {
-		query.Set("ns", q.ns)
-	}
-	back := url.URL{
-		Path:     q.prefix + q.named + "/" + string(q.kind) + "/" + q.reference(),
-		RawQuery: query.Encode(),
-	}
-	if strings.ContainsAny(params, "\r\n") {
-		return ""
-	}
-	return "<" + back.String() + ">" + params
+	return ""
 }
+
+var (
+	oneLink = regexp.MustCompile(`<([^>]*)>((?:[^,"]|"[^"]*")*)`)
+	relNext = regexp.MustCompile(`(?i);\s*rel\s*=\s*"?next"?\s*(;|$)`)
+)

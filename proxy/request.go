@@ -5,6 +5,7 @@ package proxy
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -368,23 +369,16 @@ func validComponent(s string) bool {
 	return true
 }
 
-// passedOn is what the upstream may see of the query.
+// passedOn is what the upstream may see of the query: of a list everything but
+// ns, since registries have words of their own for the next page.
 func passedOn(kind upstream.Kind, query url.Values) url.Values {
-	var keys []string
-	switch kind {
-	case upstream.Tags:
-		keys = []string{"n", "last"}
-	case upstream.Referrers:
-		keys = []string{"artifactType"}
+	if kind != upstream.Tags && kind != upstream.Referrers {
+		return nil
 	}
-	var out url.Values
-	for _, k := range keys {
-		if v, ok := query[k]; ok {
-			if out == nil {
-				out = make(url.Values)
-			}
-			out[k] = v
-		}
+	out := maps.Clone(query)
+	delete(out, "ns")
+	if len(out) == 0 {
+		return nil
 	}
 	return out
 }

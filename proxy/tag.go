@@ -118,6 +118,11 @@ func readTag(ctx context.Context, registry *upstream.Registry, ask upstream.Requ
 		return nil, err
 	}
 	defer resp.Body.Close()
+	return readBody(resp)
+}
+
+// readBody reads a manifest whole, and names it by its bytes.
+func readBody(resp *upstream.Response) (*confirmation, error) {
 	data, err := io.ReadAll(&limitedBody{resp.Body, maxManifest})
 	if err != nil {
 		return nil, err
@@ -127,6 +132,9 @@ func readTag(ctx context.Context, registry *upstream.Registry, ask upstream.Requ
 	}
 	c := &confirmation{size: int64(len(data)), mediaType: resp.MediaType, body: data}
 	if schema1(c.mediaType) {
+		if resp.Size < 0 { // nothing would tell a part from the whole
+			return nil, fmt.Errorf("%w: a schema 1 manifest without a length", upstream.ErrProtocol)
+		}
 		c.digest = resp.Digest // over the payload without its signatures
 		return c, nil
 	}
@@ -220,23 +228,13 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	data := c.body
-	if data == nil {
-		resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
-		if err != nil {
+	if c.body == nil {
+		var err error
+		if c, err = p.readManifest(ctx, q); err != nil {
 			return err
 		}
-		defer resp.Body.Close()
-		stop := context.AfterFunc(ctx, func() { resp.Body.Close() })
-		defer stop()
-		if data, err = io.ReadAll(&limitedBody{resp.Body, maxManifest}); err != nil {
-			return err
-		}
-		if resp.Size >= 0 && int64(len(data)) != resp.Size {
-			return fmt.Errorf("%w: %d bytes of the %d announced", cache.ErrBroken, len(data), resp.Size)
-		}
-		c = &confirmation{digest: resp.Digest, mediaType: resp.MediaType}
 	}
+	data := c.body
 	h.Set("Content-Type", c.mediaType)
 	h.Set("Content-Length", fmt.Sprint(len(data)))
 	if c.digest != "" {
@@ -245,6 +243,30 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	w.WriteHeader(http.StatusOK)
 	_, err := w.Write(data)
 	return aborted(err)
+}
+
+// readManifest asks for the manifest itself, for this client alone. Only of a
+// schema 1 manifest the digest is the registry's word; of all others it is
+// that of the bytes.
+func (p *Proxy) readManifest(ctx context.Context, q *request) (*confirmation, error) {
+	resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	stop := context.AfterFunc(ctx, func() { resp.Body.Close() })
+	defer stop()
+	c, err := readBody(resp)
+	if err != nil {
+		return nil, err
+	}
+	if q.digest != "" && !schema1(c.mediaType) {
+		if got := q.digest.Algorithm().FromBytes(c.body); got != q.digest {
+			return nil, fmt.Errorf("%w: the bytes are %s, not %s", cache.ErrBroken, got, q.digest)
+		}
+		c.digest = q.digest
+	}
+	return c, nil
 }
 
 // setDigest writes the two headers by which clients know an object.

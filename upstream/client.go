@@ -22,6 +22,8 @@ package upstream
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -53,8 +55,12 @@ type Config struct {
 	// Endpoints are asked in this order; the first is the authority. None
 	// means https on the registry's own name.
 	Endpoints []Endpoint
-	// TLS is nil for the system's roots and no client certificate.
+	// TLS is for the endpoints. nil means the system's roots and no client
+	// certificate.
 	TLS *tls.Config
+	// ForeignRoots are believed where this registry redirects or sends for a
+	// token; tarn shows no certificate there. nil means Options.RootCAs.
+	ForeignRoots *x509.CertPool
 	// HeadTimeout bounds the time to the response headers. 0 means
 	// DefaultHeadTimeout.
 	HeadTimeout time.Duration
@@ -98,6 +104,7 @@ type Client struct {
 	guard  *guard
 	pool   pool // for registries without a TLS configuration of their own
 	listed map[Name]*Registry
+	key    [sha256.Size]byte // of the names of credentials, new with each process
 
 	mu       sync.Mutex
 	unlisted map[Name]*Registry // at most maxUnlisted
@@ -132,6 +139,7 @@ func New(opts Options) (*Client, error) {
 	if c.guard.connect == nil {
 		c.guard.connect = (&net.Dialer{}).DialContext
 	}
+	rand.Read(c.key[:])
 	c.pool = c.guard.pool(&tls.Config{RootCAs: opts.RootCAs})
 	for _, cfg := range opts.Listed {
 		if _, dup := c.listed[cfg.Name]; dup {
@@ -214,16 +222,20 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		client:      c,
 		endpoints:   cfg.Endpoints,
 		pool:        c.pool,
+		foreign:     c.pool,
 		headTimeout: cmp.Or(cfg.HeadTimeout, DefaultHeadTimeout),
 		realm:       cfg.Realm,
 		credentials: cfg.Credentials,
 		proofs:      make(map[proofKey]proof),
 		bases:       make(map[string]base),
-		served:      make(map[string]time.Time),
+		served:      make(map[[sha256.Size]byte]time.Time),
 		headRefused: make(map[Kind]bool),
 	}
 	if cfg.TLS != nil {
 		r.pool = c.guard.pool(cfg.TLS)
+	}
+	if cfg.ForeignRoots != nil {
+		r.foreign = c.guard.pool(&tls.Config{RootCAs: cfg.ForeignRoots})
 	}
 	return r
 }
@@ -258,7 +270,7 @@ func (c *Client) Close() {
 		t.CloseIdleConnections()
 	}
 	for _, r := range c.listed {
-		for _, t := range r.pool {
+		for _, t := range append(r.pool[:], r.foreign[:]...) {
 			t.CloseIdleConnections()
 		}
 	}

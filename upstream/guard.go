@@ -102,6 +102,10 @@ var notPublic = prefixes(
 	"5f00::/16",      // segment routing
 )
 
+// globalUnicast is all of IPv6 that IANA has given out; what lies outside may
+// mean anything to a translator on the way.
+var globalUnicast = netip.MustParsePrefix("2000::/3")
+
 var (
 	sixToFour = netip.MustParsePrefix("2002::/16")
 	nat64     = netip.MustParsePrefix("64:ff9b::/96")
@@ -145,6 +149,9 @@ func classify(a netip.Addr) zone {
 		if p.Contains(a) {
 			return zonePrivate
 		}
+	}
+	if a.Is6() && !globalUnicast.Contains(a) {
+		return zoneNever
 	}
 	return zonePublic
 }
@@ -206,10 +213,20 @@ func (g *guard) zoneOf(ap netip.AddrPort) zone {
 // tried beside it (RFC 8305 5 recommends 250 ms).
 const connectStagger = 250 * time.Millisecond
 
+const (
+	// dialTimeout ends attempts that nobody waits for any more: the transport
+	// lets a dial outlive the request that it was for.
+	dialTimeout = DefaultHeadTimeout
+	// maxAddresses of one name are tried.
+	maxAddresses = 8
+)
+
 // dial connects to the first address of host:port that r allows and that
 // answers. It fails with ErrGuard when the name has addresses and none is
 // allowed.
 func (g *guard) dial(ctx context.Context, network, hostport string, r reach) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
 	host, port, err := net.SplitHostPort(hostport)
 	if err != nil {
 		return nil, err
@@ -237,7 +254,7 @@ func (g *guard) dial(ctx context.Context, network, hostport string, r reach) (ne
 	if len(allowed) == 0 {
 		return nil, refused
 	}
-	return g.connectFirst(ctx, network, allowed)
+	return g.connectFirst(ctx, network, allowed[:min(len(allowed), maxAddresses)])
 }
 
 // connectFirst starts an attempt for each address, connectStagger apart or as

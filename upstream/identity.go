@@ -179,10 +179,7 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 			ask.authorization = secret.basic()
 		}
 	}
-	if sameOrigin(realm, e.URL) {
-		far = r.endpointReach()
-	}
-	t, err := r.fetchToken(ctx, ask, far)
+	t, err := r.fetchToken(ctx, e, ask, far)
 	switch {
 	case errors.Is(err, errTokenRefused):
 		if key.as == Node {
@@ -228,7 +225,7 @@ func (r *Registry) baseChallenge(ctx context.Context, e Endpoint) ([]string, rea
 	if err != nil {
 		return nil, reachPublic, fmt.Errorf("%w: %s has no /v2/", ErrProtocol, e.URL.Host)
 	}
-	resp, at, err := r.roundTrip(hreq, r.endpointReach())
+	resp, at, err := r.roundTrip(hreq, r.endpointReach(), true)
 	if err != nil {
 		return nil, reachPublic, err
 	}

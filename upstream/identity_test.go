@@ -4,10 +4,13 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"strings"
@@ -146,6 +149,82 @@ func TestARedirectElsewhereCarriesNoAuthorization(t *testing.T) {
 		}
 		clear(seen)
 		mu.Unlock()
+	}
+}
+
+// TestWhoWasSentElsewhereDoesNotComeHome: a path that a foreign host chose is
+// neither asked with the credential nor the registry's own word.
+func TestWhoWasSentElsewhereDoesNotComeHome(t *testing.T) {
+	t.Parallel()
+	home, foreign := registrytest.New(t), registrytest.New(t)
+	foreign.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		http.Redirect(w, req, home.URL+"/chosen", http.StatusFound)
+		return true
+	}
+	home.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		if req.URL.Path != "/chosen" {
+			http.Redirect(w, req, foreign.URL+"/", http.StatusFound)
+			return true
+		}
+		if req.Header.Get("Authorization") != "" {
+			t.Error("the credential came home")
+		}
+		w.WriteHeader(404)
+		return true
+	}
+	req := blobRequest("GET", digest.FromString("bytes"))
+	req.Authorization = "Basic Y2FuYXJ5"
+	var refused *StatusError
+	if _, err := listed(t, endpoint(home)).Do(t.Context(), req); errors.As(err, &refused) || !errors.Is(err, ErrProtocol) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestTarnsCertificateIsForTheRegistryAlone(t *testing.T) {
+	t.Parallel()
+	var shown atomic.Int32
+	target := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		shown.Add(int32(len(req.TLS.PeerCertificates)))
+		fmt.Fprint(w, "bytes")
+	}))
+	target.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+	target.StartTLS()
+	defer target.Close()
+	home := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if len(req.TLS.PeerCertificates) == 0 {
+			t.Error("the registry saw no certificate")
+		}
+		http.Redirect(w, req, target.URL, http.StatusFound)
+	}))
+	home.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+	home.StartTLS()
+	defer home.Close()
+	u, err := url.Parse(home.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(home.Certificate()) // both servers'
+	do := func(foreign *x509.CertPool) (*Response, error) {
+		c, err := New(Options{
+			Listed: []Config{{
+				Name: lab, Endpoints: []Endpoint{{URL: u}}, ForeignRoots: foreign,
+				TLS: &tls.Config{InsecureSkipVerify: true, Certificates: home.TLS.Certificates},
+			}},
+			Connect: registrytest.Loopback(t),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		return c.Registry(lab).Do(t.Context(), blobRequest("GET", digest.FromString("bytes")))
+	}
+	resp, err := do(roots)
+	if got := read(t, resp, err); got != "bytes" || shown.Load() != 0 {
+		t.Errorf("%q, %d certificates shown elsewhere", got, shown.Load())
+	}
+	if _, err := do(nil); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("a target that nobody vouches for: %v", err)
 	}
 }
 

@@ -37,6 +37,9 @@ func ParseName(s string) (Name, error) {
 	if s == "" || len(s) > maxNameLength {
 		return "", fmt.Errorf("%w: it has %d characters, of 1 to %d", ErrName, len(s), maxNameLength)
 	}
+	if strings.Contains(s, "@") {
+		return "", fmt.Errorf("%w: user info has no place in one", ErrName) // and is not repeated: it may be a password
+	}
 	s = asciiLower(s)
 	host, port, err := splitHostPort(s)
 	if err != nil {

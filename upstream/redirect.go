@@ -34,26 +34,32 @@ type answer struct {
 // of this endpoint reaches, from the address that it was found at.
 func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authorization string) (*answer, reach, error) {
 	u := req.url(e)
-	word := reachPublic
+	word, home := reachPublic, true
 	sent := time.Now()
 	for hop := 0; ; hop++ {
 		hreq, err := req.httpRequest(ctx, u)
 		if err != nil {
 			return nil, word, err
 		}
-		far, home := word, sameOrigin(u, e.URL)
+		// Who was sent elsewhere does not come home again: what a foreign host
+		// names there is not the registry's word, and gets no credential.
+		home = home && sameOrigin(u, e.URL)
+		far := word
 		if home {
 			far = r.endpointReach()
 			if authorization != "" {
 				hreq.Header.Set("Authorization", authorization)
 			}
 		}
-		resp, at, err := r.roundTrip(hreq, far)
+		resp, at, err := r.roundTrip(hreq, far, home)
 		if err != nil {
 			return nil, word, err
 		}
-		if hop == 0 && r.listed {
+		switch {
+		case r.listed && hop == 0:
 			word = reachFrom(at)
+		case r.listed:
+			word = min(word, reachFrom(at)) // nor does it reach further than its own host may
 		}
 		next, err := redirectTarget(u, resp)
 		if err != nil {
@@ -118,9 +124,10 @@ func drain(body io.ReadCloser) {
 	body.Close()
 }
 
-// roundTrip is one exchange on the wire. It returns besides the zone of the
-// address that answered.
-func (r *Registry) roundTrip(hreq *http.Request, far reach) (*http.Response, zone, error) {
+// roundTrip is one exchange on the wire, at the endpoint itself when home is
+// set: only that is shown tarn's certificate. It returns besides the zone of
+// the address that answered.
+func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
 	at := zoneNever
 	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 		if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
@@ -129,7 +136,11 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach) (*http.Response, zon
 	}}
 	hreq = hreq.WithContext(httptrace.WithClientTrace(hreq.Context(), trace))
 	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
-	resp, err := r.pool[far].RoundTrip(hreq)
+	transports := &r.foreign
+	if home {
+		transports = &r.pool
+	}
+	resp, err := transports[far].RoundTrip(hreq)
 	status := 0
 	if err == nil {
 		status = resp.StatusCode

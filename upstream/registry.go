@@ -4,6 +4,8 @@ package upstream
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/http"
@@ -52,7 +54,8 @@ type Registry struct {
 	listed      bool
 	client      *Client
 	endpoints   []Endpoint
-	pool        pool
+	pool        pool // to the endpoints
+	foreign     pool // to redirect targets and token services
 	headTimeout time.Duration
 
 	realm       *url.URL      // where passwords may go; nil: the authority's own domain
@@ -66,8 +69,8 @@ type Registry struct {
 	bases  map[string]base    // what /v2/ said, by host: one an endpoint
 	// served are repository+credential pairs whose GET of a blob succeeded
 	// lately: the evidence that a refused HEAD is the registry's habit.
-	served      map[string]time.Time // at most maxServed
-	headRefused map[Kind]bool        // HEAD of an object is refused where GET is not
+	served      map[[sha256.Size]byte]time.Time // at most maxServed
+	headRefused map[Kind]bool                   // HEAD of an object is refused where GET is not
 }
 
 const (
@@ -138,7 +141,7 @@ func movesOn(err error) bool {
 // credential that may GET): those are asked with a GET that is closed after
 // its headers.
 func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := fmt.Sprint(req.Repository, "\x00", req.As, "\x00", req.Authorization)
+	key := r.client.asker(req)
 	isObject := (req.Kind == Blob || req.Kind == Manifest) && strings.Contains(req.Reference, ":")
 	if !isObject || !authority {
 		return r.ask(ctx, e, timeout, req)
@@ -185,7 +188,16 @@ func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, time
 	return resp, nil
 }
 
-func (r *Registry) noteServed(key string) {
+// asker names repository and credential, in a form that is worth nothing
+// elsewhere.
+func (c *Client) asker(req Request) (sum [sha256.Size]byte) {
+	h := hmac.New(sha256.New, c.key[:])
+	fmt.Fprintf(h, "%q %d %q", req.Repository, req.As, req.Authorization)
+	h.Sum(sum[:0])
+	return sum
+}
+
+func (r *Registry) noteServed(key [sha256.Size]byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.served) >= maxServed {

@@ -95,13 +95,16 @@ func (t tokenRequest) httpRequest(ctx context.Context) (*http.Request, error) {
 // was said to go. oras-go's client for this refuses every realm on a private
 // address under another host name than the registry's, listed or not, and looks
 // names up past the dial guard; here the guard decides.
-func (r *Registry) fetchToken(ctx context.Context, t tokenRequest, far reach) (Token, error) {
+func (r *Registry) fetchToken(ctx context.Context, e Endpoint, t tokenRequest, far reach) (Token, error) {
 	hreq, err := t.httpRequest(ctx)
 	if err != nil {
 		return Token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
 	}
-	issued := time.Now()
-	resp, _, err := r.roundTrip(hreq, far)
+	issued, home := time.Now(), sameOrigin(t.realm, e.URL)
+	if home {
+		far = r.endpointReach()
+	}
+	resp, _, err := r.roundTrip(hreq, far, home)
 	if err != nil {
 		return Token{}, err
 	}
@@ -161,14 +164,11 @@ func (r *Registry) ClientToken(ctx context.Context, repositories []string, autho
 		return Token{}, fmt.Errorf("%w: %s sends for a token to %s, which is neither its own domain nor what realm: says in tarn's configuration",
 			ErrCredentials, r.name, realm.Host)
 	}
-	if sameOrigin(realm, e.URL) {
-		far = r.endpointReach()
-	}
 	ask := tokenRequest{realm: realm, service: bearer["service"], authorization: authorization, refreshToken: refreshToken}
 	for _, repository := range repositories {
 		ask.scopes = append(ask.scopes, "repository:"+repository+":pull")
 	}
-	t, err := r.fetchToken(ctx, ask, far)
+	t, err := r.fetchToken(ctx, e, ask, far)
 	if errors.Is(err, errTokenRefused) {
 		return Token{}, &StatusError{Status: http.StatusUnauthorized}
 	}

@@ -114,15 +114,16 @@ type Upstream struct {
 	// loopback. Default "": https on the authority's own domain.
 	Realm string `yaml:"realm"`
 	// CAFile has the certificates, in PEM form, that the registry's must be
-	// signed by. Default "": the system's.
+	// signed by. They count, besides the system's, where it redirects or
+	// sends for a token, too. Default "": the system's.
 	CAFile string `yaml:"ca_file"`
 	// CertFile is tarn's own certificate for this registry, in PEM form.
 	// Default "", none.
 	CertFile string `yaml:"cert_file"`
 	// KeyFile is the key of CertFile. Default "", none.
 	KeyFile string `yaml:"key_file"`
-	// InsecureSkipVerify believes any certificate: whoever sits between
-	// then sees the clients' credentials. Default false.
+	// InsecureSkipVerify believes any certificate of the endpoints: whoever
+	// sits between then sees the clients' credentials. Default false.
 	InsecureSkipVerify bool `yaml:"insecure_skip_verify"`
 	// TokenBroker passes clients' credentials on to the token service from
 	// tarn's own address, for clients that learn the scheme from /v2/ alone.

@@ -350,6 +350,11 @@ func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, e
 		if !c.TLS.RootCAs.AppendCertsFromPEM(pem) {
 			return c, fmt.Errorf("ca_file: %s has no certificate in PEM form", u.CAFile)
 		}
+		// Its storage may be the same house's, or a cloud's.
+		if c.ForeignRoots, err = x509.SystemCertPool(); err != nil {
+			c.ForeignRoots = x509.NewCertPool()
+		}
+		c.ForeignRoots.AppendCertsFromPEM(pem)
 	}
 	if u.CertFile != "" || u.KeyFile != "" {
 		cert, err := tls.LoadX509KeyPair(u.CertFile, u.KeyFile)
