@@ -49,6 +49,11 @@ disabled_plugins = [
 [plugins.'io.containerd.cri.v1.images'.registry]
   config_path = '{{.Hosts}}'
 
+[plugins.'io.containerd.transfer.v1.local']
+  config_path = '{{.Hosts}}'
+  # Bytes of a layer that one of several parallel requests is for; 0 is one request a layer.
+  concurrent_layer_fetch_buffer = {{.Parallel}}
+
 [plugins.'io.containerd.cri.v1.runtime']
   # A container may not lower its score without CAP_SYS_RESOURCE.
   restrict_oom_score_adj = true
@@ -64,13 +69,19 @@ disabled_plugins = [
   conf_dir = '{{.Root}}/cni'
 `))
 
-// hostsToml sends containerd to tarn first, and to the registry itself where
-// tarn fails.
-const hostsToml = `server = "http://` + upstreamName + `:5002"
-
-[host."http://` + tarnAddr + `"]
-  capabilities = ["pull", "resolve"]
-`
+// mirror sends containerd to tarn at this address first, and to the registry
+// itself where tarn fails. It holds for the next pull.
+func (c *containerd) mirror(t *testing.T, addr string) {
+	t.Helper()
+	host := filepath.Join(c.hosts, upstreamName)
+	if err := os.MkdirAll(host, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hosts := fmt.Sprintf("server = \"http://%s:5002\"\n\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", upstreamName, addr)
+	if err := os.WriteFile(filepath.Join(host, "hosts.toml"), []byte(hosts), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
 
 // containerd is a running containerd without any image.
 type containerd struct {
@@ -80,22 +91,20 @@ type containerd struct {
 
 // startContainerd starts an empty containerd and returns when it can pull and
 // run.
-func startContainerd(t *testing.T) *containerd {
+func startContainerd(t *testing.T) *containerd { return startContainerdWith(t, 0) }
+
+// startContainerdWith fetches layers in parallel ranges of that many bytes,
+// unless that is 0.
+func startContainerdWith(t *testing.T, parallel int) *containerd {
 	t.Helper()
 	// On /run, which is in memory: containerd's layered filesystem works there
 	// wherever the tests run, and its fsyncs cost nothing.
 	root := folder(t, "/run/tarn-e2e", "root")
 	c := &containerd{hosts: folder(t, work(), "certs.d")}
-	host := filepath.Join(c.hosts, upstreamName)
-	if err := os.MkdirAll(host, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(host, "hosts.toml"), []byte(hostsToml), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	c.mirror(t, tarnAddr)
 	var config strings.Builder
 	err := containerdConfig.Execute(&config, map[string]string{
-		"Root": root, "State": folder(t, "/run/tarn-e2e", "state"), "Pause": pauseRef, "Hosts": c.hosts,
+		"Root": root, "State": folder(t, "/run/tarn-e2e", "state"), "Pause": pauseRef, "Hosts": c.hosts, "Parallel": fmt.Sprint(parallel),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/distribution/distribution/v3/configuration"
 )
 
 // node is a machine with a tarn and a containerd that asks it, both empty, and
@@ -23,19 +25,28 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	n := &node{registry: newRegistry(t), tarnDir: folder(t, work(), "tarn")}
-	n.tarn = startTarn(t, n.tarnDir)
+	n := &node{registry: newRegistry(t, nil), tarnDir: folder(t, work(), "tarn")}
+	n.tarn = startTarn(t, n.tarnDir, "")
 	n.containerd = startContainerd(t)
 	return n
 }
 
 func (n *node) ctr(namespace string) ctr { return ctr{n.containerd, namespace} }
 
+// newPrivateNode is a node whose registry asks who is there.
+func newPrivateNode(t *testing.T, protect configuration.Auth, settings string) *node {
+	t.Helper()
+	n := &node{registry: newRegistry(t, protect), tarnDir: folder(t, work(), "tarn")}
+	n.tarn = startTarn(t, n.tarnDir, settings)
+	n.containerd = startContainerd(t)
+	return n
+}
+
 // restartTarn starts tarn again on the same directory.
 func (n *node) restartTarn(t *testing.T) {
 	t.Helper()
 	n.tarn.stop(t)
-	n.tarn = startTarn(t, n.tarnDir)
+	n.tarn = startTarn(t, n.tarnDir, "")
 }
 
 func mustPull(t *testing.T, c client, ref string) {
@@ -240,7 +251,7 @@ func TestAPullOutlivesATarnThatIsKilledInTheMiddleOfALayer(t *testing.T) {
 
 		// What the killed one left on its disk must not be in the way.
 		c.forget(t, i.ref())
-		n.tarn = startTarn(t, n.tarnDir)
+		n.tarn = startTarn(t, n.tarnDir, "")
 		mustPull(t, c, i.ref())
 		for _, r := range n.registry.take() {
 			if r.route == pastTarn {

@@ -20,11 +20,11 @@ import (
 // A response writer that hides io.ReaderFrom makes the server copy every byte
 // through memory of its own, and nothing but a tracer notices.
 func TestACachedBlobIsSentByTheKernelAndNotCopied(t *testing.T) {
-	n := &node{registry: newRegistry(t), tarnDir: folder(t, work(), "tarn")}
+	n := &node{registry: newRegistry(t, nil), tarnDir: folder(t, work(), "tarn")}
 	i := pushSaying(t, "app/big", "v1", "hello", noise("big", 16<<20, 5))
 	blob := i.objects[len(i.objects)-1]
 
-	n.tarn = startTarn(t, n.tarnDir)
+	n.tarn = startTarn(t, n.tarnDir, "")
 	fetchBlob(t, i.repo, blob.Digest)
 	n.tarn.stop(t)
 	n.registry.take()
@@ -32,7 +32,7 @@ func TestACachedBlobIsSentByTheKernelAndNotCopied(t *testing.T) {
 	// With -D the process that we started is tarn, and the tracer its
 	// grandchild, so that a signal reaches tarn.
 	trace := filepath.Join(folder(t, work(), "trace"), "strace.txt")
-	n.tarn = startTarn(t, n.tarnDir, "strace", "-D", "-f", "-q", "-e", "trace=sendfile,splice,write,writev,sendto,sendmsg", "-e", "signal=none", "-s", "0", "-o", trace)
+	n.tarn = startTarn(t, n.tarnDir, "", "strace", "-D", "-f", "-q", "-e", "trace=sendfile,splice,write,writev,sendto,sendmsg", "-e", "signal=none", "-s", "0", "-o", trace)
 	fetchBlob(t, i.repo, blob.Digest)
 	n.tarn.stop(t)
 	for _, r := range n.registry.take() {

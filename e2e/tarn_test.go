@@ -12,13 +12,14 @@ import (
 	"testing"
 )
 
-// startTarn runs the built tarn on this directory and returns when it serves. A
-// wrapper, such as a tracer with its options, goes in front of its command line.
-func startTarn(t *testing.T, dir string, wrapper ...string) *process {
+// startTarn runs the built tarn on this directory, with these lines in its
+// configuration, and returns when it serves. A wrapper, such as a tracer with
+// its options, goes in front of its command line.
+func startTarn(t *testing.T, dir, settings string, wrapper ...string) *process {
 	t.Helper()
 	// The machine's disk may be nearly full; what is left is enough for this.
 	config := filepath.Join(t.TempDir(), "tarn.yaml")
-	if err := os.WriteFile(config, []byte("min_free: 0\n"), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte("min_free: 0\n"+settings), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	line := append(wrapper, filepath.Join(work(), "tarn"), "serve",
@@ -38,7 +39,7 @@ func startTarn(t *testing.T, dir string, wrapper ...string) *process {
 			return err
 		}
 		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
+		if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusUnauthorized { // with a token broker
 			return fmt.Errorf("GET /v2/ answers %s", resp.Status)
 		}
 		return nil
