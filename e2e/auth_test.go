@@ -210,4 +210,3 @@ func (w *wire) has(name, secret string) bool {
 	}
 	return false
 }
-

@@ -29,8 +29,9 @@ import (
 // whatever it started and drops its mounts and its network, even after a crash
 // of the tests.
 const (
-	envWork       = "TARN_E2E_WORK"       // the working folder; set for the inner process only
-	envContainerd = "TARN_E2E_CONTAINERD" // folder with containerd's programs; likewise
+	envWork       = "TARN_E2E_WORK"     // the working folder; set for the inner process only
+	envPrograms   = "TARN_E2E_PROGRAMS" // folders with the clients' programs; likewise
+	envAllClients = "TARN_E2E_CLIENTS"  // set by make e2e-clients: not containerd, skopeo and crane only
 )
 
 func TestMain(m *testing.M) {
@@ -61,7 +62,7 @@ func outer() int {
 	}
 	defer cleanUp(work)
 
-	containerd, err := build(ctx, work)
+	programs, err := build(ctx, work)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
@@ -73,7 +74,7 @@ func outer() int {
 	}
 	inner := exec.CommandContext(ctx, self, os.Args[1:]...)
 	inner.Stdout, inner.Stderr = os.Stdout, os.Stderr
-	inner.Env = append(os.Environ(), envWork+"="+work, envContainerd+"="+containerd)
+	inner.Env = append(os.Environ(), envWork+"="+work, envPrograms+"="+programs)
 	inner.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL, // and with it the whole process namespace
@@ -89,10 +90,13 @@ func outer() int {
 	return 0
 }
 
-// build makes what the tests run: containerd, tarn, and the program inside the
-// images. It returns the folder with containerd's programs.
-func build(ctx context.Context, work string) (containerd string, err error) {
+// build makes what the tests run: the clients, tarn, and the program inside the
+// images. It returns the folders with the clients.
+func build(ctx context.Context, work string) (programs string, err error) {
 	install := exec.CommandContext(ctx, "./install.sh")
+	if os.Getenv(envAllClients) != "" {
+		install.Args = append(install.Args, "clients")
+	}
 	install.Stderr = os.Stderr
 	out, err := install.Output()
 	if err != nil {
@@ -170,7 +174,7 @@ func enter() error {
 	// even be looked up.
 	for path, content := range map[string]string{
 		"/etc/resolv.conf": "",
-		"/etc/hosts":       "127.0.0.1 localhost " + upstreamName + "\n::1 localhost\n",
+		"/etc/hosts":       "127.0.0.1 localhost " + upstreamName + "\n::1 localhost\n" + evilIP + " " + evilName + "\n",
 	} {
 		ours := filepath.Join(work(), filepath.Base(path))
 		if err := os.WriteFile(ours, []byte(content), 0o644); err != nil {
@@ -181,7 +185,7 @@ func enter() error {
 		}
 	}
 	// containerd finds its shim, and runc, on the path.
-	if err := os.Setenv("PATH", os.Getenv(envContainerd)+":"+os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin"); err != nil {
+	if err := os.Setenv("PATH", os.Getenv(envPrograms)+":"+os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin"); err != nil {
 		return err
 	}
 	return loopbackUp()

@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Puts on a bare Debian machine what the end-to-end tests drive: runc, strace and ip from Debian, containerd with its
-# shim and ctr built from source. Says on its last line, alone on standard output, the folder with containerd's programs.
-# Nothing is done twice: a second run costs a few milliseconds.
+# Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip and skopeo from Debian; containerd with
+# its shim and ctr, and crane, built from source. With the argument "clients", the further clients as well: podman and
+# docker from Debian, oras, regctl and BuildKit from source. Says on its last line, alone on standard output, the folders
+# with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds.
 set -euo pipefail
-
-containerd_version=2.4.2
-programs=(containerd ctr containerd-shim-runc-v2)
 
 log() { printf 'e2e/install.sh: %s\n' "$*" >&2; }
 
@@ -18,6 +16,10 @@ packages=()
 command -v runc >/dev/null || packages+=(runc)
 command -v strace >/dev/null || packages+=(strace)
 command -v ip >/dev/null || packages+=(iproute2)
+command -v skopeo >/dev/null || packages+=(skopeo)
+if [[ ${1:-} == clients ]]; then
+	command -v podman >/dev/null || packages+=(podman)
+fi
 if ((${#packages[@]})); then
 	if [[ $(id -u) != 0 ]]; then
 		log "missing ${packages[*]}; run as root to install them"
@@ -32,19 +34,50 @@ fi
 home=${HOME:-/root} # a service manager may start us without HOME
 export HOME=$home
 cache=${XDG_CACHE_HOME:-$home/.cache}/tarn-ci
-want=$cache/containerd@$containerd_version
-if [[ ! -d $want ]]; then
-	mkdir -p "$cache"
-	# Built under another name and renamed whole: a folder under the final name is complete, even after a kill.
-	building=$(mktemp -d "$cache/building.XXXXXX")
-	trap 'rm -rf "$building"' EXIT
-	log "building containerd $containerd_version (about five minutes on two cores)"
-	for program in "${programs[@]}"; do
-		# From a folder outside every module, so that no go.mod or go.work near us has a say in the versions.
-		(cd "$building" && CGO_ENABLED=0 GOWORK=off GOFLAGS=-trimpath GOBIN=$building/bin \
-			go install "github.com/containerd/containerd/v2/cmd/$program@v$containerd_version") </dev/null >&2
+mkdir -p "$cache"
+building=
+trap '[[ -z $building ]] || rm -rf "$building"' EXIT
+
+# keep NAME COMMAND... makes the folder NAME in the cache by running the command in an empty one. That has another name
+# until it is whole: a folder under the final name is complete, even after a kill.
+folders=()
+keep() {
+	local want=$cache/$1
+	if [[ ! -d $want ]]; then
+		building=$(mktemp -d "$cache/building.XXXXXX")
+		log "making $1"
+		(cd "$building" && "${@:2}") </dev/null >&2
+		# Another run may have been quicker; its folder is as good as ours.
+		mv -T "$building" "$want" 2>/dev/null || [[ -d $want ]]
+		rm -rf "$building"
+	fi
+	folders+=("$want")
+}
+# build PACKAGE@VERSION... from a folder outside every module, so that no go.mod or go.work near us has a say.
+build() {
+	local package
+	for package; do
+		CGO_ENABLED=0 GOWORK=off GOFLAGS=-trimpath GOBIN=$PWD go install "$package"
 	done
-	# Another run may have been quicker; its folder is as good as ours.
-	mv -T "$building/bin" "$want" 2>/dev/null || [[ -d $want ]]
+}
+# docker's programs without its service, which would start at once.
+unpack_docker() {
+	apt-get download docker.io
+	dpkg -x docker.io_*.deb root
+	cp root/usr/sbin/dockerd root/usr/bin/docker .
+	rm -rf root docker.io_*.deb
+}
+
+containerd=github.com/containerd/containerd/v2/cmd
+keep containerd@2.4.2 build $containerd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2 # about five minutes on two cores
+keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
+if [[ ${1:-} == clients ]]; then
+	keep docker@debian unpack_docker
+	keep oras@1.2.3 build oras.land/oras/cmd/oras@v1.2.3
+	keep regctl@0.11.7 build github.com/regclient/regclient/cmd/regctl@v0.11.7
+	keep buildkit@0.17.3 build github.com/moby/buildkit/cmd/{buildctl,buildkitd}@v0.17.3
 fi
-printf '%s\n' "$want"
+(
+	IFS=:
+	printf '%s\n' "${folders[*]}"
+)

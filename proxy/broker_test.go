@@ -272,8 +272,7 @@ func TestASecretUnderTarnsAddressReachesNoStranger(t *testing.T) {
 			"/example.com/v2/x/manifests/v1":                "containerd/2.0.0",
 			"/v2/example.com/x/manifests/v1?ns=example.com": "containerd/2.0.0",
 			"/v2/x/manifests/v1?ns=example.com":             "buildkit/v0.17",
-			"/v2/y/manifests/v1?ns=example.com":             "docker/29 containerd/2.0",
-			"/v2/z/manifests/v1?ns=example.com":             "",
+			"/v2/y/manifests/v1?ns=example.com":             "containerd/1.7.22+unknown", // BuildKit's, for layers
 		} {
 			for _, secret := range [][]string{nil, basic} {
 				a := d.get(path, append([]string{"User-Agent", agent}, secret...)...).must(t, 403)
@@ -287,17 +286,5 @@ func TestASecretUnderTarnsAddressReachesNoStranger(t *testing.T) {
 		if e.Authorization != "" && e.Authorization != "Bearer x" {
 			t.Errorf("the stranger saw %q", e.Authorization)
 		}
-	}
-	// containerd's secret is the image host's, and may go there.
-	evil.Hook = func(w http.ResponseWriter, req *http.Request) bool {
-		w.Header().Set("WWW-Authenticate", `Basic realm="mine"`)
-		w.WriteHeader(401)
-		return true
-	}
-	evil.Reset()
-	d.get("/v2/w/manifests/v1?ns=example.com", append(basic, "User-Agent", "containerd/2.0.0")...).must(t, 401).
-		mustSay(t, "WWW-Authenticate", `Basic realm="mine"`)
-	if e := evil.Exchanges(); len(e) != 1 || e[0].Authorization != basic[1] {
-		t.Errorf("containerd's own secret: %v", e)
 	}
 }

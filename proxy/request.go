@@ -114,7 +114,6 @@ func (n names) parse(r *http.Request) (*request, error) {
 		method:        r.Method,
 		accept:        acceptOf(r.Header),
 		authorization: withoutMarker(r.Header.Get("Authorization")),
-		agent:         r.UserAgent(),
 	}
 	q.first, q.resumes = parseRange(r)
 

@@ -124,12 +124,11 @@ func (p *Proxy) sourceDomain(name upstream.Name) string {
 // keep their secrets under tarn's own address, and would hand them to whatever
 // registry the path names; containerd's credential is the image host's. Once
 // there is a token broker, secrets are kept under tarn's address for it, and
-// other clients than containerd show those to a mirror too.
+// BuildKit shows those to a mirror that it was given, too; nothing tells its
+// requests for layers from containerd's. Who is refused here goes to the
+// registry itself.
 func (p *Proxy) mayPass(q *request) bool {
-	if p.upstreams.Listed(q.upstream) {
-		return true
-	}
-	return q.form == formNS && (!p.brokers || strings.HasPrefix(q.agent, "containerd/"))
+	return p.upstreams.Listed(q.upstream) || q.form == formNS && !p.brokers
 }
 
 // credential is what a request is made with: a client's own Authorization, the
@@ -516,14 +515,14 @@ func (p *Proxy) ownWords(q *request, err error) error {
 			q.repository, q.upstream)}
 	case p.mayPass(q):
 		return err
-	case p.brokers && q.form == formNS:
-		return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
-			"%s refuses anonymous, and with token_broker on tarn passes credentials to registries that are not listed from containerd only: add \"upstreams: [{name: %q}]\" to its configuration",
-			q.upstream, q.upstream)}
+	}
+	when := "by path"
+	if q.form == formNS {
+		when = "with token_broker on"
 	}
 	return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
-		"%s refuses anonymous, and tarn passes credentials by path only to listed registries: add \"upstreams: [{name: %q}]\" to its configuration",
-		q.upstream, q.upstream)}
+		"%s refuses anonymous, and %s tarn passes credentials to listed registries only: add \"upstreams: [{name: %q}]\" to its configuration",
+		q.upstream, when, q.upstream)}
 }
 
 // fetch is how a flight opens the object. Before the authority has said yes,
