@@ -49,7 +49,6 @@ type request struct {
 
 	accept        []string   // "" means anything; see acceptOf
 	authorization string     // "" for none, also where the client sent the broker's marker
-	agent         string     // User-Agent
 	first         int64      // first byte that the client wants, see parseRange
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
