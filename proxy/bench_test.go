@@ -7,9 +7,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
 	"tarn/cache"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // The figures of one run are meant to be compared with each other: what tarn
@@ -98,6 +102,43 @@ func BenchmarkParse(b *testing.B) {
 				if _, err := testNames.parse(r); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+	}
+}
+
+// BenchmarkRefusal asks, interleaved, for an object that is cached and for one
+// that is not, with a credential that may have neither: the two must look the
+// same to who measures. The registry takes 20 ms.
+func BenchmarkRefusal(b *testing.B) {
+	const rounds = 1000
+	r, d := private(b, "Basic", setup{})
+	cached, cold := r.Blob("private/app", random(1, 300_000)), r.Blob("private/app", random(2, 300_000))
+	d.get(blobPath("private/app", cached), r.Access.Login("private/app", "a")...).must(b, 200)
+	d.stored(cache.ListedDomain, cached)
+	other := r.Access.Login("private/app", "b")
+	r.Latency = 20 * time.Millisecond
+	for _, method := range []string{"GET", "HEAD"} {
+		b.Run(method, func(b *testing.B) {
+			for b.Loop() {
+				took := make(map[digest.Digest][]time.Duration)
+				r.Reset()
+				for range rounds {
+					for _, dgst := range []digest.Digest{cached, cold} {
+						start := time.Now()
+						d.do(method, blobPath("private/app", dgst), other...).must(b, 403)
+						took[dgst] = append(took[dgst], time.Since(start))
+					}
+				}
+				var medians [2]time.Duration
+				for i, dgst := range []digest.Digest{cached, cold} {
+					slices.Sort(took[dgst])
+					medians[i] = took[dgst][rounds/2]
+				}
+				b.ReportMetric(float64(medians[0].Microseconds()), "us-cached")
+				b.ReportMetric(float64(medians[1].Microseconds()), "us-cold")
+				b.ReportMetric(float64((medians[0] - medians[1]).Abs().Microseconds()), "us-apart")
+				b.ReportMetric(float64(len(r.Exchanges()))/(2*rounds), "upstream/op")
 			}
 		})
 	}

@@ -84,9 +84,15 @@ func freePort(t testing.TB) string {
 // run starts tarn serve and waits until it answers.
 func run(t testing.TB, dir string, args ...string) *process {
 	t.Helper()
+	return runWith(t, dir, "", args...)
+}
+
+// runWith adds these lines to its configuration.
+func runWith(t testing.TB, dir, settings string, args ...string) *process {
+	t.Helper()
 	listen, admin := freePort(t), freePort(t)
 	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, exited: make(chan struct{})}
-	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
+	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t, settings), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -99,16 +105,16 @@ func run(t testing.TB, dir string, args ...string) *process {
 			return false
 		}
 		resp.Body.Close()
-		return resp.StatusCode == 200
+		return resp.StatusCode == 200 || resp.StatusCode == 401 // with a token broker
 	})
 	return p
 }
 
 // anyDisk is a configuration for a machine whose disk may be nearly full.
-func anyDisk(t testing.TB) string {
+func anyDisk(t testing.TB, settings string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "tarn.yaml")
-	if err := os.WriteFile(path, []byte("min_free: 0\n"), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte("min_free: 0\n"+settings), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -64,7 +64,7 @@ func TestReadme(t *testing.T) {
 				stop()
 			}
 			served++
-			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", anyDisk(t), t.TempDir(), listen, admin, hub.URL)
+			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", anyDisk(t, ""), t.TempDir(), listen, admin, hub.URL)
 			stop = background(t, line, "http://"+listen+"/v2/")
 		case strings.Contains(line, "somebody has pushed another"):
 			hub.PushImage(t, "library/alpine", "latest", []byte("the second alpine"))
