@@ -60,6 +60,7 @@ func TestNoSecretIsLeftAnywhere(t *testing.T) {
 	}
 	p := runWith(t, dir, fmt.Sprintf(`
 log_level: debug
+default_upstream: lab.test
 upstreams:
 - name: lab.test
   endpoints: [%q]
@@ -102,7 +103,7 @@ upstreams:
 		"/v2/private/app/blobs/" + img.Layers[0].String() + "?ns=lab.test", "/v2/private/app/manifests/none?ns=lab.test",
 		"/v2/platform/app/manifests/v1?ns=lab.test", "/v2/x/manifests/v1?ns=dead.test",
 		"/v2/x/manifests/v1?ns=user:canary-password@lab.test", "/v2/private/app/tags/list?ns=lab.test&n=2&token=canary-query",
-		"/v2/x/manifests/v1?canary-query=1", "/token?scope=repository:lab.test/private/app:pull&canary-query=1",
+		"/v2/x/manifests/v1?ns=lab.test&canary-query=1", "/token?scope=repository:lab.test/private/app:pull&canary-query=1",
 		"/token?scope=repository:dead.test/private/app:pull", "/token?scope=canary-scope",
 	}
 	for range 2 {
