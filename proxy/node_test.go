@@ -120,6 +120,7 @@ func TestWhoOnlyFinishesIsNotLentTheNodesCredential(t *testing.T) {
 	defer d.proxy.begin(q, yes{asked: d.proxy.now()})()
 	d.get(blob, append(auth, "Range", "bytes=1000-")...).must(t, 206)
 	// What is not here any more is a new question.
+	eventually(t, "the flight has landed", func() bool { return d.cache.Stats().Flights == 0 })
 	path := filepath.Join(d.options.dir, "blobs", "sha256", img.Layers[0].Encoded())
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
