@@ -3,7 +3,7 @@
 
 FUZZTIME ?= 30s
 
-.PHONY: test race lint e2e bench fuzz ci
+.PHONY: test race lint e2e e2e-clients bench fuzz ci
 
 test:
 	go test ./...
@@ -24,6 +24,11 @@ lint:
 e2e:
 	e2e/install.sh
 	cd e2e && go test -count=1 ./...
+
+# The same with all clients that we know; installs and builds some more.
+e2e-clients:
+	e2e/install.sh clients
+	cd e2e && TARN_E2E_CLIENTS=1 go test -count=1 ./...
 
 bench:
 	go test -run '^$$' -bench . -benchmem ./...

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -76,5 +77,43 @@ func TestImportsOnlyPointDown(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestTheDocsNameTestsThatExist: a promise is worth what shows it. A name that
+// ends with dots stands for all tests that begin so.
+func TestTheDocsNameTestsThatExist(t *testing.T) {
+	root := filepath.Join("..", "..")
+	var sources strings.Builder
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, "_test.go") {
+			var text []byte
+			text, err = os.ReadFile(path)
+			sources.Write(text)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, err := filepath.Glob(filepath.Join(root, "docs", "*.md"))
+	if err != nil || len(docs) < 2 {
+		t.Fatalf("%v, %v", docs, err)
+	}
+	named := regexp.MustCompile("`((?:Test|Benchmark)[A-Z][A-Za-z0-9]*)(\\.\\.\\.)?`")
+	for _, doc := range docs {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+			want := "func " + m[1]
+			if m[2] == "" {
+				want += "("
+			}
+			if !strings.Contains(sources.String(), want) {
+				t.Errorf("%s names %s, which there is not", doc, m[1]+m[2])
+			}
+		}
 	}
 }
