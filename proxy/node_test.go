@@ -163,6 +163,7 @@ func TestASharedRepositoryIsForEveryClient(t *testing.T) {
 func TestABadConfigNamesItselfAndPublicPullsGoOn(t *testing.T) {
 	t.Parallel()
 	for name, content := range map[string]string{
+		"taken away later":     "",
 		"no JSON":              `canary-secret`,
 		"another JSON":         `["canary-secret"]`,
 		"auths of a kind":      `{"auths":["canary-secret"]}`,
@@ -175,6 +176,10 @@ func TestABadConfigNamesItselfAndPublicPullsGoOn(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r, d, config := withNode(t, "Bearer", "platform/*")
+			if strings.HasSuffix(name, "later") { // what was good a moment ago does not count
+				r.Image("platform/base", "v1")
+				d.get(manifestPath("platform/base", "v1")).must(t, 200)
+			}
 			writeConfig(t, config, content)
 			if content == "" {
 				os.Remove(config)
@@ -198,6 +203,22 @@ func TestABadConfigNamesItselfAndPublicPullsGoOn(t *testing.T) {
 			writeConfig(t, config, fmt.Sprintf(`{"auths":{%q:{"username":"node","password":%q}}}`, lab, registrytest.Password("node")))
 			d.get(manifestPath("platform/base", "v1")).must(t, 200)
 		})
+	}
+}
+
+func TestAPasswordThatWasReplacedIsNotShownAgain(t *testing.T) {
+	t.Parallel()
+	for _, scheme := range []string{"Basic", "Bearer"} {
+		r, d, config := withNode(t, scheme, "platform/*")
+		img := r.Image("platform/base", "v1")
+		d.get(manifestPath("platform/base", "v1")).mustBe(t, img.Body)
+		r.Access.Allow("platform/base", "successor")
+		writeConfig(t, config, fmt.Sprintf(`{"auths":{%q:{"username":"successor","password":%q}}}`, lab, registrytest.Password("successor")))
+		r.Reset()
+		d.get(manifestPath("platform/base", "v1")).mustBe(t, img.Body)
+		if asked(r, "node") != 0 || asked(r, "successor") == 0 {
+			t.Errorf("%s: %v", scheme, r.Exchanges())
+		}
 	}
 }
 

@@ -34,6 +34,7 @@ type proof struct {
 	bearer    map[string]string // the challenge that it answers
 	challenge []string          // the same, as the registry wrote it
 	far       reach             // how far the registry's word reached then
+	secret    Secret            // of the node, that it was made from
 }
 
 func (p proof) endsBefore(t time.Time) bool { return !p.expires.IsZero() && p.expires.Before(t) }
@@ -103,6 +104,12 @@ func (r *Registry) known(ctx context.Context, e Endpoint, key proofKey) (p proof
 	r.mu.Lock()
 	p = r.proofs[key]
 	r.mu.Unlock()
+	if key.as == Node {
+		// What the operator replaced or took away is not shown any more.
+		if secret, err := r.secret(ctx); err != nil || secret != p.secret {
+			return proof{}, false
+		}
+	}
 	if !p.endsBefore(time.Now()) {
 		return p, false
 	}
@@ -146,6 +153,7 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 		if secret, err = r.secret(ctx); err != nil {
 			return proof{}, err
 		}
+		p.secret = secret
 		switch {
 		case secret == Secret{}:
 			return proof{}, errNoProof
