@@ -46,6 +46,7 @@ func (c *Cache) commitLoop() {
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
 			}
+			c.measureIndex()
 		case <-c.done:
 			for { // what was verified before the last flight landed
 				select {
@@ -116,6 +117,9 @@ func (c *Cache) commit(batch []*flight) {
 			continue
 		}
 		row := index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}
+		if old, ok := c.index.Row(f.key.Digest); ok {
+			grown -= old.Alloc // its file was not as it says, and is replaced
+		}
 		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row})
 		for _, t := range twins {
 			if t.key.Digest == f.key.Digest {
@@ -135,9 +139,9 @@ func (c *Cache) commit(batch []*flight) {
 	if trouble != nil {
 		c.noteTrouble(trouble)
 	}
+	c.measureIndex()
 	c.mu.Lock()
 	c.used += grown
-	c.indexed = c.index.Footprint()
 	for _, f := range stored {
 		c.claimed -= roundUp(f.claim) // its bytes are counted as used now
 		f.claim = 0                   // nobody else looks at it before the table's reference is back
@@ -146,6 +150,14 @@ func (c *Cache) commit(batch []*flight) {
 	for _, f := range batch {
 		f.leaveTable()
 	}
+}
+
+// measureIndex takes what the index takes on disk now.
+func (c *Cache) measureIndex() {
+	indexed := c.index.Footprint()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.indexed = indexed
 }
 
 // stored tells whether the digest has a row, of whichever domain, and a file

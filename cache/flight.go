@@ -145,7 +145,14 @@ func (f *flight) release() {
 		return
 	}
 	if f.pending != nil {
-		f.pending.Discard() // nothing to discard after a commit
+		f.mu.Lock()
+		unverified := len(f.fed) > 0 && f.state != verified
+		f.mu.Unlock()
+		// What was fed when the cache was closed is left to the next start's
+		// sweep, which taints it: the taints of this process end with it.
+		if !unverified || f.cache.ctx.Err() == nil {
+			f.pending.Discard() // nothing to discard after a commit
+		}
 		f.pending.File.Close()
 	}
 	if f.claim > 0 {

@@ -16,10 +16,12 @@ type follower struct {
 	reader string
 	fetch  Fetch
 
-	pos     int64
-	fed     bool
-	own     *stream
-	stopped error // guarded by the flight's lock
+	pos int64
+	fed bool
+	own *stream
+	// Guarded by the flight's lock.
+	stopped error
+	opening context.CancelFunc // ends the fetch of the own stream; nil when there is none under way
 }
 
 var errInterrupted = errors.New("reader has left")
@@ -30,6 +32,9 @@ func (r *follower) interrupt() {
 	f.mu.Lock()
 	r.stopped = errInterrupted
 	own := r.own
+	if r.opening != nil {
+		r.opening()
+	}
 	f.changed.Broadcast()
 	f.mu.Unlock()
 	if own != nil {
@@ -131,7 +136,16 @@ func (r *follower) goOwn() error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(f.cache.ctx)
+	f.mu.Lock()
+	r.opening = cancel
+	if r.stopped != nil {
+		cancel()
+	}
+	f.mu.Unlock()
 	body, info, err := r.fetch(ctx, f.written, -1)
+	f.mu.Lock()
+	r.opening = nil
+	f.mu.Unlock()
 	if err != nil {
 		cancel()
 		r.taint()

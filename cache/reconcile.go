@@ -121,7 +121,12 @@ func (c *Cache) adoptAll(strays []stray) {
 			return
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			// It may be sound: the next start tries again. Its bytes count.
 			c.log.Sugar().Warnw("could not read a file without a row", "digest", s.digest, "cause", err.Error())
+			c.mu.Lock()
+			c.adopt--
+			c.mu.Unlock()
+			continue
 		}
 		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
 		select {

@@ -195,6 +195,18 @@ func (ix *Index) check() (err error) {
 		} else if len(v) != 8 || binary.BigEndian.Uint64(v) != version {
 			return fmt.Errorf("%w: %w", ErrBroken, errInvalidVersion)
 		}
+		for _, name := range allBuckets {
+			into := map[string]any{string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}}[string(name)]
+			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
+				if into != nil && json.Unmarshal(v, into) != nil {
+					return fmt.Errorf("%w: a row of %s is none", ErrBroken, name)
+				}
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
 		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
 			var o Object
 			if digest.Digest(k).Validate() != nil || json.Unmarshal(v, &o) != nil || o.Size < 0 {
@@ -290,17 +302,42 @@ func (ix *Index) get(bucket []byte, key string, into any) (ok bool) {
 	return ok && err == nil
 }
 
+// maxNotes bounds each kind of note that waits to be written, for a disk that
+// refuses all writes. Past it, what is not noted costs a question.
+const maxNotes = 1 << 17
+
 // NoteTag takes the confirmation unless one with a higher sequence is known.
 func (ix *Index) NoteTag(key string, t Tag) {
-	if old, ok := ix.Tag(key); ok && old.Sequence >= t.Sequence {
+	var old Tag
+	var ok bool
+	ix.readThenLock(func() { old, ok = ix.Tag(key) })
+	defer ix.mu.Unlock()
+	if note, noted := ix.tags[key]; noted {
+		old, ok = note, true // another one came in between
+	} else if len(ix.tags) >= maxNotes {
 		return
 	}
-	ix.mu.Lock()
-	defer ix.mu.Unlock()
-	if old, ok := ix.tags[key]; ok && old.Sequence >= t.Sequence {
-		return // another one came in between
+	if ok && old.Sequence >= t.Sequence {
+		return
 	}
 	ix.tags[key] = t
+}
+
+// readThenLock reads what is known, notes and rows, and returns with the lock:
+// nothing that was written in between is missing from what was read, save what
+// is a note still.
+func (ix *Index) readThenLock(read func()) {
+	for {
+		ix.mu.Lock()
+		applied := ix.applied
+		ix.mu.Unlock()
+		read()
+		ix.mu.Lock()
+		if ix.applied == applied {
+			return
+		}
+		ix.mu.Unlock()
+	}
 }
 
 // membershipRenewal is how much newer a confirmation must be to be worth a row:
@@ -312,18 +349,9 @@ const membershipRenewal = time.Second
 func (ix *Index) NoteMembership(key string, m Membership) {
 	var old Membership
 	var ok bool
-	for read := false; !read; {
-		ix.mu.Lock()
-		applied := ix.applied
-		ix.mu.Unlock()
-		old, ok = ix.Membership(key)
-		ix.mu.Lock()
-		// A deletion that was noted and written since would be undone by what
-		// was read before it.
-		if read = ix.applied == applied; !read {
-			ix.mu.Unlock()
-		}
-	}
+	// A deletion that was noted and written since would be undone by what was
+	// read before it.
+	ix.readThenLock(func() { old, ok = ix.Membership(key) })
 	defer ix.mu.Unlock()
 	if ok && old.MediaType == m.MediaType &&
 		m.Time.Sub(old.Time) < membershipRenewal && m.Anonymous.Sub(old.Anonymous) < membershipRenewal {
@@ -333,6 +361,8 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 		if ok = note != nil; ok {
 			old = *note
 		}
+	} else if len(ix.memberships) >= maxNotes {
+		return
 	}
 	if ok {
 		if old.Time.After(m.Time) {
@@ -359,7 +389,9 @@ func (ix *Index) DeleteMembership(key string) {
 func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	ix.lastUse[d] = t
+	if len(ix.lastUse) < maxNotes {
+		ix.lastUse[d] = t
+	}
 }
 
 // LastSequence is the highest one that a tag's row ever had.
