@@ -91,6 +91,9 @@ type Request struct {
 	Reader string
 	// Offset is the first byte that is wanted.
 	Offset int64
+	// Ranged: the reader asked for a part, also if that begins at byte 0. It
+	// may be asking for the others at the same time.
+	Ranged bool
 	// Authorised: the authority has said yes to this reader.
 	Authorised bool
 	// Wait is for who is not Authorised. When the same Reader's question is

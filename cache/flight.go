@@ -70,6 +70,7 @@ type flight struct {
 	pending  *blobstore.Pending
 	fed      map[string]bool // readers that were given bytes
 	prefix   hash.Hash       // when apart: the state after written bytes
+	sums     []string        // of the first ledgerSteps; the fill's, and anybody's when apart
 	body     io.ReadCloser   // when apart before the first byte: the leader's
 	noLeader bool            // the leader left while asking
 }
@@ -239,7 +240,7 @@ func (f *flight) fill(body io.Reader, check func([]byte) error) {
 				f.standApart(h, nil)
 				return
 			}
-			h.Write(piece)
+			f.hashed(h, f.written, piece)
 			f.mu.Lock()
 			f.written += int64(n)
 			f.changed.Broadcast()
@@ -306,7 +307,7 @@ func (f *flight) end(state flightState, err error) {
 	fed := f.fed
 	f.mu.Unlock()
 	for reader := range fed {
-		f.cache.taint.add(f.key, reader, promise{})
+		f.cache.taint.add(f.key, reader)
 	}
 	f.leaveTable()
 	f.cancel()
@@ -335,7 +336,7 @@ func (f *flight) standApart(h hash.Hash, body io.ReadCloser) {
 	// that the next one begins alike. Who is fed from now on sees to that
 	// when it closes.
 	for _, reader := range fed {
-		f.cache.taint.add(f.key, reader, f.promise())
+		f.cache.taint.add(f.key, reader, f.promises()...)
 	}
 	f.wakeAll()
 	if body == nil || orphan {
@@ -344,9 +345,28 @@ func (f *flight) standApart(h hash.Hash, body io.ReadCloser) {
 	f.leaveTable()
 }
 
-// promise is what a reader of a flight that stands apart may hold.
-func (f *flight) promise() promise {
-	return promise{length: f.written, sum: string(f.prefix.Sum(nil))}
+// promises are what a reader of a flight that stands apart may hold.
+func (f *flight) promises() []promise {
+	ps := make([]promise, 0, len(f.sums)+1)
+	for i, sum := range f.sums {
+		ps = append(ps, promise{int64(i+1) * ledgerStep, sum})
+	}
+	if f.written%ledgerStep != 0 {
+		ps = append(ps, promise{f.written, string(f.prefix.Sum(nil))})
+	}
+	return ps
+}
+
+// hashed takes the next bytes into the hash, and its state at each step.
+func (f *flight) hashed(h hash.Hash, at int64, piece []byte) {
+	for len(piece) > 0 {
+		n := min(int64(len(piece)), ledgerStep-at%ledgerStep)
+		h.Write(piece[:n])
+		at, piece = at+n, piece[n:]
+		if at%ledgerStep == 0 {
+			f.sums = append(f.sums, string(h.Sum(nil)))
+		}
+	}
 }
 
 func (f *flight) wakeAll() {
@@ -431,7 +451,7 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	case req.Offset > 0 && f.cache.taint.has(f.key, req.Reader):
 		err = ErrTainted
 	default:
-		r := &follower{flight: f, reader: req.Reader, fetch: req.Fetch}
+		r := &follower{flight: f, req: req}
 		source := Joined
 		switch {
 		case leader:
@@ -485,16 +505,13 @@ func (f *flight) openApart(ctx context.Context, req Request, body io.ReadCloser)
 	} else {
 		defer f.release()
 	}
-	s := newStream(f.cache, f.key, req.Reader, f.key.Digest.Algorithm().Hash(), info)
+	s, err := newStream(f.cache, req, f.key.Digest.Algorithm().Hash(), info)
+	if err != nil {
+		body.Close()
+		cancel()
+		return nil, err
+	}
 	s.take(body, cancel)
-	bad, promises := f.cache.taint.of(f.key, req.Reader)
-	if bad && req.Offset > 0 {
-		s.Close()
-		return nil, ErrTainted
-	}
-	if req.Offset > 0 {
-		s.promises = promises
-	}
 	if info.Size >= 0 && info.Size <= tailHold {
 		// As with a flight: what is held back altogether is verified before
 		// there is an answer.

@@ -13,12 +13,12 @@ import (
 // goes apart, it goes on with an upstream stream of its own.
 type follower struct {
 	flight *flight
-	reader string
-	fetch  Fetch
+	req    Request
 
-	pos int64
-	fed bool
-	own *stream
+	pos     int64
+	fed     bool
+	entered bool // in the reader's ledger, since the flight stands apart
+	own     *stream
 	// Guarded by the flight's lock.
 	stopped error
 	opening context.CancelFunc // ends the fetch of the own stream; nil when there is none under way
@@ -51,7 +51,7 @@ func (r *follower) close() {
 	case r.own != nil:
 		r.own.Close()
 	case leftApart:
-		f.cache.taint.add(f.key, r.reader, f.promise())
+		f.cache.taint.add(f.key, r.req.Reader, f.promises()...)
 	}
 	f.release()
 }
@@ -107,10 +107,15 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 	if avail > 0 && !r.fed {
 		r.fed = true
-		f.fed[r.reader] = true
+		f.fed[r.req.Reader] = true
 	}
 	f.mu.Unlock()
 
+	if avail > 0 && state == apart && !r.entered {
+		if err := r.enter(); err != nil {
+			return 0, err
+		}
+	}
 	switch {
 	case avail > 0:
 		n, err := f.pending.File.ReadAt(p[:min(int64(len(p)), avail)], r.pos)
@@ -128,6 +133,28 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 }
 
+// enter writes what the flight gives into the reader's ledger before more of it
+// leaves: others of its streams must go with it. What stands for itself is
+// entered when it ends.
+func (r *follower) enter() error {
+	r.entered = true
+	if !r.req.Ranged && r.req.Offset == 0 {
+		return nil
+	}
+	f := r.flight
+	l := f.cache.taint.open(f.key, r.req.Reader)
+	if l == nil {
+		return ErrTainted
+	}
+	defer l.leave()
+	for _, p := range f.promises() {
+		if !l.agree(p) {
+			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
+		}
+	}
+	return nil
+}
+
 // goOwn opens the stream that takes over where the flight's hash stands.
 func (r *follower) goOwn() error {
 	f := r.flight
@@ -142,7 +169,7 @@ func (r *follower) goOwn() error {
 		cancel()
 	}
 	f.mu.Unlock()
-	body, info, err := r.fetch(ctx, f.written, -1)
+	body, info, err := r.req.Fetch(ctx, f.written, -1)
 	f.mu.Lock()
 	r.opening = nil
 	f.mu.Unlock()
@@ -161,20 +188,31 @@ func (r *follower) goOwn() error {
 	if info.Offset == 0 && f.written > 0 {
 		h = f.key.Digest.Algorithm().Hash()
 	}
-	own := newStream(f.cache, f.key, r.reader, h, info)
-	if info.Offset == 0 && f.written > 0 {
-		own.promises = []promise{f.promise()} // the first bytes again: they must be the same
-	} else if held := f.written - f.heldBack(); held > 0 {
+	own, err := newStream(f.cache, r.req, h, info)
+	if err != nil {
+		body.Close()
+		cancel()
+		r.taint()
+		return err
+	}
+	own.take(body, cancel)
+	// From byte 0 it is the first bytes again: they must be the same.
+	for _, p := range f.promises() {
+		if !own.promised(p) {
+			own.gave, own.wrong = r.fed, true
+			own.Close()
+			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
+		}
+	}
+	if held := f.written - f.heldBack(); info.Offset > 0 && held > 0 {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, f.heldBack(), held); err != nil {
-			body.Close()
-			cancel()
-			r.taint()
+			own.gave = r.fed
+			own.Close()
 			return err
 		}
 	}
 	own.gave = r.fed
-	own.take(body, cancel)
 	f.mu.Lock()
 	r.own = own
 	stopped := r.stopped
@@ -189,7 +227,7 @@ func (r *follower) goOwn() error {
 // this one.
 func (r *follower) taint() {
 	if r.fed {
-		r.flight.cache.taint.add(r.flight.key, r.reader, promise{})
+		r.flight.cache.taint.add(r.flight.key, r.req.Reader)
 	}
 }
 

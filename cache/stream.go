@@ -15,8 +15,9 @@ import (
 
 // stream is an upstream body of one reader's own, for what cannot be stored.
 // Everything passes through the hash, from byte 0 on; what the reader did not
-// ask for is thrown away, and the last tailHold bytes are kept until the
-// digest matched. It reads forward only.
+// ask for is thrown away. Of a range nothing leaves before its hash was compared
+// with what the reader was given of the object by other streams, and of all
+// the last tailHold bytes not before the digest matched. It reads forward only.
 type stream struct {
 	cache  *Cache
 	key    Key
@@ -29,16 +30,41 @@ type stream struct {
 	buf      []byte    // hashed, not given out
 	start    int64     // offset of buf[0]
 	pos      int64     // next byte the reader wants
+	agreed   int64     // all before it was compared
 	verified bool
 	wrong    bool // the bytes are not the object's, as opposed to not all of them
 	err      error
 	gave     bool // the reader has bytes of this object
-	promises []promise
 	once     sync.Once
+
+	// ledger is the reader's, which all of its streams share, when the reader
+	// asked for a range; what it asks for without one stands for itself, and
+	// is only entered when it ends unverified.
+	ledger *ledger
+	ranged bool
+	seen   map[int64]bool // promises off the steps that were compared
 }
 
-func newStream(c *Cache, k Key, reader string, h hash.Hash, info Info) *stream {
-	return &stream{cache: c, key: k, reader: reader, size: info.Size, hash: h, start: info.Offset}
+// newStream starts from the state h that the hash has at info.Offset. It fails
+// with ErrTainted when the reader holds what cannot be compared with.
+func newStream(c *Cache, req Request, h hash.Hash, info Info) (*stream, error) {
+	s := &stream{
+		cache: c, key: req.Key, reader: req.Reader, size: info.Size, hash: h,
+		start: info.Offset, agreed: info.Offset, seen: make(map[int64]bool),
+	}
+	bad := c.taint.spoiled(req.Key, req.Reader)
+	switch {
+	case bad && req.Offset > 0:
+		return nil, ErrTainted
+	case bad || !req.Ranged && req.Offset == 0:
+		s.ledger = newLedger() // it starts anew
+	default:
+		s.ranged = true
+		if s.ledger = c.taint.open(req.Key, req.Reader); s.ledger == nil {
+			return nil, ErrTainted
+		}
+	}
+	return s, nil
 }
 
 // take gives the stream its body, and what ends the context behind it.
@@ -52,6 +78,12 @@ func (s *stream) preload(file io.ReaderAt, off, n int64) error {
 	s.buf, s.start = make([]byte, n), off
 	_, err := io.ReadFull(io.NewSectionReader(file, off, n), s.buf)
 	return err
+}
+
+// promised enters what a flight gave or may have given to this reader.
+func (s *stream) promised(p promise) bool {
+	s.seen[p.length] = true
+	return s.ledger.agree(p)
 }
 
 // cloneHash copies the state of a hash.
@@ -70,16 +102,29 @@ func (s *stream) interrupt() { s.cancel() }
 // remembered, with what they were.
 func (s *stream) Close() {
 	s.once.Do(func() {
-		s.cancel()
-		s.body.Close()
-		if !s.gave || s.verified {
+		if s.cancel != nil {
+			s.cancel()
+			s.body.Close()
+		}
+		unverified := s.gave && !s.verified
+		if s.ranged {
+			if unverified && s.wrong {
+				s.ledger.spoil()
+			}
+			s.ledger.leave()
 			return
 		}
-		p := promise{}
-		if !s.wrong {
-			p = promise{length: s.start + int64(len(s.buf)), sum: string(s.hash.Sum(nil))}
+		if !unverified {
+			return
 		}
-		s.cache.taint.add(s.key, s.reader, p)
+		var ps []promise // none: nothing is known
+		if !s.wrong {
+			s.ledger.agree(promise{s.start + int64(len(s.buf)), string(s.hash.Sum(nil))})
+			for length, sum := range s.ledger.sums { // nobody else's
+				ps = append(ps, promise{length, sum})
+			}
+		}
+		s.cache.taint.add(s.key, s.reader, ps...)
 	})
 }
 
@@ -103,7 +148,7 @@ func (s *stream) ready() int {
 	} else {
 		end -= tailHold
 	}
-	return int(max(0, end-s.start))
+	return int(max(0, min(end, s.agreed)-s.start))
 }
 
 func (s *stream) Read(p []byte) (int, error) {
@@ -129,7 +174,7 @@ func (s *stream) Read(p []byte) (int, error) {
 }
 
 func (s *stream) drop(n int) {
-	s.buf = s.buf[:copy(s.buf, s.buf[n:])]
+	s.buf = s.buf[n:]
 	s.start += int64(n)
 }
 
@@ -141,20 +186,13 @@ func (s *stream) verifyAll() error {
 	return s.err
 }
 
-// more reads a piece, never past a promise, and checks what can be checked.
+// more reads a piece, never past what is to be compared, and checks what can be
+// checked.
 func (s *stream) more() error {
-	const piece = 32 << 10
+	const piece = 64 << 10
 	at := s.start + int64(len(s.buf))
-	want := int64(piece)
-	for _, p := range s.promises {
-		if p.length > at {
-			want = min(want, p.length-at)
-		}
-	}
-	if s.buf == nil {
-		s.buf = make([]byte, 0, tailHold+2*piece)
-	}
-	chunk := make([]byte, want)
+	next := s.ledger.next(at)
+	chunk := make([]byte, min(piece, next-at))
 	n, err := s.body.Read(chunk)
 	s.hash.Write(chunk[:n])
 	s.buf = append(s.buf, chunk[:n]...)
@@ -163,13 +201,15 @@ func (s *stream) more() error {
 		s.wrong = true
 		return fmt.Errorf("%w: more than the %d bytes announced", ErrBroken, s.size)
 	}
-	if n > 0 {
-		for _, p := range s.promises {
-			if p.length == at && string(s.hash.Sum(nil)) != p.sum {
-				s.wrong = true
-				return fmt.Errorf("%w: it does not begin as it did before", ErrBroken)
-			}
+	if n > 0 && at == next {
+		if !s.promised(promise{at, string(s.hash.Sum(nil))}) {
+			s.wrong = true
+			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
 		}
+		s.agreed = at
+	}
+	if !s.ranged {
+		s.agreed = at // nothing else is read at the same time
 	}
 	switch {
 	case err == nil:
@@ -179,15 +219,13 @@ func (s *stream) more() error {
 	case s.size >= 0 && at < s.size:
 		return fmt.Errorf("%w: %d bytes of the %d announced", ErrBroken, at, s.size)
 	}
-	for _, p := range s.promises {
-		if p.length > at {
-			s.wrong = true
-			return fmt.Errorf("%w: it is shorter than before", ErrBroken)
-		}
-	}
 	if got := digest.NewDigest(s.key.Digest.Algorithm(), s.hash); got != s.key.Digest {
 		s.wrong = true
 		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, s.key.Digest)
+	}
+	if s.ledger.missed(at, s.seen) {
+		s.ledger.spoil()
+		return fmt.Errorf("%w: this reader was given bytes that do not go with it", ErrBroken)
 	}
 	s.size, s.verified = at, true
 	return nil

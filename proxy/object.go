@@ -53,6 +53,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 		Key:    p.key(q, q.digest),
 		Reader: p.reader(q.repositoryKey(), p.credential(q)),
 		Offset: q.first,
+		Ranged: q.ranged,
 	}
 	y, ok := p.entitled(q)
 	if !ok {

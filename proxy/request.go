@@ -50,6 +50,7 @@ type request struct {
 	accept        []string   // "" means anything; see acceptOf
 	authorization string     // "" for none, also where the client sent the broker's marker
 	first         int64      // first byte that the client wants, see parseRange
+	ranged        bool       // it has a Range that is honoured
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
 }
@@ -115,6 +116,7 @@ func (n names) parse(r *http.Request) (*request, error) {
 		authorization: withoutMarker(r.Header.Get("Authorization")),
 	}
 	q.first, q.resumes = parseRange(r)
+	q.ranged = r.Header.Get("Range") != ""
 
 	head, rest, ok := strings.Cut(path, "/v2")
 	if !ok || rest != "" && rest[0] != '/' || strings.Count(head, "/") > 1 {
