@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -81,7 +82,11 @@ func TestAnUnlistedRegistryThatClaimsADigestGetsNothing(t *testing.T) {
 
 	// After a restart without an index, what is adopted is the listed domain's.
 	d.stop()
+	if err := os.Remove(filepath.Join(d.options.dir, "index.db")); err != nil {
+		t.Fatal(err)
+	}
 	again := start(t, d.options)
+	again.stored(cache.ListedDomain, img.Layers[0]) // adopted
 	nothing(again.get("/v2/x/blobs/"+img.Layers[0].String()+evilNS), "blob after a restart")
 
 	// What it does deliver is its own, in a flight of its own, and only rows
