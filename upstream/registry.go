@@ -41,11 +41,20 @@ type Request struct {
 	// as As says.
 	Authorization string
 	As            Identity
-	// Offset is the first byte wanted. 0 means all, without a Range.
-	Offset int64
+	// Offset is the first byte wanted, Length how many, 0 for all that follow.
+	// Both 0 mean the whole object, without a Range.
+	Offset, Length int64
 	// Authorised says that the authority has said yes to what this request
 	// is for, so that the other endpoints may serve the bytes.
 	Authorised bool
+	// Endpoint is which of the endpoints is asked first, counted round; it is
+	// for who is Authorised and had trouble with the one before.
+	Endpoint int
+}
+
+// ranged tells whether only a part is asked for.
+func (req Request) ranged() bool {
+	return req.Method == http.MethodGet && (req.Offset > 0 || req.Length > 0)
 }
 
 // Registry is one upstream. It is safe for concurrent use.
@@ -104,21 +113,22 @@ func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 		endpoints = r.endpoints
 	}
 	var first error
-	for i, e := range endpoints {
-		ask := req
+	for n := range endpoints {
+		i := (req.Endpoint + n) % len(endpoints)
+		e, ask := endpoints[i], req
 		if i > 0 && !e.Trusted {
 			ask.Authorization, ask.As = "", Anonymous
 		}
 		timeout := r.headTimeout
-		if i < len(endpoints)-1 {
+		if n < len(endpoints)-1 {
 			timeout = min(timeout, earlyTimeout)
 		}
 		resp, err := r.askHead(ctx, e, i == 0, timeout, ask)
 		if err == nil {
-			resp.Authority = i == 0
+			resp.Authority, resp.Endpoint = i == 0, i
 			return resp, nil
 		}
-		if i == 0 {
+		if first == nil || i == 0 {
 			first = err
 		}
 		if i == 0 && !movesOn(err) || ctx.Err() != nil {
@@ -238,7 +248,7 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 		again := req
 		again.Method = http.MethodGet
 		resp, from, err = r.follow(ctx, e, again, authorization)
-		if err == nil && resp.foreign && resp.StatusCode >= 400 {
+		if err == nil && resp.foreign && resp.StatusCode >= 400 && !refusesRange(again, resp.StatusCode) {
 			resp.Body.Close()
 			return nil, from, fmt.Errorf("%w: the redirect target answered %d twice", ErrProtocol, resp.StatusCode)
 		}
@@ -278,8 +288,12 @@ func (req Request) httpRequest(ctx context.Context, u *url.URL) (*http.Request, 
 		hreq.Header["Accept"] = req.Accept
 	}
 	hreq.Header.Set("Accept-Encoding", "identity")
-	if req.Offset > 0 && req.Method == http.MethodGet {
-		hreq.Header.Set("Range", "bytes="+strconv.FormatInt(req.Offset, 10)+"-")
+	if req.ranged() {
+		last := ""
+		if req.Length > 0 {
+			last = strconv.FormatInt(req.Offset+req.Length-1, 10)
+		}
+		hreq.Header.Set("Range", "bytes="+strconv.FormatInt(req.Offset, 10)+"-"+last)
 	}
 	return hreq, nil
 }

@@ -133,6 +133,37 @@ func TestRangesAreStrict(t *testing.T) {
 	if got := read(t, resp, err); got != "0123456789" || resp.Offset != 0 || resp.Size != 10 {
 		t.Errorf("without ranges: %q from %d of %d", got, resp.Offset, resp.Size)
 	}
+	part := req
+	part.Length = 3
+	resp, err = r.Do(t.Context(), part)
+	if got := read(t, resp, err); got != "0123456789" || resp.Offset != 0 || resp.End != 10 {
+		t.Errorf("without ranges: %q to %d", got, resp.End)
+	}
+	up.NoRange = false
+	for _, c := range []struct {
+		off, n int64
+		want   string
+	}{{4, 3, "456"}, {0, 3, "012"}, {8, 3, "89"}, {0, 10, "0123456789"}, {0, 99, "0123456789"}} {
+		part.Offset, part.Length = c.off, c.n
+		resp, err := r.Do(t.Context(), part)
+		if got := read(t, resp, err); got != c.want || resp.Offset != c.off || resp.End != c.off+int64(len(got)) || resp.Size != 10 {
+			t.Errorf("%d from %d: %q from %d to %d of %d", c.n, c.off, got, resp.Offset, resp.End, resp.Size)
+		}
+	}
+	part.Offset = 10
+	if _, err := r.Do(t.Context(), part); !errors.Is(err, ErrRange) {
+		t.Errorf("past the end: %v", err)
+	}
+	part.Offset, part.Length = 4, 3
+	up.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Content-Range", "bytes 4-9/10") // more than was asked for
+		w.WriteHeader(206)
+		io.WriteString(w, "456789")
+		return true
+	}
+	if _, err := r.Do(t.Context(), part); !errors.Is(err, ErrRange) {
+		t.Error(err)
+	}
 	for _, header := range []string{"bytes 3-9/10", "bytes 4-8/10", "bytes 4-9/11", "bytes 4-9/*", ""} {
 		up.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
 			w.Header().Set("Content-Range", header)
@@ -140,7 +171,7 @@ func TestRangesAreStrict(t *testing.T) {
 			io.WriteString(w, "456789")
 			return true
 		}
-		if _, err := r.Do(t.Context(), req); !errors.Is(err, ErrProtocol) {
+		if _, err := r.Do(t.Context(), req); !errors.Is(err, ErrRange) {
 			t.Errorf("%q: %v", header, err)
 		}
 	}

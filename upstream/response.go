@@ -25,6 +25,9 @@ var (
 	ErrUnreachable = errors.New("upstream unreachable")
 	// ErrProtocol: the registry answered what no registry may answer.
 	ErrProtocol = errors.New("upstream answered nonsense")
+	// ErrRange is an ErrProtocol: a part was asked for, and the answer is
+	// neither that part nor the whole. The whole may well be had.
+	ErrRange = fmt.Errorf("%w: not the range that was asked for", ErrProtocol)
 )
 
 // StatusError is a registry's own answer other than 200 and 206.
@@ -51,8 +54,12 @@ type Response struct {
 	// Size of the whole object in bytes, -1 when the registry did not say.
 	Size int64
 	// Offset is the first byte of the body: the one that was asked for, or
-	// 0 when the registry does not honour Range.
-	Offset int64
+	// 0 when the registry does not honour Range. End is the byte after its
+	// last, -1 when the registry did not say.
+	Offset, End int64
+	// ETag is the registry's name for these bytes (RFC 9110 8.8.3), which two
+	// parts of the same body share; "" when it gives none.
+	ETag string
 	// Digest is what the registry says this is, "" when it does not or when
 	// what it says is no digest.
 	Digest digest.Digest
@@ -66,10 +73,26 @@ type Response struct {
 	// Authority: it is the first endpoint's answer, which is the registry's
 	// word; another's is bytes only.
 	Authority bool
+	// Endpoint is which one answered.
+	Endpoint int
+}
+
+// refusesRange tells whether a status is one that servers answer a Range with
+// which they do not want: 416 where there is no such byte, and what those say
+// that do not know the header's form.
+func refusesRange(req Request, status int) bool {
+	switch status {
+	case http.StatusRequestedRangeNotSatisfiable, http.StatusBadRequest, http.StatusNotImplemented:
+		return req.ranged()
+	}
+	return false
 }
 
 func newResponse(req Request, a *answer) (*Response, error) {
 	if a.StatusCode != http.StatusOK && a.StatusCode != http.StatusPartialContent {
+		if refusesRange(req, a.StatusCode) {
+			return nil, fmt.Errorf("%w, but %d", ErrRange, a.StatusCode)
+		}
 		if a.foreign && a.StatusCode < 500 {
 			return nil, fmt.Errorf("%w: the redirect target answered %d", ErrProtocol, a.StatusCode)
 		}
@@ -93,6 +116,8 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		Header: a.Header,
 		Body:   a.Body,
 		Size:   a.ContentLength,
+		End:    a.ContentLength,
+		ETag:   a.Header.Get("ETag"),
 		Sent:   a.sent,
 	}
 	if mt, _, err := mime.ParseMediaType(a.Header.Get("Content-Type")); err == nil {
@@ -103,11 +128,15 @@ func newResponse(req Request, a *answer) (*Response, error) {
 	}
 	if a.StatusCode == http.StatusPartialContent {
 		first, last, size, err := parseContentRange(a.Header.Get("Content-Range"))
-		if err != nil || req.Offset == 0 || first != req.Offset || last != size-1 ||
-			a.ContentLength >= 0 && a.ContentLength != size-first {
-			return nil, fmt.Errorf("%w: a 206 that is not the range asked for", ErrProtocol)
+		want := size
+		if req.Length > 0 {
+			want = min(want, req.Offset+req.Length)
 		}
-		r.Offset, r.Size = first, size
+		if err != nil || !req.ranged() || first != req.Offset || last != want-1 ||
+			a.ContentLength >= 0 && a.ContentLength != want-first {
+			return nil, ErrRange
+		}
+		r.Offset, r.End, r.Size = first, want, size
 	}
 	return r, nil
 }
@@ -190,9 +219,8 @@ func splitParams(s string) []string {
 }
 
 // bodyIdle is how long a body may bring nothing. It is long against a slow
-// registry and short against containerd, which has one progress timeout for
-// the whole pull.
-const bodyIdle = 30 * time.Second
+// registry, and short for who waits: what is missing is asked for again.
+const bodyIdle = 10 * time.Second
 
 // headerDeadline ends an exchange whose headers, all hops and tokens included,
 // do not come in time; afterwards it watches over the body.
