@@ -25,7 +25,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/opencontainers/go-digest"
@@ -121,27 +120,6 @@ func (s *Store) Walk(f func(d digest.Digest, path string, info fs.FileInfo) erro
 		}
 	}
 	return nil
-}
-
-// Sweep deletes all pending files, which are those of an earlier process, and
-// returns the digests that they were meant to become.
-func (s *Store) Sweep() ([]digest.Digest, error) {
-	entries, err := os.ReadDir(s.pendingDir())
-	if err != nil {
-		return nil, fmt.Errorf("sweep pending files: %w", err)
-	}
-	var left []digest.Digest
-	for _, e := range entries {
-		if err := os.RemoveAll(filepath.Join(s.pendingDir(), e.Name())); err != nil {
-			return left, fmt.Errorf("sweep pending files: %w", err)
-		}
-		name, _, _ := strings.Cut(e.Name(), ".")
-		alg, encoded, _ := strings.Cut(name, "-")
-		if d := digest.NewDigestFromEncoded(digest.Algorithm(alg), encoded); CheckDigest(d) == nil {
-			left = append(left, d)
-		}
-	}
-	return left, nil
 }
 
 // Free returns the bytes of the filesystem that this user may still write, and

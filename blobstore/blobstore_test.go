@@ -3,11 +3,14 @@
 package blobstore
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,15 +85,70 @@ func TestAFileThatCannotBeCommittedLeavesTheOthersAlone(t *testing.T) {
 	}
 }
 
-func TestSweepTellsWhatWasPending(t *testing.T) {
+func TestOnlyPendingFilesWithAJournalAreLeft(t *testing.T) {
 	s := open(t)
-	p := pending(t, s, "x")
+	bare, noted, torn, spoiled, orphan := pending(t, s, "bare"), pending(t, s, "noted"), pending(t, s, "torn"), pending(t, s, "spoiled"), pending(t, s, "orphan")
+	for _, p := range []*Pending{noted, torn, spoiled, orphan} {
+		for _, record := range []string{"one", "two words"} {
+			if err := p.Note([]byte(record)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	tear := func(p *Pending, change func([]byte) []byte) {
+		data, err := os.ReadFile(p.path + journalSuffix)
+		if err == nil {
+			err = os.WriteFile(p.path+journalSuffix, change(data), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	tear(torn, func(b []byte) []byte { return b[:len(b)-3] })
+	tear(spoiled, func(b []byte) []byte { b[10] ^= 1; return b })
+	os.Remove(orphan.path)
 	if err := os.WriteFile(filepath.Join(s.pendingDir(), "foreign"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	left, err := s.Sweep()
-	if err != nil || len(left) != 1 || left[0] != p.Digest {
-		t.Fatal(left, err)
+
+	left, deleted, err := s.Left()
+	if err != nil {
+		t.Fatal(err)
+	}
+	notes := make(map[digest.Digest]string)
+	for _, p := range left {
+		t.Cleanup(func() { p.Close() })
+		notes[p.Digest] = string(bytes.Join(p.Notes, []byte(",")))
+		if data, err := io.ReadAll(p.File); err != nil || digest.FromBytes(data) != p.Digest {
+			t.Error(data, err)
+		}
+	}
+	if want := map[digest.Digest]string{noted.Digest: "one,two words", torn.Digest: "one"}; !maps.Equal(notes, want) {
+		t.Errorf("%v, not %v", notes, want)
+	}
+	slices.Sort(deleted)
+	want := []digest.Digest{bare.Digest, spoiled.Digest}
+	slices.Sort(want)
+	if !slices.Equal(deleted, want) {
+		t.Errorf("deleted %v", deleted)
+	}
+	if entries, _ := os.ReadDir(s.pendingDir()); len(entries) != 4 {
+		t.Error(entries)
+	}
+
+	// What is noted after a torn record is read, and a commit takes it all away.
+	for _, p := range left {
+		if p.Digest == torn.Digest {
+			if err := p.Note([]byte("three")); err != nil {
+				t.Fatal(err)
+			}
+			if data, _ := os.ReadFile(p.path + journalSuffix); !bytes.HasSuffix(data, []byte("three\n")) || bytes.Contains(data, []byte("two")) {
+				t.Errorf("%q", data)
+			}
+		}
+	}
+	if errs := s.Commit(left); errors.Join(errs...) != nil {
+		t.Fatal(errs)
 	}
 	if entries, _ := os.ReadDir(s.pendingDir()); len(entries) != 0 {
 		t.Error(entries)

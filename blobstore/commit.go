@@ -6,37 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 )
-
-// Pending is a file that is being filled. It may be read and written through
-// File by several goroutines at once, and stays readable after Commit or
-// Discard until it is closed.
-type Pending struct {
-	File   *os.File
-	Digest digest.Digest // what it is meant to become
-	path   string        // "" after Commit or Discard
-}
-
-// Create opens a new pending file.
-func (s *Store) Create(d digest.Digest) (*Pending, error) {
-	name := strings.Replace(d.String(), ":", "-", 1) + ".*"
-	f, err := os.CreateTemp(s.pendingDir(), name) // mode 0600
-	if err != nil {
-		return nil, fmt.Errorf("create a pending file: %w", err)
-	}
-	return &Pending{File: f, Digest: d, path: f.Name()}, nil
-}
-
-// Discard deletes the pending file. Readers that have it open keep it.
-func (p *Pending) Discard() {
-	if p.path != "" {
-		os.Remove(p.path) // left behind, it is swept at the next start
-		p.path = ""
-	}
-}
 
 // Commit makes the pending files visible under their digests, all or some of
 // them: errs has one entry for each. For n files of one algorithm the kernel
@@ -71,6 +43,7 @@ func (s *Store) Commit(files []*Pending) (errs []error) {
 			continue
 		}
 		p.path = ""
+		p.dropJournal()
 		renamed[p.Digest.Algorithm()] = append(renamed[p.Digest.Algorithm()], i)
 	}
 	for alg, indexes := range renamed {

@@ -57,6 +57,9 @@ var (
 	// ErrBroken: the source sent something else than what the digest names,
 	// or stopped in the middle.
 	ErrBroken = errors.New("broken body")
+	// ErrRange is what a Fetch wraps when the source answers with neither the
+	// bytes that were asked for nor the whole object.
+	ErrRange = errors.New("not the range that was asked for")
 	// ErrTainted: bytes of a broken flight were given to this reader a short
 	// while ago; what it wants now must not be joined to them.
 	ErrTainted = errors.New("an earlier part of this object may be wrong: read it from the start")
@@ -73,14 +76,29 @@ type Key struct {
 }
 
 // Fetch opens the object at its source from byte off on, n bytes, or to the
-// end when n is negative. A source that does not honour ranges may start at
-// byte 0 instead, and says so in Info. The context covers the body too.
+// end when n is negative; fewer only where the object ends. A source that does
+// not honour ranges may give all of it instead, and says so in Info. The
+// context covers the body too. It may be called again, and by several
+// goroutines at once, for as long as the flight lasts; whether it may still ask
+// is its own affair.
 type Fetch func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error)
 
 // Info is what a source says of a body.
 type Info struct {
 	Size   int64 // of the whole object in bytes, -1 when it does not say
 	Offset int64 // first byte of the body
+	End    int64 // byte after the body's last, 0 when that is the object's
+	// Source and Version tell whether two bodies are parts of the same: of
+	// one source, they have the same version. "" when it does not say.
+	Source  int
+	Version string
+}
+
+func (i Info) end() int64 {
+	if i.End > 0 {
+		return i.End
+	}
+	return i.Size
 }
 
 // Request asks for an object.
@@ -103,6 +121,9 @@ type Request struct {
 	Wait bool
 	// Fetch asks the source with this reader's credential.
 	Fetch Fetch
+	// Parallel is how many answers of the source a flight may have open at
+	// once; with 1 or less it asks for all bytes in one.
+	Parallel int
 	// Check looks at the verified bytes before they are stored; its error
 	// fails the flight. nil checks nothing. It is for manifests, which the
 	// Fetch has bounded, since it is given the whole body.
@@ -145,11 +166,12 @@ type Cache struct {
 	mu      sync.Mutex
 	closed  bool
 	flights map[Key]*flight
-	used    int64 // allocated bytes of blobs and strangers' files under blobs/
-	claimed int64 // reserved for pending files, written or not
-	indexed int64 // bytes of the index, its next growth included
-	adopt   int   // files yet to be adopted
-	trouble error // the disk's last refusal; nil after the next success
+	parked  map[Key]*partial // files that a flight left, for the next one
+	used    int64            // allocated bytes of blobs and strangers' files under blobs/
+	claimed int64            // reserved for pending files, written or not
+	indexed int64            // bytes of the index, its next growth included
+	adopt   int              // files yet to be adopted
+	trouble error            // the disk's last refusal; nil after the next success
 }
 
 // ErrInUse: another process has the data directory.
@@ -180,6 +202,7 @@ func New(opts Options) (*Cache, error) {
 		adoptions: make(chan adoption),
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
+		parked:    make(map[Key]*partial),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	strays, err := c.open()
@@ -222,6 +245,7 @@ func (c *Cache) Close() error {
 	c.mu.Unlock()
 	c.cancel()
 	c.flying.Wait()
+	c.closeParked()
 	close(c.done)
 	c.committing.Wait()
 	return errors.Join(c.index.Close(), c.lock.Close())
@@ -353,9 +377,10 @@ func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {
 // Stats are for people and metrics.
 type Stats struct {
 	UsedBytes    int64 `json:"usedBytes"`    // blobs and index, the index's next growth included
-	PendingBytes int64 `json:"pendingBytes"` // reserved for flights
+	PendingBytes int64 `json:"pendingBytes"` // reserved for flights, and for what they left to go on with
 	MaxBytes     int64 `json:"maxBytes"`
 	Flights      int   `json:"flights"`
+	Parked       int   `json:"parked"`   // downloads that broke off, and go on when they are asked for
 	Adopting     int   `json:"adopting"` // files without a row, being hashed
 	// Trouble is why the disk last refused to store something, "" when the
 	// last attempt went well.
@@ -371,6 +396,7 @@ func (c *Cache) Stats() Stats {
 		PendingBytes: c.claimed,
 		MaxBytes:     c.opts.MaxSize,
 		Flights:      len(c.flights),
+		Parked:       len(c.parked),
 		Adopting:     c.adopt,
 	}
 	if c.trouble != nil {

@@ -3,26 +3,19 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"hash"
-	"io"
 	"maps"
-	"slices"
 	"sync"
 	"sync/atomic"
-
-	"tarn/blobstore"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // A flight is one object being downloaded now, for one source domain, with any
-// number of readers. One goroutine, run, fills a pending file; readers follow
-// the file, and the fill never waits for a reader. Whoever starts a flight may
-// leave: it lives on the cache's context.
+// number of readers. One goroutine, run, decides and hashes, and has up to
+// parallel workers bring parts of the object into a pending file (fill.go);
+// readers follow the file, and nobody waits for a reader. Whoever starts a
+// flight may leave: it lives on the cache's context.
 //
 //	            fetch refused or failed
 //	asking ─────────────────────────────────> ending ─> failed
@@ -31,7 +24,8 @@ import (
 //	  │ headers, room                                     ^
 //	  v                                                   │
 //	filling ── disk refuses a write, or room ends ────────┘
-//	  │  └─ short, long, digest or check fails, source breaks ──> ending
+//	  │  │└─ no source left to ask: the file is parked ──> ending ─> failed
+//	  │  └── long, digest or check fails ────────────────> ending ─> failed
 //	  │ digest matches
 //	  v
 //	verified ── committer: stored, or dropped ──> out of the table
@@ -39,47 +33,55 @@ import (
 // What a reader may do:
 //
 //	asking    wait
-//	filling   have every written byte but the last tailHold of the object
+//	filling   have every hashed byte, and what was written behind them where
+//	          it starts in the middle, but the last tailHold of the object
 //	verified  have every byte
 //	ending    wait: nobody is fed any more, the taints are being written
-//	apart     have what is in the file, then go on with a stream of its own
-//	failed    have nothing more. It is tainted if it had anything.
+//	apart     have what was hashed, then go on with a stream of its own
+//	failed    have nothing more. It is tainted if it had anything and the file
+//	          is not parked.
 //	gone      look at the store again
 //
 // A flight leaves the cache's table when it fails, goes apart or is gone, and
 // after its commit; from then on nobody joins it. Its taints are written
 // before it leaves the table, so the next generation never meets a reader of
-// this one unmarked.
+// this one unmarked. A parked file is the next flight's beginning: the bytes
+// that its readers have are the ones that it goes on with.
 type flight struct {
-	cache  *Cache
-	key    Key
-	ctx    context.Context // the flight's own; ends with it or with the cache
-	cancel context.CancelFunc
-	refs   atomic.Int32 // the table's or the committer's one, and one for each reader
-	asker  string       // the reader whose right the fetch is to find out; "" when that is known
+	cache    *Cache
+	key      Key
+	ctx      context.Context // the flight's own; ends with it or with the cache
+	cancel   context.CancelFunc
+	refs     atomic.Int32 // the table's or the committer's one, and one for each reader
+	asker    string       // the reader whose right the fetch is to find out; "" when that is known
+	parallel int          // how many answers may be open at the source at once
+	check    func([]byte) error
 
-	// mu guards what follows; changed is signalled on every change. The
-	// cache's mutex is never taken under it.
+	// mu guards what follows. The cache's mutex is never taken under it.
 	mu       sync.Mutex
-	changed  sync.Cond
+	changed  sync.Cond // signalled on every change that a reader may wait for
 	state    flightState
 	err      error // why it failed
-	size     int64 // -1: not known yet
-	written  int64 // bytes in the file, all hashed
-	claim    int64 // bytes reserved
-	pending  *blobstore.Pending
-	fed      map[string]bool // readers that were given bytes
-	prefix   hash.Hash       // when apart: the state after written bytes
-	sums     []string        // of the first ledgerSteps; the fill's, and anybody's when apart
-	body     io.ReadCloser   // when apart before the first byte: the leader's
-	noLeader bool            // the leader left while asking
+	partial        // the file, and what there is in it
+	waiting  map[*follower]int64
+	tickets  []*ticket
+	filling            // what fill and its workers say to each other
+	prefix   hash.Hash // when apart: the state after hashed bytes
+	first    *answer   // when apart before the first byte: what the leader was answered
+	noLeader bool      // the leader left while asking
+}
+
+// ticket is a way to ask the source, with one reader's credential.
+type ticket struct {
+	fetch   Fetch
+	refused bool
 }
 
 type flightState int
 
 const (
 	asking flightState = iota
-	filling
+	feeding
 	verified
 	ending
 	apart
@@ -92,9 +94,8 @@ const (
 	// matched. Without it nobody has a complete object; it is small enough
 	// not to be noticed in the time to the last byte.
 	tailHold = 64 << 10
-	// fillBuffer balances system calls against the time that a reader waits
-	// for the next piece.
-	fillBuffer = 128 << 10
+	// maxTickets bounds how many readers' credentials a flight remembers.
+	maxTickets = 64
 )
 
 // errStoredMeanwhile sends Open back to the store.
@@ -115,16 +116,23 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	if c.closed {
 		return nil, false, ErrClosed
 	}
-	f = &flight{cache: c, key: req.Key, size: -1, fed: make(map[string]bool)}
-	f.changed.L = &f.mu
+	f = &flight{cache: c, key: req.Key, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	f.changed.L, f.work.L = &f.mu, &f.mu
+	if p := c.parked[req.Key]; p != nil {
+		delete(c.parked, req.Key)
+		f.partial = *p
+	} else {
+		f.partial = newPartial()
+	}
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
+	f.tickets = []*ticket{{fetch: req.Fetch}}
 	f.ctx, f.cancel = context.WithCancel(c.ctx)
 	f.refs.Store(2)
 	c.flights[req.Key] = f
 	c.flying.Add(1)
-	go f.run(req.Fetch, req.Check)
+	go f.run(req)
 	return f, true, nil
 }
 
@@ -149,12 +157,12 @@ func (f *flight) release() {
 		f.mu.Lock()
 		unverified := len(f.fed) > 0 && f.state != verified
 		f.mu.Unlock()
-		// What was fed when the cache was closed is left to the next start's
-		// sweep, which taints it: the taints of this process end with it.
+		// What was fed when the cache was closed is left to the next start,
+		// which taints it: the taints of this process end with it.
 		if !unverified || f.cache.ctx.Err() == nil {
 			f.pending.Discard() // nothing to discard after a commit
 		}
-		f.pending.File.Close()
+		f.pending.Close()
 	}
 	if f.claim > 0 {
 		f.cache.unreserve(f.claim)
@@ -162,7 +170,7 @@ func (f *flight) release() {
 }
 
 // run is the life of a flight.
-func (f *flight) run(fetch Fetch, check func([]byte) error) {
+func (f *flight) run(lead Request) {
 	c := f.cache
 	defer c.flying.Done()
 	// Look again: between the caller's look at the store and its joining, an
@@ -170,35 +178,46 @@ func (f *flight) run(fetch Fetch, check func([]byte) error) {
 	if row, ok := c.index.Object(f.key.Domain, f.key.Digest); ok {
 		if file, err := c.openFile(f.key.Digest, row); err == nil {
 			file.Close()
+			f.dropPartial()
 			f.end(gone, nil)
 			return
 		}
 	}
-	body, info, err := fetch(f.ctx, 0, -1)
-	if err == nil && info.Offset != 0 {
-		body.Close()
-		err = fmt.Errorf("%w: it starts at byte %d", ErrBroken, info.Offset)
-	}
+	a, err := f.ask(lead)
 	if err != nil {
+		f.park()
 		f.end(failed, err)
 		return
 	}
-	if err := f.begin(info); err != nil {
+	if err := f.begin(a.Info); err != nil {
 		c.noteTrouble(err)
-		f.standApart(f.key.Digest.Algorithm().Hash(), body)
+		f.standApart(f.key.Digest.Algorithm().Hash(), a)
 		return
 	}
-	defer body.Close()
-	f.fill(body, check)
+	f.fill(a)
 }
 
-// begin reserves the room and opens the pending file.
+// begin reserves the room and opens the pending file, unless there is one whose
+// bytes go with this answer.
 func (f *flight) begin(info Info) error {
-	c := f.cache
-	claim := info.Size
-	if claim < 0 {
-		claim = unknownStep
+	if f.pending != nil && info.Size != f.size {
+		f.dropPartial()
 	}
+	if f.pending == nil {
+		if err := f.create(info); err != nil {
+			return err
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.state = feeding
+	f.changed.Broadcast()
+	return nil
+}
+
+func (f *flight) create(info Info) error {
+	c := f.cache
+	claim := claimFor(info.Size)
 	if err := c.reserve(claim); err != nil {
 		f.mu.Lock()
 		f.size = info.Size
@@ -208,94 +227,8 @@ func (f *flight) begin(info Info) error {
 	p, err := c.store.Create(f.key.Digest)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.size, f.claim = info.Size, claim
-	if err != nil {
-		return err
-	}
-	f.pending = p
-	f.state = filling
-	f.changed.Broadcast()
-	return nil
-}
-
-var fillBuffers = sync.Pool{New: func() any { b := make([]byte, fillBuffer); return &b }}
-
-// fill copies the body into the file and through the hash. Only fill changes
-// written, size and claim while the flight is filling.
-func (f *flight) fill(body io.Reader, check func([]byte) error) {
-	c := f.cache
-	h := f.key.Digest.Algorithm().Hash()
-	buf := fillBuffers.Get().(*[]byte)
-	defer fillBuffers.Put(buf)
-	for {
-		n, err := body.Read(*buf)
-		if n > 0 {
-			piece := (*buf)[:n]
-			if f.size >= 0 && f.written+int64(n) > f.size {
-				f.end(failed, fmt.Errorf("%w: more than the %d bytes announced", ErrBroken, f.size))
-				return
-			}
-			if werr := f.write(piece); werr != nil {
-				c.noteTrouble(werr)
-				f.standApart(h, nil)
-				return
-			}
-			f.hashed(h, f.written, piece)
-			f.mu.Lock()
-			f.written += int64(n)
-			f.changed.Broadcast()
-			f.mu.Unlock()
-		}
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			f.end(failed, fmt.Errorf("%w: after %d bytes: %w", ErrBroken, f.written, err))
-			return
-		}
-	}
-	if err := f.verify(h, check); err != nil {
-		f.end(failed, err)
-		return
-	}
-	c.noteTrouble(nil)
-	f.mu.Lock()
-	f.state, f.size = verified, f.written
-	f.changed.Broadcast()
-	f.mu.Unlock()
-	f.cancel()
-	c.verified <- f // with the table's reference
-}
-
-// write appends to the file, within the room that is reserved.
-func (f *flight) write(piece []byte) error {
-	if end := f.written + int64(len(piece)); end > f.claim {
-		if err := f.cache.reserve(unknownStep); err != nil {
-			return err
-		}
-		f.mu.Lock()
-		f.claim += unknownStep
-		f.mu.Unlock()
-	}
-	_, err := f.pending.File.WriteAt(piece, f.written)
+	f.size, f.claim, f.pending = info.Size, claim, p
 	return err
-}
-
-func (f *flight) verify(h hash.Hash, check func([]byte) error) error {
-	if f.size >= 0 && f.written < f.size {
-		return fmt.Errorf("%w: %d bytes of the %d announced", ErrBroken, f.written, f.size)
-	}
-	if got := digest.NewDigest(f.key.Digest.Algorithm(), h); got != f.key.Digest {
-		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, f.key.Digest)
-	}
-	if check == nil {
-		return nil
-	}
-	var body bytes.Buffer
-	if _, err := io.Copy(&body, io.NewSectionReader(f.pending.File, 0, f.written)); err != nil {
-		return err
-	}
-	return check(body.Bytes())
 }
 
 // end is for failed and gone. The order matters: first nobody is fed any more,
@@ -304,11 +237,8 @@ func (f *flight) verify(h hash.Hash, check func([]byte) error) error {
 func (f *flight) end(state flightState, err error) {
 	f.mu.Lock()
 	f.state = ending
-	fed := f.fed
 	f.mu.Unlock()
-	for reader := range fed {
-		f.cache.taint.add(f.key, reader)
-	}
+	f.taintFed(f.key, f.cache.taint)
 	f.leaveTable()
 	f.cancel()
 	f.mu.Lock()
@@ -318,55 +248,38 @@ func (f *flight) end(state flightState, err error) {
 }
 
 // standApart leaves the readers to streams of their own: from the state h that
-// the hash has after the written bytes, or, when body is not nil, from the
-// start, with that body for the leader.
-func (f *flight) standApart(h hash.Hash, body io.ReadCloser) {
+// the hash has after the hashed bytes, or, when a is not nil, from the start,
+// with that answer for the leader.
+func (f *flight) standApart(h hash.Hash, a *answer) {
 	f.mu.Lock()
-	f.state, f.prefix, f.body = apart, h, body
-	fed := slices.Collect(maps.Keys(f.fed)) // readers go on being fed
-	orphan := body != nil && f.noLeader
+	f.state, f.prefix, f.first = apart, h, a
+	fed := maps.Clone(f.fed) // readers go on being fed
+	orphan := a != nil && f.noLeader
 	if orphan {
-		f.body = nil
+		f.first = nil
 	}
 	f.mu.Unlock()
 	if orphan {
-		body.Close()
+		a.body.Close()
 	}
 	// Who has a part of this generation and comes back for another must find
 	// that the next one begins alike. Who is fed from now on sees to that
-	// when it closes.
-	for _, reader := range fed {
-		f.cache.taint.add(f.key, reader, f.promises()...)
+	// when it closes. Of what was not hashed nothing can be said.
+	for reader, top := range fed {
+		if top > f.hashed {
+			f.cache.taint.add(f.key, reader)
+		} else {
+			f.cache.taint.add(f.key, reader, f.promises()...)
+		}
+	}
+	if f.strangers {
+		f.cache.taint.addLeft(f.key.Digest)
 	}
 	f.wakeAll()
-	if body == nil || orphan {
+	if a == nil || orphan {
 		f.cancel() // a leader's stream ends the flight's context itself
 	}
 	f.leaveTable()
-}
-
-// promises are what a reader of a flight that stands apart may hold.
-func (f *flight) promises() []promise {
-	ps := make([]promise, 0, len(f.sums)+1)
-	for i, sum := range f.sums {
-		ps = append(ps, promise{int64(i+1) * ledgerStep, sum})
-	}
-	if f.written%ledgerStep != 0 {
-		ps = append(ps, promise{f.written, string(f.prefix.Sum(nil))})
-	}
-	return ps
-}
-
-// hashed takes the next bytes into the hash, and its state at each step.
-func (f *flight) hashed(h hash.Hash, at int64, piece []byte) {
-	for len(piece) > 0 {
-		n := min(int64(len(piece)), ledgerStep-at%ledgerStep)
-		h.Write(piece[:n])
-		at, piece = at+n, piece[n:]
-		if at%ledgerStep == 0 {
-			f.sums = append(f.sums, string(h.Sum(nil)))
-		}
-	}
 }
 
 func (f *flight) wakeAll() {
@@ -375,25 +288,32 @@ func (f *flight) wakeAll() {
 	f.mu.Unlock()
 }
 
-// readable is how many bytes a reader may have now, from the start. Called
-// with the lock.
-func (f *flight) readable() int64 {
+// readable is the end of the bytes that a reader may have from pos on; pos, or
+// less, when that byte is not to be had. Called with the lock.
+func (f *flight) readable(pos int64) int64 {
 	switch f.state {
 	case verified:
-		return f.written
-	case filling, apart:
-		return f.heldBack()
-	default:
-		return 0
+		return f.size
+	case apart:
+		return f.heldBack(f.hashed)
+	case feeding:
+		if pos > f.hashed {
+			return f.heldBack(f.filled.reach(pos))
+		}
+		// Who reads from the start is not given what was not hashed: when
+		// the disk fails, all that it has is known.
+		return f.heldBack(f.hashed)
 	}
+	return 0
 }
 
-// heldBack is how much of the file may leave before the digest matched.
-func (f *flight) heldBack() int64 {
+// heldBack is how much of the file up to end may leave before the digest
+// matched.
+func (f *flight) heldBack(end int64) int64 {
 	if f.size < 0 {
-		return max(0, f.written-tailHold)
+		return max(0, end-tailHold)
 	}
-	return max(0, min(f.written, f.size-tailHold))
+	return max(0, min(end, f.size-tailHold))
 }
 
 // answer waits for what the fetch is told, when it asks for this reader, and
@@ -431,12 +351,14 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	if leader && f.state == asking {
 		f.noLeader = true // nobody will take the body if it comes to that
 	}
-	state, err, size, body := f.state, f.err, f.size, f.body
+	state, err, size := f.state, f.err, f.size
 	undecided := f.undecided(req)
+	var first *answer
 	if leader {
-		f.body = nil
-	} else {
-		body = nil
+		first, f.first = f.first, nil
+	} else if state == feeding && req.Authorised && len(f.tickets) < maxTickets {
+		f.tickets = append(f.tickets, &ticket{fetch: req.Fetch})
+		f.work.Broadcast()
 	}
 	f.mu.Unlock()
 
@@ -447,7 +369,7 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 		err = errStoredMeanwhile
 	case state == failed:
 	case state == apart:
-		return f.openApart(ctx, req, body)
+		return f.openApart(ctx, req, first)
 	case req.Offset > 0 && f.cache.taint.has(f.key, req.Reader):
 		err = ErrTainted
 	default:
@@ -472,7 +394,7 @@ func (f *flight) undecided(req Request) bool {
 	switch f.state {
 	case asking, ending:
 		return true
-	case filling:
+	case feeding:
 		if f.size < 0 {
 			return req.Offset > 0
 		}
@@ -482,18 +404,20 @@ func (f *flight) undecided(req Request) bool {
 }
 
 // openApart gives the reader a stream of its own from the start, over the
-// leader's body if there is one.
-func (f *flight) openApart(ctx context.Context, req Request, body io.ReadCloser) (*Object, error) {
-	cancel := f.cancel
-	info := Info{Size: f.size}
-	if body == nil {
-		f.release()
-		var sctx context.Context
+// leader's answer if there is one that starts there.
+func (f *flight) openApart(ctx context.Context, req Request, first *answer) (*Object, error) {
+	defer f.release()
+	sctx, cancel := f.ctx, f.cancel
+	if first != nil && first.Offset > 0 {
+		first.body.Close()
+		cancel()
+		first = nil
+	}
+	if first == nil {
 		sctx, cancel = context.WithCancel(f.cache.ctx)
 		// Until the headers are there, the caller's context ends it too.
 		stop := context.AfterFunc(ctx, cancel)
-		var err error
-		body, info, err = req.Fetch(sctx, 0, -1)
+		body, info, err := req.Fetch(sctx, 0, -1)
 		if !stop() && err == nil {
 			body.Close()
 			err = context.Cause(ctx)
@@ -502,17 +426,16 @@ func (f *flight) openApart(ctx context.Context, req Request, body io.ReadCloser)
 			cancel()
 			return nil, err
 		}
-	} else {
-		defer f.release()
+		first = &answer{info, body}
 	}
-	s, err := newStream(f.cache, req, f.key.Digest.Algorithm().Hash(), info)
+	s, err := newStream(f.cache, req, f.key.Digest.Algorithm().Hash(), first.Info)
 	if err != nil {
-		body.Close()
+		first.body.Close()
 		cancel()
 		return nil, err
 	}
-	s.take(body, cancel)
-	if info.Size >= 0 && info.Size <= tailHold {
+	s.take(newSteady(sctx, req.Fetch, first), cancel)
+	if size := first.Size; size >= 0 && size <= tailHold {
 		// As with a flight: what is held back altogether is verified before
 		// there is an answer.
 		stop := context.AfterFunc(ctx, s.interrupt)
@@ -525,5 +448,5 @@ func (f *flight) openApart(ctx context.Context, req Request, body io.ReadCloser)
 			return nil, err
 		}
 	}
-	return &Object{Size: info.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
+	return &Object{Size: first.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
 }

@@ -400,7 +400,7 @@ func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, bod
 	f := c.flights[Key{domain, dgst}]
 	c.mu.Unlock()
 	f.mu.Lock()
-	for f.written < first {
+	for f.hashed < first {
 		f.changed.Wait()
 	}
 	readOnly, err := os.Open(f.pending.File.Name())

@@ -16,8 +16,8 @@ type follower struct {
 	req    Request
 
 	pos     int64
-	fed     bool
-	entered bool // in the reader's ledger, since the flight stands apart
+	top     int64 // end of the bytes that it was given
+	entered bool  // in the reader's ledger, since the flight stands apart
 	own     *stream
 	// Guarded by the flight's lock.
 	stopped error
@@ -45,11 +45,13 @@ func (r *follower) interrupt() {
 func (r *follower) close() {
 	f := r.flight
 	f.mu.Lock()
-	leftApart := r.fed && r.own == nil && f.state == apart
+	leftApart := r.top > 0 && r.own == nil && f.state == apart
 	f.mu.Unlock()
 	switch {
 	case r.own != nil:
 		r.own.Close()
+	case leftApart && r.top > f.hashed:
+		f.cache.taint.add(f.key, r.req.Reader)
 	case leftApart:
 		f.cache.taint.add(f.key, r.req.Reader, f.promises()...)
 	}
@@ -98,27 +100,34 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 	f := r.flight
 	f.mu.Lock()
-	for r.stopped == nil && r.pos >= f.readable() && (f.state == filling || f.state == ending) {
+	for r.stopped == nil && r.pos >= f.readable(r.pos) && (f.state == feeding || f.state == ending) {
+		if f.waiting[r] != r.pos {
+			f.waiting[r] = r.pos
+			f.work.Broadcast()
+		}
 		f.changed.Wait()
 	}
-	avail, state, err := f.readable()-r.pos, f.state, f.err
+	delete(f.waiting, r)
+	n := min(int64(len(p)), f.readable(r.pos)-r.pos)
+	state, err, pending := f.state, f.err, f.pending
 	if r.stopped != nil {
-		avail, err, state = 0, r.stopped, failed
+		n, err, state = 0, r.stopped, failed
 	}
-	if avail > 0 && !r.fed {
-		r.fed = true
-		f.fed[r.req.Reader] = true
+	if n > 0 && state != apart { // apart, it is entered below
+		r.top = max(r.top, r.pos+n)
+		f.fed[r.req.Reader] = max(f.fed[r.req.Reader], r.top)
 	}
 	f.mu.Unlock()
 
-	if avail > 0 && state == apart && !r.entered {
+	if n > 0 && state == apart {
 		if err := r.enter(); err != nil {
 			return 0, err
 		}
+		r.top = max(r.top, r.pos+n)
 	}
 	switch {
-	case avail > 0:
-		n, err := f.pending.File.ReadAt(p[:min(int64(len(p)), avail)], r.pos)
+	case n > 0:
+		n, err := pending.File.ReadAt(p[:n], r.pos)
 		r.pos += int64(n)
 		return n, err
 	case state == verified:
@@ -137,6 +146,9 @@ func (r *follower) Read(p []byte) (int, error) {
 // leaves: others of its streams must go with it. What stands for itself is
 // entered when it ends.
 func (r *follower) enter() error {
+	if r.entered {
+		return nil
+	}
 	r.entered = true
 	if !r.req.Ranged && r.req.Offset == 0 {
 		return nil
@@ -158,6 +170,10 @@ func (r *follower) enter() error {
 // goOwn opens the stream that takes over where the flight's hash stands.
 func (r *follower) goOwn() error {
 	f := r.flight
+	if r.req.Ranged && f.cache.taint.spoiled(f.key, r.req.Reader) {
+		// Another range of this reader's had what nobody can compare with.
+		return ErrTainted
+	}
 	h, err := cloneHash(f.prefix)
 	if err != nil {
 		return err
@@ -169,7 +185,10 @@ func (r *follower) goOwn() error {
 		cancel()
 	}
 	f.mu.Unlock()
-	body, info, err := r.req.Fetch(ctx, f.written, -1)
+	body, info, err := r.req.Fetch(ctx, f.hashed, -1)
+	if errors.Is(err, ErrRange) {
+		body, info, err = r.req.Fetch(ctx, 0, -1)
+	}
 	f.mu.Lock()
 	r.opening = nil
 	f.mu.Unlock()
@@ -178,14 +197,14 @@ func (r *follower) goOwn() error {
 		r.taint()
 		return err
 	}
-	if info.Size >= 0 && f.size >= 0 && info.Size != f.size || info.Offset != 0 && info.Offset != f.written {
+	if info.Size >= 0 && f.size >= 0 && info.Size != f.size || info.Offset != 0 && info.Offset != f.hashed {
 		body.Close()
 		cancel()
 		r.taint()
 		return fmt.Errorf("%w: the source has another size now", ErrBroken)
 	}
 	info.Size = max(info.Size, f.size)
-	if info.Offset == 0 && f.written > 0 {
+	if info.Offset == 0 && f.hashed > 0 {
 		h = f.key.Digest.Algorithm().Hash()
 	}
 	own, err := newStream(f.cache, r.req, h, info)
@@ -195,24 +214,24 @@ func (r *follower) goOwn() error {
 		r.taint()
 		return err
 	}
-	own.take(body, cancel)
+	own.take(newSteady(ctx, r.req.Fetch, &answer{info, body}), cancel)
 	// From byte 0 it is the first bytes again: they must be the same.
 	for _, p := range f.promises() {
 		if !own.promised(p) {
-			own.gave, own.wrong = r.fed, true
+			own.gave, own.wrong = r.top > 0, true
 			own.Close()
 			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
 		}
 	}
-	if held := f.written - f.heldBack(); info.Offset > 0 && held > 0 {
+	if from := f.heldBack(f.hashed); info.Offset > 0 && from < f.hashed {
 		// Bytes of the file that were hashed and not given out yet.
-		if err := own.preload(f.pending.File, f.heldBack(), held); err != nil {
-			own.gave = r.fed
+		if err := own.preload(f.pending.File, from, f.hashed-from); err != nil {
+			own.gave = r.top > 0
 			own.Close()
 			return err
 		}
 	}
-	own.gave = r.fed
+	own.gave = r.top > 0
 	f.mu.Lock()
 	r.own = own
 	stopped := r.stopped
@@ -226,7 +245,7 @@ func (r *follower) goOwn() error {
 // taint marks the reader: what it has of the flight will not be completed by
 // this one.
 func (r *follower) taint() {
-	if r.fed {
+	if r.top > 0 {
 		r.flight.cache.taint.add(r.flight.key, r.req.Reader)
 	}
 }

@@ -24,19 +24,24 @@ type stray struct {
 }
 
 // open brings rows and files to agree as far as that takes no hashing: pending
-// files of an earlier process go, rows without a file go. It returns the files
+// files of an earlier process are parked or go, rows without a file go. It returns the files
 // without a row, which count as used from now on.
 func (c *Cache) open() (strays []stray, err error) {
 	if c.store, err = blobstore.Open(c.opts.Dir); err != nil {
 		return nil, err
 	}
-	left, err := c.store.Sweep()
+	left, deleted, err := c.store.Left()
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range left {
+	for _, d := range deleted {
 		c.taint.addLeft(d)
 	}
+	defer func() {
+		if err != nil {
+			c.closeParked()
+		}
+	}()
 	if err := c.openIndex(); err != nil {
 		return nil, err
 	}
@@ -72,11 +77,37 @@ func (c *Cache) open() (strays []stray, err error) {
 		}
 	}
 	c.indexed = c.index.Footprint()
-	if len(left)+len(gone)+len(strays)+foreign > 0 {
+	parked := c.restoreAll(left)
+	swept := len(deleted) + len(left) - parked
+	if parked+swept+len(gone)+len(strays)+foreign > 0 {
 		c.log.Sugar().Infow("reconciled the data directory",
-			"pending_swept", len(left), "rows_without_file", len(gone), "files_to_adopt", len(strays), "foreign_files", foreign)
+			"pending_kept", parked, "pending_swept", swept, "rows_without_file", len(gone), "files_to_adopt", len(strays), "foreign_files", foreign)
 	}
 	return strays, nil
+}
+
+// restoreAll parks what the flights of an earlier process left, as far as there
+// is room, and returns how many files that is.
+func (c *Cache) restoreAll(left []*blobstore.Pending) int {
+	for _, l := range left {
+		k, p, err := restore(l)
+		if err == nil && c.parked[k] != nil {
+			err = errors.New("there is another of the same object")
+		}
+		if err == nil {
+			p.claim = claimFor(p.size)
+			err = c.reserve(p.claim)
+		}
+		if err != nil {
+			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
+			c.taint.addLeft(l.Digest)
+			l.Discard()
+			l.Close()
+			continue
+		}
+		c.parked[k] = &p
+	}
+	return len(c.parked)
 }
 
 const (

@@ -5,6 +5,7 @@ package cache
 import (
 	"errors"
 	"fmt"
+	"math"
 )
 
 // errNoRoom: the bound or the filesystem's minimum of free space is reached.
@@ -17,18 +18,37 @@ const (
 	fsBlock = 4096
 )
 
+// claimFor is the room that an object of this size takes while it is pending.
+func claimFor(size int64) int64 {
+	switch {
+	case size < 0:
+		return unknownStep
+	case size > firstSegment && size < math.MaxInt64-journalRoom:
+		return size + journalRoom
+	}
+	return size
+}
+
 // reserve claims room for n more bytes of a pending file before any of them is
 // written. The caller gives the claim back with unreserve, or has the
-// committer turn it into a stored file's bytes.
+// committer turn it into a stored file's bytes. Parked files make room.
 func (c *Cache) reserve(n int64) error {
+	if n < 0 || n > c.opts.MaxSize { // before any sum: it may be as large as a number gets
+		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
+	}
+	for {
+		err := c.tryReserve(roundUp(n))
+		if !errors.Is(err, errNoRoom) || !c.dropParked() {
+			return err
+		}
+	}
+}
+
+func (c *Cache) tryReserve(n int64) error {
 	free, _, err := c.store.Free()
 	if err != nil {
 		return err
 	}
-	if n < 0 || n > c.opts.MaxSize { // before any sum: it may be as large as a number gets
-		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
-	}
-	n = roundUp(n)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// Free space on the disk has what was written of the claims already

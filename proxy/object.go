@@ -55,6 +55,9 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 		Offset: q.first,
 		Ranged: q.ranged,
 	}
+	if q.kind == upstream.Blob {
+		req.Parallel = p.rules(q.upstream).Parallel
+	}
 	y, ok := p.entitled(q)
 	if !ok {
 		if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
@@ -92,7 +95,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 
 // inquire asks the authority about the object, by HEAD.
 func (p *Proxy) inquire(ctx context.Context, q *request) (yes, error) {
-	resp, asked, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), false, 0)
+	resp, asked, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), part{})
 	if err != nil {
 		return yes{}, err
 	}

@@ -57,7 +57,8 @@ type Options struct {
 	Logger *zap.Logger
 }
 
-// Rules say how far an authority's yes is believed, and by whom.
+// Rules say how far an authority's yes is believed, and by whom, and how it is
+// asked for bytes.
 type Rules struct {
 	// GrantTTL is how long a yes to a credential is believed for further
 	// objects of the repository. 0 means asking for each.
@@ -65,6 +66,8 @@ type Rules struct {
 	// MembershipTTL is how long the authority is believed to have what it
 	// had. 0 means asking every time.
 	MembershipTTL time.Duration
+	// Parallel is how many connections one large blob is fetched over.
+	Parallel int
 	// TokenBroker passes clients' credentials on to the token service.
 	TokenBroker bool
 	// Share are patterns (path.Match) of repositories that every client of
@@ -74,7 +77,7 @@ type Rules struct {
 
 // DefaultRules are those of the configuration's defaults.
 func DefaultRules() Rules {
-	return Rules{GrantTTL: time.Minute, MembershipTTL: 24 * time.Hour}
+	return Rules{GrantTTL: time.Minute, MembershipTTL: 24 * time.Hour, Parallel: 4}
 }
 
 // Proxy serves the registry API. It is an http.Handler.

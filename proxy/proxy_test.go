@@ -125,15 +125,16 @@ func TestBlobsAreServedWithRangesColdAndWarm(t *testing.T) {
 		status        int
 		first, length int
 		contentRange  string
+		gets          int
 	}{
-		{"all", "", 200, 0, 300_000, ""},
-		{"from the start on", "bytes=0-", 206, 0, 300_000, "bytes 0-299999/300000"},
-		{"the middle", "bytes=100000-100099", 206, 100_000, 100, "bytes 100000-100099/300000"},
-		{"into the tail", "bytes=299990-", 206, 299_990, 10, "bytes 299990-299999/300000"},
-		{"the last hundred", "bytes=-100", 206, 299_900, 100, "bytes 299900-299999/300000"},
-		{"past the end", "bytes=300000-", 416, 0, 0, "bytes */300000"},
-		{"two ranges", "bytes=0-1,5-6", 200, 0, 300_000, ""},
-		{"another unit", "lines=1-2", 416, 0, 0, ""},
+		{"all", "", 200, 0, 300_000, "", 1},
+		{"from the start on", "bytes=0-", 206, 0, 300_000, "bytes 0-299999/300000", 1},
+		{"the middle", "bytes=100000-100099", 206, 100_000, 100, "bytes 100000-100099/300000", 2}, // from there on, and what is before
+		{"into the tail", "bytes=299990-", 206, 299_990, 10, "bytes 299990-299999/300000", 2},
+		{"the last hundred", "bytes=-100", 206, 299_900, 100, "bytes 299900-299999/300000", 1},
+		{"past the end", "bytes=300000-", 416, 0, 0, "bytes */300000", 2}, // which the registry knew
+		{"two ranges", "bytes=0-1,5-6", 200, 0, 300_000, "", 1},
+		{"another unit", "lines=1-2", 416, 0, 0, "", 1},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -157,8 +158,8 @@ func TestBlobsAreServedWithRangesColdAndWarm(t *testing.T) {
 				}
 				d.stored(cache.ListedDomain, dgst)
 			}
-			if n := r.Count("GET", "/blobs/"); n != 1 {
-				t.Fatalf("%d GETs", n)
+			if n := r.Count("GET", "/blobs/"); n != c.gets {
+				t.Fatalf("%d GETs, not %d", n, c.gets)
 			}
 		})
 	}

@@ -21,7 +21,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	life, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	stop := context.AfterFunc(ctx, cancel)
-	resp, _, err := p.ask(life, q, q.method, q.reference(), false, 0)
+	resp, _, err := p.ask(life, q, q.method, q.reference(), part{})
 	if !stop() && err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}

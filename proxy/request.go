@@ -53,6 +53,17 @@ type request struct {
 	ranged        bool       // it has a Range that is honoured
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
+
+	gone <-chan struct{} // closed when the client has left, or has its answer
+}
+
+func (q *request) hasLeft() bool {
+	select {
+	case <-q.gone:
+		return true
+	default:
+		return false
+	}
 }
 
 // reference is the tag or the digest.
@@ -114,6 +125,7 @@ func (n names) parse(r *http.Request) (*request, error) {
 		method:        r.Method,
 		accept:        acceptOf(r.Header),
 		authorization: withoutMarker(r.Header.Get("Authorization")),
+		gone:          r.Context().Done(),
 	}
 	q.first, q.resumes = parseRange(r)
 	q.ranged = r.Header.Get("Range") != ""

@@ -438,13 +438,13 @@ func tokenEnd(authorization string) (time.Time, bool) {
 // ask puts the client's question to the authority, with the client's own
 // credential, and takes what the answer says. What it refuses is an error that
 // serveError understands.
-func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, authorised bool, offset int64) (*upstream.Response, time.Time, error) {
+func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, time.Time, error) {
 	k, c := q.repositoryKey(), p.credential(q)
 	if err := p.recall(k, c); err != nil {
 		return nil, time.Time{}, p.ownWords(q, err)
 	}
 	asked := p.now()
-	resp, err := p.do(ctx, q, c, method, reference, authorised, offset)
+	resp, err := p.do(ctx, q, c, method, reference, part)
 	if q.kind != upstream.Manifest && q.kind != upstream.Blob {
 		return resp, asked, p.ownWords(q, err) // lists make no rights
 	}
@@ -466,7 +466,7 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, a
 }
 
 // do is the request itself.
-func (p *Proxy) do(ctx context.Context, q *request, c credential, method, reference string, authorised bool, offset int64) (*upstream.Response, error) {
+func (p *Proxy) do(ctx context.Context, q *request, c credential, method, reference string, part part) (*upstream.Response, error) {
 	req := upstream.Request{
 		Method:        method,
 		Repository:    q.repository,
@@ -475,8 +475,10 @@ func (p *Proxy) do(ctx context.Context, q *request, c credential, method, refere
 		Query:         q.query,
 		Accept:        p.acceptFor(q, reference),
 		Authorization: c.authorization,
-		Offset:        offset,
-		Authorised:    authorised,
+		Offset:        part.offset,
+		Length:        part.length,
+		Authorised:    part.authorised,
+		Endpoint:      part.endpoint,
 	}
 	if c.node {
 		req.As = upstream.Node
@@ -523,44 +525,6 @@ func (p *Proxy) ownWords(q *request, err error) error {
 	return &apiError{http.StatusForbidden, errDenied, fmt.Sprintf(
 		"%s refuses anonymous, and %s tarn passes credentials to listed registries only: add \"upstreams: [{name: %q}]\" to its configuration",
 		q.upstream, when, q.upstream)}
-}
-
-// fetch is how a flight opens the object. Before the authority has said yes,
-// it is a GET with the client's credential, and what that is told comes back in
-// answer; afterwards the node's credential is as good, if there is one: the
-// bytes are the same, and its quota is the operator's. A refusal is marked as
-// one that concerns this credential only.
-func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, answer *yes) cache.Fetch {
-	return func(ctx context.Context, off, _ int64) (body, cache.Info, error) {
-		var resp *upstream.Response
-		var err error
-		var asked time.Time
-		if authorised && p.lendsNode(q) {
-			resp, err = p.do(ctx, q, credential{node: true}, http.MethodGet, d.String(), true, off)
-			p.noteNode(q.upstream, err)
-		}
-		if resp == nil && (err == nil || nodeRefused(err)) {
-			resp, asked, err = p.ask(ctx, q, http.MethodGet, d.String(), authorised, off)
-		}
-		if err != nil {
-			return nil, cache.Info{}, refusedAlone(err)
-		}
-		if q.kind == upstream.Manifest {
-			if schema1(resp.MediaType) {
-				resp.Body.Close()
-				return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errSchema1)
-			}
-			if resp.Size > maxManifest {
-				resp.Body.Close()
-				return nil, cache.Info{}, fmt.Errorf("%w: it has %d bytes, of at most %d", errManifest, resp.Size, maxManifest)
-			}
-			resp.Body = &limitedBody{resp.Body, maxManifest}
-		}
-		if answer != nil {
-			*answer = yes{asked: asked, mediaType: resp.MediaType, size: resp.Size}
-		}
-		return resp.Body, cache.Info{Size: resp.Size, Offset: resp.Offset}, nil
-	}
 }
 
 // refusedAlone marks a 4xx as the affair of the credential that asked.

@@ -249,7 +249,7 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 // schema 1 manifest the digest is the registry's word; of all others it is
 // that of the bytes.
 func (p *Proxy) readManifest(ctx context.Context, q *request) (*confirmation, error) {
-	resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), false, 0)
+	resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), part{})
 	if err != nil {
 		return nil, err
 	}

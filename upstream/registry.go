@@ -248,8 +248,12 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 		again := req
 		again.Method = http.MethodGet
 		resp, from, err = r.follow(ctx, e, again, authorization)
-		if err == nil && resp.foreign && resp.StatusCode >= 400 && !refusesRange(again, resp.StatusCode) {
+		if err == nil && resp.foreign && resp.StatusCode >= 400 {
 			resp.Body.Close()
+			if again.ranged() && resp.StatusCode < 500 {
+				// Whatever it means, the whole may be had there.
+				return nil, from, fmt.Errorf("%w, but %d from the redirect target", ErrRange, resp.StatusCode)
+			}
 			return nil, from, fmt.Errorf("%w: the redirect target answered %d twice", ErrProtocol, resp.StatusCode)
 		}
 		if err == nil && req.Method == http.MethodHead {

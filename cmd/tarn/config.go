@@ -178,10 +178,8 @@ var notYet = map[string]bool{
 	"prefetch":                true,
 	"allow_via_proxy":         true,
 	"defaults.stale_if_error": true,
-	"defaults.parallel":       true,
 	"upstreams[].credentials.kubelet_plugins": true,
 	"upstreams[].stale_if_error":              true,
-	"upstreams[].parallel":                    true,
 }
 
 // defaultDir is where the daemon of a node keeps its data.

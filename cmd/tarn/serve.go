@@ -119,7 +119,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		DefaultUpstream: defaultUpstream,
 		ListedOnly:      cfg.Allow == "listed",
 		Rules:           rules,
-		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL},
+		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, Parallel: cfg.Defaults.Parallel},
 		Metrics:         metrics,
 		Logger:          log,
 	})
@@ -298,6 +298,7 @@ func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 		rules[name] = proxy.Rules{
 			GrantTTL:      u.GrantTTL,
 			MembershipTTL: u.MembershipTTL,
+			Parallel:      u.Parallel,
 			TokenBroker:   u.TokenBroker,
 			Share:         u.Share,
 		}

@@ -80,7 +80,7 @@ func TestTheAdminListenerTellsWhatIsThere(t *testing.T) {
 	for _, want := range []string{
 		`tarn_requests_total{code="200",outcome="miss",route="blob"} 1`,
 		`tarn_requests_total{code="200",outcome="hit",route="blob"} 1`,
-		`tarn_upstream_requests_total{code="200",method="GET"} 1`,
+		`tarn_upstream_requests_total{code="206",method="GET"} 1`,
 		`tarn_cache_used_bytes`,
 	} {
 		if !strings.Contains(string(text), want) {

@@ -1,0 +1,643 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// How a flight is filled. A large object is asked for in segments, over up to
+// parallel answers at once, beginning where readers wait; everything that
+// breaks off leaves a gap, which is asked for again. A source that does not
+// serve ranges as it should is asked for the whole, once more from byte 0,
+// which must then be what is in the file already. Each byte of the file is
+// written once: a worker owns its segment until it lands, and what is filled
+// is only compared.
+
+const (
+	// firstSegment is what is asked for before the size is known. Most objects
+	// are smaller, and are whole with it.
+	firstSegment = 4 << 20
+	// A further segment is the parallel-th part of what is left, within these
+	// bounds: few requests for a large object, and all workers busy to the
+	// end. See docs/PERFORMANCE.md for the figures.
+	minSegment = 4 << 20
+	maxSegment = 64 << 20
+	// startHere is how far into an object a reader must want to begin for
+	// the flight to begin there, too.
+	startHere = 64 << 10
+	// fillBuffer balances system calls against the time that a reader waits
+	// for the next piece.
+	fillBuffer = 128 << 10
+
+	// maxFailures in a row, without goodProgress in between, are borne.
+	maxFailures  = 5
+	goodProgress = 1 << 20
+	// Before the next try it rests, twice as long each time, and jittered.
+	firstRest = 50 * time.Millisecond
+	lastRest  = 2 * time.Second
+)
+
+// filling is what fill and its workers say to each other.
+type filling struct {
+	work    sync.Cond // signalled when a worker has done something, or a reader wants something
+	workers map[*worker]struct{}
+	working sync.WaitGroup // workers and the one that notes
+	whole   bool           // ranges are not to be had: one answer from byte 0
+	noting  bool
+
+	disk  error // the disk refused
+	wrong error // the source sent what no further question can mend
+	cause error // the source's last failure
+
+	failures int   // in a row
+	reached  int64 // bytes that there were at the last failure
+	resting  bool
+}
+
+// worker brings the bytes from pos up to end. Its fields are guarded by the
+// flight's lock.
+type worker struct {
+	start, pos, end int64 // end is math.MaxInt64 when nobody knows it
+	whole           bool  // it asks without a range, and what is there comes again
+	ticket          *ticket
+}
+
+func newWorker(t *ticket, start, end int64) *worker {
+	if end < 0 {
+		end = math.MaxInt64
+	}
+	return &worker{start: start, pos: start, end: end, ticket: t}
+}
+
+// newWhole is a worker for all of the object.
+func newWhole(t *ticket, size int64) *worker {
+	w := newWorker(t, 0, size)
+	w.whole = true
+	return w
+}
+
+// answer is a source's, with its body.
+type answer struct {
+	Info
+	body io.ReadCloser
+}
+
+// errDisk marks what the disk refused.
+var errDisk = errors.New("disk")
+
+// ask puts the first question. It is also whether the leader may have the
+// object, so any answer but a refusal of the range is final.
+func (f *flight) ask(lead Request) (*answer, error) {
+	off, n := int64(0), int64(-1)
+	switch {
+	case f.pending != nil:
+		start, end := f.filled.gap(min(lead.Offset, f.size), f.size)
+		if start == end {
+			start, end = f.filled.gap(0, f.size)
+		}
+		off, n = start, min(end-start, f.segment(f.size-f.filled.total()))
+	case f.parallel > 1:
+		n = firstSegment
+		if lead.Offset >= startHere {
+			off = lead.Offset
+		}
+	}
+	body, info, err := lead.Fetch(f.ctx, off, n)
+	if errors.Is(err, ErrRange) && off > 0 && f.pending == nil {
+		off = 0 // the object may end before it
+		body, info, err = lead.Fetch(f.ctx, off, n)
+	}
+	if errors.Is(err, ErrRange) {
+		off, n = 0, -1
+		f.whole = true
+		body, info, err = lead.Fetch(f.ctx, 0, -1)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if info.Offset != off && info.Offset != 0 || info.Offset > 0 && info.Size < 0 {
+		body.Close()
+		return nil, fmt.Errorf("%w: it starts at byte %d", ErrBroken, info.Offset)
+	}
+	if n > 0 && info.Offset == 0 && (off > 0 || info.end() > n) || info.Size < 0 {
+		f.whole = true // a part was asked for, and this is not it
+	}
+	return &answer{info, body}, nil
+}
+
+// segment is how much of what is left is asked for at once.
+func (f *flight) segment(left int64) int64 {
+	if f.parallel == 1 {
+		return left
+	}
+	n := min(max(left/int64(f.parallel), minSegment), maxSegment)
+	if left-n < minSegment/2 {
+		return left // no crumbs
+	}
+	return n
+}
+
+// fill is the rest of a flight, from the first answer on.
+func (f *flight) fill(first *answer) {
+	if f.hash == nil {
+		f.hash = f.key.Digest.Algorithm().Hash()
+	}
+	buf := fillBuffers.Get().(*[]byte)
+	defer fillBuffers.Put(buf)
+	f.mu.Lock()
+	f.workers = make(map[*worker]struct{})
+	f.send(newWorker(f.tickets[0], first.Offset, first.end()), first)
+	for {
+		switch {
+		case f.disk != nil, f.wrong != nil, f.ctx.Err() != nil:
+			f.halt()
+		case f.hashed < f.filled.reach(f.hashed):
+			f.takeOff()
+			f.hashPiece(*buf)
+			continue
+		case f.size >= 0 && f.hashed == f.size && len(f.workers) == 0:
+			f.halt()
+			f.mu.Unlock()
+			f.land()
+			return
+		case f.takeOff(), len(f.workers) > 0, f.resting:
+			f.work.Wait()
+			continue
+		}
+		break
+	}
+	f.halt()
+	disk, wrong, cause := f.disk, f.wrong, f.cause
+	f.mu.Unlock()
+	if f.cache.ctx.Err() != nil {
+		cause = ErrClosed
+	}
+	switch {
+	case wrong != nil:
+		f.end(failed, wrong)
+	case disk != nil:
+		f.cache.noteTrouble(disk)
+		f.standApart(f.hash, nil)
+	default:
+		f.park()
+		f.end(failed, cause)
+	}
+}
+
+// halt ends the workers and waits for them. Called with the lock, which it
+// gives up meanwhile.
+func (f *flight) halt() {
+	f.cancel()
+	f.mu.Unlock()
+	f.working.Wait()
+	f.mu.Lock()
+}
+
+// takeOff sends workers for what nobody brings, and notes what there is. It
+// tells whether it sent anybody. Called with the lock.
+func (f *flight) takeOff() (sent bool) {
+	if total := f.filled.total(); !f.noting && f.size > firstSegment && total-f.noted >= max(noteStep, f.size/maxNotes) {
+		f.noting = true
+		filled := slices.Clone(f.filled)
+		f.working.Go(func() {
+			err := f.note(f.key, filled, total)
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.noting = false
+			if err != nil {
+				f.disk = fmt.Errorf("%w: %w", errDisk, err)
+			}
+			f.work.Broadcast()
+		})
+	}
+	for !f.resting {
+		w := f.next()
+		if w == nil {
+			return sent
+		}
+		f.send(w, nil)
+		sent = true
+	}
+	return sent
+}
+
+// next is the next worker's task, nil when there is none now. Called with the
+// lock.
+func (f *flight) next() *worker {
+	t := f.ticket()
+	if t == nil || len(f.workers) >= f.parallel || f.whole && len(f.workers) > 0 {
+		return nil
+	}
+	if f.size < 0 {
+		return newWhole(t, f.size)
+	}
+	taken := slices.Clone(f.filled)
+	for w := range f.workers {
+		taken = taken.add(w.pos, w.end)
+	}
+	at := int64(math.MaxInt64)
+	for _, pos := range f.waiting { // the first who waits for what nobody brings
+		if start, end := taken.gap(pos, f.size); start == pos && start < end {
+			at = min(at, pos)
+		}
+	}
+	if at == math.MaxInt64 {
+		at = 0
+	}
+	start, end := taken.gap(at, f.size)
+	switch {
+	case start == end:
+		return nil
+	case f.whole:
+		return newWhole(t, f.size)
+	}
+	return newWorker(t, start, min(end, start+f.segment(f.size-taken.total())))
+}
+
+// ticket is somebody's who was not refused. Called with the lock.
+func (f *flight) ticket() *ticket {
+	for _, t := range f.tickets {
+		if !t.refused {
+			return t
+		}
+	}
+	return nil
+}
+
+// send starts a worker, with its answer if that is here already. Called with
+// the lock.
+func (f *flight) send(w *worker, a *answer) {
+	f.workers[w] = struct{}{}
+	f.working.Go(func() {
+		err := f.bring(w, a)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.workers, w)
+		f.landed(w, err)
+		f.work.Broadcast()
+	})
+}
+
+// landed takes how a worker ended. Called with the lock.
+func (f *flight) landed(w *worker, err error) {
+	switch {
+	case err == nil:
+		return
+	case errors.Is(err, errDisk):
+		f.disk = err
+		return
+	case errors.Is(err, errWrong):
+		f.wrong = err
+		return
+	case errors.Is(err, ErrRange) && !f.whole:
+		f.whole, f.cause = true, err
+		return
+	case errors.Is(err, ErrRefused):
+		w.ticket.refused, f.cause = true, err
+		return
+	}
+	f.cause = err
+	if total := f.filled.total(); total-f.reached >= goodProgress {
+		f.reached, f.failures = total, 0
+	}
+	if f.failures++; f.failures > maxFailures {
+		for _, t := range f.tickets {
+			t.refused = true // enough
+		}
+		return
+	}
+	rest := min(firstRest<<(f.failures-1), lastRest)
+	f.resting = true
+	time.AfterFunc(rest/2+rand.N(rest/2), func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.resting = false
+		f.work.Broadcast()
+	})
+}
+
+// bring is what a worker does: ask, unless there is an answer already, and
+// bring its body into the file.
+func (f *flight) bring(w *worker, a *answer) error {
+	if a == nil {
+		n := w.end - w.start
+		if w.whole {
+			n = -1
+		}
+		body, info, err := w.ticket.fetch(f.ctx, w.start, n)
+		if err != nil {
+			return err
+		}
+		a = &answer{info, body}
+	}
+	defer a.body.Close()
+	if err := f.fits(w, a.Info); err != nil {
+		return err
+	}
+	return f.copy(w, a.body)
+}
+
+// errWrong marks an ErrBroken that asking again does not mend.
+var errWrong = fmt.Errorf("%w", ErrBroken)
+
+// fits tells whether an answer is what the worker is to bring, of the same
+// object as the others.
+func (f *flight) fits(w *worker, info Info) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.size < 0 && info.Size >= 0 && info.Offset == w.start {
+		// The size is known at last. What is reserved is the flight's own
+		// affair, see write.
+		f.size, w.end = info.Size, info.end()
+	}
+	if info.Size != f.size || info.Offset != w.start || w.end != math.MaxInt64 && info.end() != w.end {
+		if w.whole && info.Offset == 0 {
+			return fmt.Errorf("%w: it had %d bytes, and has %d now", errWrong, f.size, info.Size)
+		}
+		return fmt.Errorf("%w: bytes %d to %d of %d", ErrRange, info.Offset, info.end(), info.Size)
+	}
+	if before := f.versions[info.Source]; before != "" && info.Version != before && !w.whole {
+		return fmt.Errorf("%w: they are called %s now", ErrRange, info.Version)
+	}
+	f.versions[info.Source] = info.Version
+	return nil
+}
+
+var fillBuffers = sync.Pool{New: func() any { b := make([]byte, fillBuffer); return &b }}
+
+// copy brings the body into the file.
+func (f *flight) copy(w *worker, body io.Reader) error {
+	buf := fillBuffers.Get().(*[]byte)
+	defer fillBuffers.Put(buf)
+	for {
+		n, err := body.Read(*buf)
+		if n > 0 {
+			if werr := f.take(w, (*buf)[:n]); werr != nil {
+				return werr
+			}
+		}
+		switch {
+		case err == io.EOF:
+			return f.ended(w)
+		case err != nil:
+			return fmt.Errorf("%w: after %d bytes: %w", ErrBroken, w.pos, err)
+		}
+	}
+}
+
+// ended is for a body that ended by itself.
+func (f *flight) ended(w *worker) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.size < 0:
+		f.size = w.pos
+		f.changed.Broadcast()
+	case w.pos < w.end:
+		return fmt.Errorf("%w: it ended at byte %d of %d", ErrBroken, w.pos, w.end)
+	}
+	return nil
+}
+
+// take writes what is new of the bytes at the worker's place, and compares what
+// is not.
+func (f *flight) take(w *worker, piece []byte) error {
+	if w.end-w.pos < int64(len(piece)) {
+		return fmt.Errorf("%w: more than the %d bytes announced", errWrong, w.end)
+	}
+	for len(piece) > 0 {
+		f.mu.Lock()
+		known := f.filled.reach(w.pos) - w.pos
+		_, end := f.filled.gap(w.pos, math.MaxInt64)
+		f.mu.Unlock()
+		var n int64
+		if known > 0 {
+			n = min(known, int64(len(piece)))
+			if err := f.compare(piece[:n], w.pos); err != nil {
+				return err
+			}
+		} else {
+			n = min(end-w.pos, int64(len(piece)))
+			if err := f.write(piece[:n], w.pos); err != nil {
+				return fmt.Errorf("%w: %w", errDisk, err)
+			}
+		}
+		piece = piece[n:]
+		f.mu.Lock()
+		if known == 0 {
+			f.filled = f.filled.add(w.pos, w.pos+n)
+			if w.pos > f.hashed {
+				f.changed.Broadcast() // who reads in the middle; others wait for the hash
+			}
+		}
+		w.pos += n
+		f.work.Broadcast()
+		f.mu.Unlock()
+	}
+	return nil
+}
+
+// write writes within the room that is reserved. Only a single worker, of a
+// body without a length, ever needs more of it.
+func (f *flight) write(piece []byte, at int64) error {
+	if at+int64(len(piece)) > f.claim {
+		if err := f.cache.reserve(unknownStep); err != nil {
+			return err
+		}
+		f.mu.Lock()
+		f.claim += unknownStep
+		f.mu.Unlock()
+	}
+	_, err := f.pending.File.WriteAt(piece, at)
+	return err
+}
+
+// compare holds bytes that came again to those that are there, and may have
+// been given out.
+func (f *flight) compare(piece []byte, at int64) error {
+	there := make([]byte, len(piece))
+	if _, err := f.pending.File.ReadAt(there, at); err != nil {
+		return fmt.Errorf("%w: %w", errDisk, err)
+	}
+	if !bytes.Equal(there, piece) {
+		return fmt.Errorf("%w: other bytes than before", errWrong)
+	}
+	return nil
+}
+
+// hashPiece takes the next bytes of the file into the hash. Called with the
+// lock, which it gives up meanwhile.
+func (f *flight) hashPiece(buf []byte) {
+	at := f.hashed
+	piece := buf[:min(int64(len(buf)), f.filled.reach(at)-at)]
+	f.mu.Unlock()
+	_, err := f.pending.File.ReadAt(piece, at)
+	if err == nil {
+		f.sums = hashSteps(f.hash, f.sums, at, piece)
+	}
+	f.mu.Lock()
+	if err != nil {
+		f.disk = fmt.Errorf("%w: %w", errDisk, err)
+		return
+	}
+	f.hashed += int64(len(piece))
+	f.changed.Broadcast()
+}
+
+// hashSteps takes bytes into the hash, and its state at each ledgerStep into
+// the sums.
+func hashSteps(h hash.Hash, sums []string, at int64, piece []byte) []string {
+	for len(piece) > 0 {
+		n := min(int64(len(piece)), ledgerStep-at%ledgerStep)
+		h.Write(piece[:n])
+		at, piece = at+n, piece[n:]
+		if at%ledgerStep == 0 {
+			sums = append(sums, string(h.Sum(nil)))
+		}
+	}
+	return sums
+}
+
+// promises are what a reader of a flight that stands apart may hold.
+func (f *flight) promises() []promise {
+	ps := make([]promise, 0, len(f.sums)+1)
+	for i, sum := range f.sums {
+		ps = append(ps, promise{int64(i+1) * ledgerStep, sum})
+	}
+	if f.hashed%ledgerStep != 0 {
+		ps = append(ps, promise{f.hashed, string(f.prefix.Sum(nil))})
+	}
+	return ps
+}
+
+// land ends a flight whose bytes are all there.
+func (f *flight) land() {
+	if err := f.verify(); err != nil {
+		f.end(failed, err)
+		return
+	}
+	c := f.cache
+	c.noteTrouble(nil)
+	f.mu.Lock()
+	f.state = verified
+	f.changed.Broadcast()
+	f.mu.Unlock()
+	c.verified <- f // with the table's reference
+}
+
+func (f *flight) verify() error {
+	if got := digest.NewDigest(f.key.Digest.Algorithm(), f.hash); got != f.key.Digest {
+		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, f.key.Digest)
+	}
+	if f.check == nil {
+		return nil
+	}
+	var body bytes.Buffer
+	if _, err := io.Copy(&body, io.NewSectionReader(f.pending.File, 0, f.size)); err != nil {
+		return err
+	}
+	return f.check(body.Bytes())
+}
+
+// steady is a body from one offset to the end of the object, asked for again
+// where an answer breaks off or ends. It is for what passes through.
+type steady struct {
+	ctx   context.Context
+	fetch Fetch
+	now   *answer // what is read; nil after it broke off
+	size  int64   // -1: not known
+	pos   int64
+
+	failures int
+	reached  int64
+}
+
+func newSteady(ctx context.Context, fetch Fetch, a *answer) *steady {
+	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset}
+}
+
+func (s *steady) Read(p []byte) (int, error) {
+	for {
+		if s.now == nil {
+			if err := s.again(); err != nil {
+				return 0, err
+			}
+		}
+		n, err := s.now.body.Read(p)
+		s.pos += int64(n)
+		if err == nil || err == io.EOF && s.pos >= s.size {
+			return n, err
+		}
+		// Only an answer that was to end here did not fail.
+		if failed := err != io.EOF || s.pos != s.now.end(); failed && !s.bear() {
+			return n, err
+		}
+		s.Close()
+		s.now = nil
+		if n > 0 {
+			return n, nil
+		}
+	}
+}
+
+// bear counts a failure, and rests; it tells whether to try again.
+func (s *steady) bear() bool {
+	if s.pos-s.reached >= goodProgress {
+		s.reached, s.failures = s.pos, 0
+	}
+	if s.failures++; s.failures > maxFailures {
+		return false
+	}
+	rest := min(firstRest<<(s.failures-1), lastRest)
+	timer := time.NewTimer(rest/2 + rand.N(rest/2))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-s.ctx.Done():
+		return false
+	}
+}
+
+// again asks for what is missing.
+func (s *steady) again() error {
+	for {
+		body, info, err := s.fetch(s.ctx, s.pos, -1)
+		switch {
+		case err == nil && (s.size >= 0 && info.Size != s.size || info.Offset != s.pos && info.Offset != 0):
+			body.Close()
+			return fmt.Errorf("%w: it had %d bytes, and has %d now", ErrBroken, s.size, info.Size)
+		case err == nil:
+			if _, err = io.CopyN(io.Discard, body, s.pos-info.Offset); err == nil {
+				s.now = &answer{info, body}
+				return nil
+			}
+			body.Close()
+		case errors.Is(err, ErrRefused), errors.Is(err, ErrRange):
+			return err
+		}
+		if !s.bear() {
+			return fmt.Errorf("%w: after %d bytes: %w", ErrBroken, s.pos, err)
+		}
+	}
+}
+
+func (s *steady) Close() error {
+	if s.now == nil {
+		return nil
+	}
+	return s.now.body.Close()
+}

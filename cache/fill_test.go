@@ -1,0 +1,617 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// origin is a source that serves ranges of a body, and what a test does to it.
+type origin struct {
+	body []byte
+	// answer sees each question first, by its number; nil is the usual
+	// answer. It may hold the question back, and look at what was asked.
+	answer func(n int, off, length int64) (io.ReadCloser, Info, error)
+
+	mu    sync.Mutex
+	asked []span // as far as the body was read
+	given int64
+}
+
+func (o *origin) fetch(ctx context.Context, off, n int64) (io.ReadCloser, Info, error) {
+	o.mu.Lock()
+	number := len(o.asked)
+	end := int64(len(o.body))
+	if n >= 0 {
+		end = min(end, off+n)
+	}
+	o.asked = append(o.asked, span{off, end})
+	o.mu.Unlock()
+	if o.answer != nil {
+		if body, info, err := o.answer(number, off, n); body != nil || err != nil {
+			return body, info, err
+		}
+	}
+	if off >= int64(len(o.body)) && off > 0 {
+		return nil, Info{}, ErrRange
+	}
+	return o.part(off, end), Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+}
+
+// part is a body of these bytes.
+func (o *origin) part(off, end int64) io.ReadCloser {
+	return &given{Reader: bytes.NewReader(o.body[off:end]), origin: o}
+}
+
+// broken is one that breaks off after n bytes.
+func (o *origin) broken(off, n int64) (io.ReadCloser, Info, error) {
+	body := io.MultiReader(o.part(off, off+n), failing{})
+	end := min(off+firstSegment, int64(len(o.body)))
+	return io.NopCloser(body), Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+}
+
+type failing struct{}
+
+var errReset = errors.New("connection reset")
+
+func (failing) Read([]byte) (int, error) { return 0, errReset }
+
+type given struct {
+	io.Reader
+	origin *origin
+}
+
+func (g *given) Read(p []byte) (int, error) {
+	n, err := g.Reader.Read(p)
+	g.origin.mu.Lock()
+	g.origin.given += int64(n)
+	g.origin.mu.Unlock()
+	return n, err
+}
+
+func (g *given) Close() error { return nil }
+
+func (o *origin) questions() []span {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return append([]span(nil), o.asked...)
+}
+
+// sent is how many bytes were read of all answers.
+func (o *origin) sent() int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.given
+}
+
+func parallelRequest(o *origin, reader string) Request {
+	return Request{Key: Key{domain, digest.FromBytes(o.body)}, Reader: reader, Authorised: true, Parallel: 4, Fetch: o.fetch}
+}
+
+// readAll opens the object and reads it from the offset on.
+func readAll(c *Cache, req Request) ([]byte, error) {
+	o, err := c.Open(context.Background(), req)
+	if err != nil {
+		return nil, err
+	}
+	defer o.Close()
+	if _, err := o.Content.Seek(req.Offset, io.SeekStart); err != nil {
+		return nil, err
+	}
+	return io.ReadAll(struct{ io.Reader }{o.Content})
+}
+
+const large = 3*minSegment + 12_345
+
+func TestALargeObjectIsAskedForOnceInSegments(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	o := &origin{body: random(large)}
+	got, err := readAll(c, parallelRequest(o, "a"))
+	if err != nil || !bytes.Equal(got, o.body) {
+		t.Fatal(len(got), err)
+	}
+	var all spans
+	for _, s := range o.questions() {
+		if s.end-s.start > maxSegment || s.end-s.start < minSegment/2 {
+			t.Errorf("a segment of %d bytes", s.end-s.start)
+		}
+		all = all.add(s.start, s.end)
+	}
+	if len(o.questions()) < 3 || o.sent() != large || len(all) != 1 || all.total() != large {
+		t.Errorf("%d bytes in %v", o.sent(), o.questions())
+	}
+	if o.asked[0] != (span{0, firstSegment}) {
+		t.Errorf("it began with %v", o.asked[0])
+	}
+}
+
+// TestWhoWantsTheMiddleDoesNotWaitForTheStart holds the beginning back.
+func TestWhoWantsTheMiddleDoesNotWaitForTheStart(t *testing.T) {
+	t.Parallel()
+	for _, cold := range []bool{true, false} {
+		t.Run(fmt.Sprintf("cold %v", cold), func(t *testing.T) {
+			t.Parallel()
+			c := open(t, t.TempDir(), 1<<30)
+			o := &origin{body: random(large)}
+			gate := make(chan struct{})
+			middle := int64(2*minSegment + 77)
+			var held atomic.Int64
+			o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+				if off == 0 {
+					r, w := io.Pipe()
+					go func() {
+						<-gate
+						w.Write(o.body[:n])
+						w.Close()
+					}()
+					held.Store(n)
+					return r, Info{Size: large, End: n, Version: "v1"}, nil
+				}
+				return nil, Info{}, nil
+			}
+			var first chan error
+			if !cold {
+				lead, err := c.Open(t.Context(), parallelRequest(o, "a"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				first = make(chan error, 1)
+				go func() {
+					defer lead.Close()
+					got, err := io.ReadAll(struct{ io.Reader }{lead.Content})
+					if err == nil && !bytes.Equal(got, o.body) {
+						err = errors.New("wrong bytes")
+					}
+					first <- err
+				}()
+			}
+			req := parallelRequest(o, "b")
+			req.Offset, req.Ranged = middle, true
+			r := mustOpen(t, goOpen(c, req))
+			if _, err := r.Content.Seek(middle, io.SeekStart); err != nil {
+				t.Fatal(err)
+			}
+			readExactly(t, r, o.body[middle:large-tailHold])
+			close(gate)
+			readExactly(t, r, o.body[large-tailHold:])
+			if first != nil {
+				if err := <-first; err != nil {
+					t.Error(err)
+				}
+			}
+			c.Close()
+			if o.sent()+held.Load() != large {
+				t.Errorf("%d bytes besides the first segment, in %v", o.sent(), o.questions())
+			}
+		})
+	}
+}
+
+// TestWhatBreaksOffIsAskedForAgain breaks every answer but those that the test
+// lets through, and holds the source to giving each byte once.
+func TestWhatBreaksOffIsAskedForAgain(t *testing.T) {
+	t.Parallel()
+	for _, parallel := range []int{1, 4} {
+		t.Run(fmt.Sprintf("parallel %d", parallel), func(t *testing.T) {
+			t.Parallel()
+			c := open(t, t.TempDir(), 1<<30)
+			defer c.Close()
+			o := &origin{body: random(large)}
+			breaks := 0
+			var mu sync.Mutex
+			o.answer = func(n int, off, length int64) (io.ReadCloser, Info, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				end := int64(large)
+				if length >= 0 {
+					end = min(end, off+length)
+				}
+				if end-off <= goodProgress+1 || breaks == 9 {
+					return nil, Info{}, nil
+				}
+				breaks++
+				if breaks%3 == 0 {
+					return nil, Info{}, errReset
+				}
+				body := io.MultiReader(o.part(off, off+goodProgress+1), failing{})
+				return io.NopCloser(body), Info{Size: large, Offset: off, End: end, Version: "v1"}, nil
+			}
+			req := parallelRequest(o, "a")
+			req.Parallel = parallel
+			if parallel == 1 {
+				// The first question is the leader's affair.
+				o.answer(0, 0, -1)
+			}
+			got, err := readAll(c, req)
+			if err != nil || !bytes.Equal(got, o.body) {
+				t.Fatal(len(got), err)
+			}
+			if o.sent() != large || breaks < 6 {
+				t.Errorf("%d bytes of %d, after %d breaks", o.sent(), large, breaks)
+			}
+		})
+	}
+}
+
+func TestASourceThatKeepsBreakingIsGivenUp(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	o := &origin{body: random(large)}
+	o.answer = func(n int, off, _ int64) (io.ReadCloser, Info, error) {
+		if n == 0 {
+			return o.broken(off, 100_000)
+		}
+		return nil, Info{}, errReset
+	}
+	got, err := readAll(c, parallelRequest(o, "a"))
+	if !errors.Is(err, errReset) || len(got) > 100_000 {
+		t.Fatal(len(got), err)
+	}
+	if n := len(o.questions()); n > 4+maxFailures+1 {
+		t.Errorf("asked %d times", n)
+	}
+	// What is there is not asked for again, neither by who has it nor by others.
+	o.answer = nil
+	for _, reader := range []string{"a", "b"} {
+		req := parallelRequest(o, reader)
+		if reader == "a" {
+			req.Offset, req.Ranged = 100_000, true
+		}
+		got, err := readAll(c, req)
+		if err != nil || !bytes.Equal(got, o.body[req.Offset:]) {
+			t.Fatal(len(got), err)
+		}
+	}
+	if o.sent() != large {
+		t.Errorf("%d bytes of %d", o.sent(), large)
+	}
+}
+
+// TestAnotherReadersRightCarriesOn has the first reader's credential refused
+// after the first segment.
+func TestAnotherReadersRightCarriesOn(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	o := &origin{body: random(large)}
+	refused := fmt.Errorf("%w: its token has ended", ErrRefused)
+	gate := make(chan struct{})
+	lead := parallelRequest(o, "a")
+	var asked atomic.Int32
+	lead.Fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error) {
+		if asked.Add(1) > 1 {
+			return nil, Info{}, refused
+		}
+		r, w := io.Pipe()
+		go func() {
+			w.Write(o.body[:1000])
+			<-gate
+			w.Write(o.body[1000:firstSegment])
+			w.Close()
+		}()
+		return r, Info{Size: large, End: firstSegment, Version: "v1"}, nil
+	}
+	lead.Parallel = 2 // the first answer, and one that is refused at once
+	a := mustOpen(t, goOpen(c, lead))
+	readExactly(t, a, o.body[:1000])
+	b := mustOpen(t, goOpen(c, parallelRequest(o, "b")))
+	close(gate)
+	readExactly(t, b, o.body)
+	readExactly(t, a, o.body[1000:]) // whose answer was begun
+	if o.sent() != large-firstSegment {
+		t.Errorf("%d bytes", o.sent())
+	}
+
+	// With nobody else it is over for now, and the answer that was begun is
+	// read to its end.
+	other := &origin{body: append(random(large), 1)}
+	alone := parallelRequest(other, "a")
+	asked.Store(0)
+	alone.Fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error) {
+		if asked.Add(1) > 1 {
+			return nil, Info{}, refused
+		}
+		return other.fetch(ctx, off, n)
+	}
+	alone.Parallel = 2
+	got, err := readAll(c, alone)
+	if !errors.Is(err, ErrRefused) || len(got) > firstSegment {
+		t.Fatal(len(got), err)
+	}
+	got, err = readAll(c, parallelRequest(other, "a"))
+	if err != nil || !bytes.Equal(got, other.body) || other.sent() != int64(len(other.body)) {
+		t.Fatal(len(got), err, other.sent())
+	}
+}
+
+// TestALiarAboutRangesGivesNoWrongByteAndNoEndlessLoop has a source that
+// answers questions for a part in every wrong way.
+func TestALiarAboutRangesGivesNoWrongByteAndNoEndlessLoop(t *testing.T) {
+	t.Parallel()
+	body := random(large)
+	cut := func(off, n int64) []byte { return body[off:min(off+n, large)] }
+	whole := func() (io.ReadCloser, Info, error) {
+		return io.NopCloser(bytes.NewReader(body)), Info{Size: large, Version: "v1"}, nil
+	}
+	for name, lie := range map[string]func(off, n int64) (io.ReadCloser, Info, error){
+		"the whole instead": func(off, n int64) (io.ReadCloser, Info, error) { return whole() },
+		"refused as a range": func(off, n int64) (io.ReadCloser, Info, error) {
+			return nil, Info{}, fmt.Errorf("%w: 416", ErrRange)
+		},
+		"another version": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(cut(off, n))), Info{Size: large, Offset: off, End: off + n, Version: "v2"}, nil
+		},
+		"another size": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(cut(off, n))), Info{Size: large + 1, Offset: off, End: off + n, Version: "v1"}, nil
+		},
+		"another place": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(body[off-1:])), Info{Size: large, Offset: off - 1, End: off - 1 + n, Version: "v1"}, nil
+		},
+		"more than it says": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(append(bytes.Clone(cut(off, n)), 0))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+		},
+		"less than it says": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(cut(off, n-1))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+		},
+		"nothing": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(strings.NewReader("")), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+		},
+		"other bytes": func(off, n int64) (io.ReadCloser, Info, error) {
+			return io.NopCloser(bytes.NewReader(make([]byte, n))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+		},
+	} {
+		for _, always := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, from the first question on %v", name, always), func(t *testing.T) {
+				t.Parallel()
+				c := open(t, t.TempDir(), 1<<30)
+				defer c.Close()
+				o := &origin{body: body}
+				o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+					switch {
+					case n < 0:
+						return whole()
+					case off > 0, always && name != "another place":
+						return lie(off, n)
+					}
+					return nil, Info{}, nil
+				}
+				for range 3 {
+					got, err := readAll(c, parallelRequest(o, "a"))
+					if err == nil && !bytes.Equal(got, body) {
+						t.Fatal("a complete wrong object")
+					}
+					if len(o.questions()) > 3*(4+maxFailures+2) {
+						t.Fatalf("%d questions", len(o.questions()))
+					}
+				}
+				got, err := readAll(c, parallelRequest(o, "a"))
+				healed := err == nil && bytes.Equal(got, body)
+				// Where a part is not to be had the whole is; who says that
+				// it is the part and gives something else is believed.
+				believed := map[string]bool{"more than it says": true, "less than it says": true, "nothing": true, "other bytes": true, "another size": always}
+				if healed == believed[name] {
+					t.Errorf("healed: %v, %v", healed, err)
+				}
+			})
+		}
+	}
+}
+
+// TestADownloadGoesOnAfterARestart breaks off in the middle, once by closing
+// and once as a kill does, and opens the directory again.
+func TestADownloadGoesOnAfterARestart(t *testing.T) {
+	t.Parallel()
+	for _, killed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("killed %v", killed), func(t *testing.T) {
+			t.Parallel()
+			const size = 40 << 20
+			o := &origin{body: random(size)}
+			dir := t.TempDir()
+			c := open(t, dir, 1<<30)
+			stop := make(chan struct{})
+			o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+				if off < 24<<20 {
+					return nil, Info{}, nil
+				}
+				r, w := io.Pipe()
+				go func() {
+					<-stop
+					w.CloseWithError(errReset)
+				}()
+				return r, Info{Size: size, Offset: off, End: off + n, Version: "v1"}, nil
+			}
+			r := mustOpen(t, goOpen(c, parallelRequest(o, "a")))
+			readExactly(t, r, o.body[:24<<20])
+			req := parallelRequest(o, "a")
+			if killed {
+				// What a kill leaves is what is on disk now; the rest of this
+				// process is in the way of nobody.
+				left := t.TempDir()
+				until(t, "something was noted", func() bool {
+					journals, _ := filepath.Glob(filepath.Join(dir, "pending", "*.journal"))
+					if len(journals) == 0 {
+						return false
+					}
+					text, _ := os.ReadFile(journals[0])
+					return bytes.Count(text, []byte("\n")) > 1
+				})
+				copyDir(t, dir, left)
+				dir = left
+			}
+			close(stop)
+			c.Close()
+			before := o.sent()
+
+			o.answer = nil
+			c = open(t, dir, 1<<30)
+			defer c.Close()
+			if s := c.Stats(); s.Parked != 1 || s.PendingBytes < size {
+				t.Fatalf("%+v", s)
+			}
+			req.Offset, req.Ranged = 20<<20, true
+			got, err := readAll(c, req)
+			if err != nil || !bytes.Equal(got, o.body[20<<20:]) {
+				t.Fatal(len(got), err)
+			}
+			waitStored(t, c, req.Key)
+			allowed := int64(size)
+			if killed {
+				allowed += 2 * noteStep
+			}
+			if o.sent() > allowed {
+				t.Errorf("%d bytes of %d, %d of them before the restart", o.sent(), size, before)
+			}
+			if left, _ := filepath.Glob(filepath.Join(dir, "pending", "*")); len(left) != 0 {
+				t.Errorf("left behind: %v", left)
+			}
+		})
+	}
+}
+
+func until(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for range 10_000 {
+		if done() {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatalf("not in 10 s: %s", what)
+}
+
+func copyDir(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.CopyFS(filepath.Join(to, "pending"), os.DirFS(filepath.Join(from, "pending"))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestAWrongJournalCostsARefetchAndNoWrongByte spoils what a kill left in every
+// way that a disk or a hand can.
+func TestAWrongJournalCostsARefetchAndNoWrongByte(t *testing.T) {
+	t.Parallel()
+	body := random(large)
+	d := digest.FromBytes(body)
+	for name, left := range map[string]struct {
+		header, progress string
+		data             []byte
+		continued        bool
+	}{
+		"as it should be":       {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, body[:5_000_000], true},
+		"wrong bytes":           {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
+		"all is there":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), fmt.Sprintf(`{"Filled":[[0,%d]]}`, large), body, true},
+		"bytes that are not":    {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000001]]}`, body[:5_000_000], false},
+		"another digest":        {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, digest.FromString("x"), large), `{"Filled":[[0,5]]}`, body[:5_000_000], false},
+		"another size":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large+1), `{"Filled":[[0,5000000]]}`, body[:5_000_000], true},
+		"spans that make none":  {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[-5,5]]}`, body[:5_000_000], false},
+		"only a header":         {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{}`, body[:5_000_000], false},
+		"no JSON":               {"x", "y", body[:5_000_000], false},
+		"another source domain": {fmt.Sprintf(`{"Domain":"evil.example","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			c := open(t, dir, 1<<30)
+			p, err := c.store.Create(d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := p.File.Write(left.data); err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range []string{left.header, left.progress} {
+				if err := p.Note([]byte(r)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p.Close()
+			c.Close()
+
+			c = open(t, dir, 1<<30)
+			defer c.Close()
+			if got := c.Stats().Parked == 1; got != left.continued {
+				t.Fatalf("continued: %v", got)
+			}
+			o := &origin{body: body}
+			refetched := 0
+			for {
+				got, err := readAll(c, parallelRequest(o, "a"))
+				if err == nil && bytes.Equal(got, body) {
+					break
+				}
+				if err == nil || refetched > 0 {
+					t.Fatal(len(got), err)
+				}
+				refetched++
+				// Whoever has a part of it must not get another.
+				again := parallelRequest(o, "a")
+				again.Offset = 4096
+				if _, err := readAll(c, again); !errors.Is(err, ErrTainted) {
+					t.Fatal(err)
+				}
+			}
+			if (name == "wrong bytes") != (refetched == 1) {
+				t.Errorf("refetched %d times", refetched)
+			}
+			if name == "as it should be" && o.sent() != large-5_000_000 || name == "all is there" && o.sent() != tailHold {
+				t.Errorf("%d bytes were fetched", o.sent())
+			}
+		})
+	}
+}
+
+func TestParkedFilesMakeRoom(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 30<<20)
+	defer c.Close()
+	var first *origin
+	for i := range 3 { // two of them have room
+		o := &origin{body: append(random(10<<20), byte(i))}
+		gate := make(chan struct{})
+		o.answer = func(n int, off, _ int64) (io.ReadCloser, Info, error) {
+			if n > 0 {
+				<-gate
+				return nil, Info{}, fmt.Errorf("%w: enough", ErrRefused)
+			}
+			return nil, Info{}, nil
+		}
+		r := mustOpen(t, goOpen(c, parallelRequest(o, "a")))
+		readExactly(t, r, o.body[:firstSegment])
+		close(gate)
+		if n, err := r.Content.Read(make([]byte, 1)); !errors.Is(err, ErrRefused) {
+			t.Fatal(n, err)
+		}
+		if first == nil {
+			first = o
+		}
+	}
+	if s := c.Stats(); s.Parked != 2 || s.UsedBytes+s.PendingBytes > s.MaxBytes {
+		t.Fatalf("%+v", s)
+	}
+	// The oldest has gone, and who read of it starts anew.
+	req := parallelRequest(first, "a")
+	req.Offset, req.Ranged = 1<<20, true
+	first.answer = nil
+	if _, err := readAll(c, req); !errors.Is(err, ErrTainted) {
+		t.Fatal(err)
+	}
+	if got, err := readAll(c, parallelRequest(first, "b")); err != nil || !bytes.Equal(got, first.body) {
+		t.Fatal(len(got), err)
+	}
+}

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"time"
+
+	"tarn/blobstore"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// partial is a pending file and what is known of it. It is a flight's, which
+// guards it, or lies parked until the next flight of its key goes on with it.
+type partial struct {
+	pending *blobstore.Pending // nil: there is no file yet
+	size    int64              // of the object; -1: not known yet
+	claim   int64              // bytes reserved
+	filled  spans              // in the file
+	hashed  int64              // all before it went through the hash
+	hash    hash.Hash          // nil: before the first byte
+	sums    []string           // the hash at each ledgerStep
+	// fed are the readers that were given bytes, up to where at most; of
+	// strangers, who read it in an earlier process, nothing is known.
+	fed       map[string]int64
+	strangers bool
+	versions  map[int]string // what each source calls these bytes
+	noted     int64          // how many bytes the journal knows of
+	journal   int64          // how many bytes the journal has
+	parked    time.Time
+}
+
+func newPartial() partial {
+	return partial{size: -1, fed: make(map[string]int64), versions: make(map[int]string)}
+}
+
+const (
+	// noteStep is how many bytes at most are fetched again after a crash, for
+	// each file, besides those that came while the last note was written.
+	noteStep = 8 << 20
+	// maxNotes bounds them for very large files, and journalRoom the space
+	// that is reserved for them.
+	maxNotes    = 128
+	journalRoom = 64 << 10
+	frameSize   = 10 // what the store adds to a record
+	// maxParked bounds the descriptors that parked files take.
+	maxParked = 256
+)
+
+// header is a journal's first record: whose bytes these are, and of what.
+type header struct {
+	Domain string
+	Digest digest.Digest
+	Size   int64
+}
+
+// progress is each further one: all spans that were on disk when it was
+// written.
+type progress struct {
+	Filled [][2]int64
+}
+
+// note writes into the journal what is in the file: these spans, of so many
+// bytes.
+func (p *partial) note(k Key, filled spans, total int64) error {
+	if p.noted == 0 {
+		if err := p.record(header{k.Domain, k.Digest, p.size}); err != nil {
+			return err
+		}
+	}
+	var pr progress
+	for _, s := range filled {
+		pr.Filled = append(pr.Filled, [2]int64{s.start, s.end})
+	}
+	p.noted = total
+	return p.record(pr)
+}
+
+func (p *partial) record(v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if p.journal += int64(len(data)) + frameSize; p.journal > journalRoom {
+		return nil
+	}
+	return p.pending.Note(data)
+}
+
+// restore reads a journal. A wrong one costs a refetch and never a wrong byte:
+// all that is there is hashed again, and the last bytes are always fetched.
+func restore(left *blobstore.Pending) (Key, partial, error) {
+	p := newPartial()
+	p.pending, p.strangers = left, true
+	var h header
+	if err := json.Unmarshal(left.Notes[0], &h); err != nil {
+		return Key{}, p, fmt.Errorf("journal's header: %w", err)
+	}
+	k := Key{h.Domain, h.Digest}
+	if h.Digest != left.Digest || h.Domain == "" || h.Size <= tailHold {
+		return k, p, errors.New("journal is of another object")
+	}
+	info, err := left.File.Stat()
+	if err != nil {
+		return k, p, err
+	}
+	var pr progress
+	if err := json.Unmarshal(left.Notes[len(left.Notes)-1], &pr); err != nil {
+		return k, p, fmt.Errorf("journal's last record: %w", err)
+	}
+	for _, s := range pr.Filled {
+		if s[0] < 0 || s[0] >= s[1] || s[1] > h.Size || s[1] > info.Size() {
+			return k, p, errors.New("journal speaks of bytes that are not there")
+		}
+		p.filled = p.filled.add(s[0], min(s[1], h.Size-tailHold))
+	}
+	if len(p.filled) == 0 {
+		return k, p, errors.New("nothing was fetched")
+	}
+	for _, n := range left.Notes {
+		p.journal += int64(len(n)) + frameSize
+	}
+	left.Notes = nil
+	p.size, p.noted = h.Size, p.filled.total()
+	return k, p, nil
+}
+
+// taintFed marks the readers that hold bytes of a file which nobody will go on
+// with.
+func (p *partial) taintFed(k Key, t *taints) {
+	for reader := range p.fed {
+		t.add(k, reader)
+	}
+	if p.strangers {
+		t.addLeft(k.Digest)
+	}
+}
+
+// park keeps the file for the next flight, if there is something in it. Nobody
+// works on it any more. What is not kept stays with the flight.
+func (f *flight) park() {
+	c := f.cache
+	if f.pending == nil || f.size < 0 || len(f.filled) == 0 {
+		return
+	}
+	if f.filled.total() > f.noted {
+		if err := f.note(f.key, f.filled, f.filled.total()); err != nil {
+			c.noteTrouble(err)
+			return
+		}
+	}
+	f.mu.Lock()
+	p := f.partial
+	f.partial = newPartial()
+	f.size = p.size
+	f.mu.Unlock()
+	p.parked = time.Now()
+	for c.park(f.key, &p) > maxParked {
+		c.dropParked()
+	}
+}
+
+func (c *Cache) park(k Key, p *partial) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.parked[k] = p
+	return len(c.parked)
+}
+
+// dropParked gives up the file that has lain longest, for its room.
+func (c *Cache) dropParked() bool {
+	c.mu.Lock()
+	var oldest *partial
+	var key Key
+	for k, p := range c.parked {
+		if oldest == nil || p.parked.Before(oldest.parked) {
+			key, oldest = k, p
+		}
+	}
+	delete(c.parked, key)
+	c.mu.Unlock()
+	if oldest == nil {
+		return false
+	}
+	c.discard(key, oldest)
+	return true
+}
+
+func (c *Cache) discard(k Key, p *partial) {
+	p.taintFed(k, c.taint)
+	p.pending.Discard()
+	p.pending.Close()
+	c.unreserve(p.claim)
+}
+
+// dropPartial gives up what an earlier flight left.
+func (f *flight) dropPartial() {
+	f.mu.Lock()
+	p := f.partial
+	f.partial = newPartial()
+	f.mu.Unlock()
+	if p.pending != nil {
+		f.cache.discard(f.key, &p)
+	}
+}
+
+// closeParked leaves the parked files to the next process.
+func (c *Cache) closeParked() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, p := range c.parked {
+		p.pending.Close()
+		c.claimed -= roundUp(p.claim)
+	}
+	clear(c.parked)
+}
