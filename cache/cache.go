@@ -107,6 +107,9 @@ type Request struct {
 	// Reader names who reads, such as repository and credential: bytes of
 	// two generations are never given to the same reader.
 	Reader string
+	// Source names who the Fetch asks. Several of one domain may be asked for
+	// the same object; the failures of one are nothing to who asks another.
+	Source string
 	// Offset is the first byte that is wanted.
 	Offset int64
 	// Ranged: the reader asked for a part, also if that begins at byte 0. It
@@ -124,6 +127,9 @@ type Request struct {
 	// Parallel is how many answers of the source a flight may have open at
 	// once; with 1 or less it asks for all bytes in one.
 	Parallel int
+	// Wrong is called when what a Fetch brought was not the object: what its
+	// source said with it is worth nothing. nil means nobody wants to know.
+	Wrong func()
 	// Check looks at the verified bytes before they are stored; its error
 	// fails the flight. nil checks nothing. It is for manifests, which the
 	// Fetch has bounded, since it is given the whole body.
@@ -163,15 +169,16 @@ type Cache struct {
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
-	mu      sync.Mutex
-	closed  bool
-	flights map[Key]*flight
-	parked  map[Key]*partial // files that a flight left, for the next one
-	used    int64            // allocated bytes of blobs and strangers' files under blobs/
-	claimed int64            // reserved for pending files, written or not
-	indexed int64            // bytes of the index, its next growth included
-	adopt   int              // files yet to be adopted
-	trouble error            // the disk's last refusal; nil after the next success
+	mu        sync.Mutex
+	closed    bool
+	flights   map[Key]*flight
+	parked    map[Key]*partial // files that a flight left, for the next one
+	used      int64            // allocated bytes of blobs and strangers' files under blobs/
+	claimed   int64            // reserved for pending files, written or not
+	strangers int64            // of that, by registries that are not listed
+	indexed   int64            // bytes of the index, its next growth included
+	adopt     int              // files yet to be adopted
+	trouble   error            // the disk's last refusal; nil after the next success
 }
 
 // ErrInUse: another process has the data directory.
@@ -260,6 +267,23 @@ func (c *Cache) Has(k Key) (size int64, ok bool) {
 	return o.Size, ok
 }
 
+// Size is the object's, where it is stored, or as the source of a flight has
+// said.
+func (c *Cache) Size(k Key) (size int64, ok bool) {
+	if size, ok := c.Has(k); ok {
+		return size, true
+	}
+	c.mu.Lock()
+	f := c.flights[k]
+	c.mu.Unlock()
+	if f == nil {
+		return 0, false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.size, f.size >= 0 && f.state != asking
+}
+
 // Source tells where an object came from.
 type Source int
 
@@ -309,6 +333,9 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		if err != nil {
 			return nil, err
 		}
+		if !leader && req.Authorised && f.supersede(req) {
+			continue
+		}
 		if !leader && !req.Authorised {
 			err := ErrAuthorise
 			if req.Wait {
@@ -323,7 +350,10 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 			if !req.Authorised {
 				return nil, ErrAuthorise
 			}
-		case errors.Is(err, ErrRefused) && !leader:
+		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrTainted):
+			return o, err
+		case errors.Is(err, ErrRefused), req.Source != f.source:
+			// It was somebody else's affair.
 		default:
 			return o, err
 		}

@@ -143,12 +143,15 @@ func (c *Cache) commit(batch []*flight) {
 	c.mu.Lock()
 	c.used += grown
 	for _, f := range stored {
-		c.claimed -= roundUp(f.claim) // its bytes are counted as used now
-		f.claim = 0                   // nobody else looks at it before the table's reference is back
+		c.claim(f.key.Domain, -roundUp(f.claim)) // its bytes are counted as used now
+		f.claim = 0                              // nobody else looks at it before the table's reference is back
 	}
 	c.mu.Unlock()
 	for _, f := range batch {
 		f.leaveTable()
+		if p := c.takeParked(f.key); p != nil {
+			c.discard(f.key, p)
+		}
 	}
 }
 

@@ -187,6 +187,7 @@ func (f *flight) fill(first *answer) {
 	}
 	switch {
 	case wrong != nil:
+		f.disown()
 		f.end(failed, wrong)
 	case disk != nil:
 		f.cache.noteTrouble(disk)
@@ -454,7 +455,7 @@ func (f *flight) take(w *worker, piece []byte) error {
 // body without a length, ever needs more of it.
 func (f *flight) write(piece []byte, at int64) error {
 	if at+int64(len(piece)) > f.claim {
-		if err := f.cache.reserve(unknownStep); err != nil {
+		if err := f.cache.reserve(f.key.Domain, unknownStep); err != nil {
 			return err
 		}
 		f.mu.Lock()
@@ -526,6 +527,7 @@ func (f *flight) promises() []promise {
 // land ends a flight whose bytes are all there.
 func (f *flight) land() {
 	if err := f.verify(); err != nil {
+		f.disown()
 		f.end(failed, err)
 		return
 	}
@@ -536,6 +538,18 @@ func (f *flight) land() {
 	f.changed.Broadcast()
 	f.mu.Unlock()
 	c.verified <- f // with the table's reference
+}
+
+// disown tells who brought the bytes that they are not the object's.
+func (f *flight) disown() {
+	f.mu.Lock()
+	tickets := slices.Clone(f.tickets)
+	f.mu.Unlock()
+	for _, t := range tickets {
+		if t.wrong != nil {
+			t.wrong()
+		}
+	}
 }
 
 func (f *flight) verify() error {

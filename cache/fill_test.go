@@ -166,19 +166,15 @@ func TestWhoWantsTheMiddleDoesNotWaitForTheStart(t *testing.T) {
 			}
 			var first chan error
 			if !cold {
-				lead, err := c.Open(t.Context(), parallelRequest(o, "a"))
-				if err != nil {
-					t.Fatal(err)
-				}
 				first = make(chan error, 1)
 				go func() {
-					defer lead.Close()
-					got, err := io.ReadAll(struct{ io.Reader }{lead.Content})
+					got, err := readAll(c, parallelRequest(o, "a"))
 					if err == nil && !bytes.Equal(got, o.body) {
 						err = errors.New("wrong bytes")
 					}
 					first <- err
 				}()
+				until(t, "the flight has begun", func() bool { return len(o.questions()) > 0 })
 			}
 			req := parallelRequest(o, "b")
 			req.Offset, req.Ranged = middle, true

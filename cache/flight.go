@@ -53,7 +53,9 @@ type flight struct {
 	ctx      context.Context // the flight's own; ends with it or with the cache
 	cancel   context.CancelFunc
 	refs     atomic.Int32 // the table's or the committer's one, and one for each reader
+	source   string       // who is asked first
 	asker    string       // the reader whose right the fetch is to find out; "" when that is known
+	answered bool         // guarded by the cache's mutex
 	parallel int          // how many answers may be open at the source at once
 	check    func([]byte) error
 
@@ -74,6 +76,7 @@ type flight struct {
 // ticket is a way to ask the source, with one reader's credential.
 type ticket struct {
 	fetch   Fetch
+	wrong   func() // see Request
 	refused bool
 }
 
@@ -116,7 +119,7 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	if c.closed {
 		return nil, false, ErrClosed
 	}
-	f = &flight{cache: c, key: req.Key, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	f = &flight{cache: c, key: req.Key, source: req.Source, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	if p := c.parked[req.Key]; p != nil {
 		delete(c.parked, req.Key)
@@ -127,7 +130,7 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
-	f.tickets = []*ticket{{fetch: req.Fetch}}
+	f.tickets = []*ticket{{fetch: req.Fetch, wrong: req.Wrong}}
 	f.ctx, f.cancel = context.WithCancel(c.ctx)
 	f.refs.Store(2)
 	c.flights[req.Key] = f
@@ -145,6 +148,38 @@ func (f *flight) leaveTable() {
 	}
 	c.mu.Unlock()
 	f.release()
+}
+
+// supersede takes a flight out of the table that waits for the answer of
+// another source than the request would ask: what that one is up to is nothing
+// to who has the authority's yes. Should it answer first after all, it has the
+// table again. The caller's reference is given back if so.
+func (f *flight) supersede(req Request) bool {
+	c := f.cache
+	c.mu.Lock()
+	yes := c.flights[f.key] == f && !f.answered && f.source != req.Source
+	if yes {
+		delete(c.flights, f.key)
+	}
+	c.mu.Unlock()
+	if yes {
+		f.release()
+	}
+	return yes
+}
+
+// holdTable is for a flight that has its answer: it tells whether no other has
+// one, and the table is its own then.
+func (f *flight) holdTable() bool {
+	c := f.cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if other := c.flights[f.key]; other != nil && other != f && other.answered {
+		return false
+	}
+	c.flights[f.key] = f
+	f.answered = true
+	return true
 }
 
 // release gives a reference back. The last one closes the file, and gives up
@@ -165,7 +200,7 @@ func (f *flight) release() {
 		f.pending.Close()
 	}
 	if f.claim > 0 {
-		f.cache.unreserve(f.claim)
+		f.cache.unreserve(f.key.Domain, f.claim)
 	}
 }
 
@@ -187,6 +222,12 @@ func (f *flight) run(lead Request) {
 	if err != nil {
 		f.park()
 		f.end(failed, err)
+		return
+	}
+	if !f.holdTable() {
+		a.body.Close()
+		f.park()
+		f.end(gone, nil)
 		return
 	}
 	if err := f.begin(a.Info); err != nil {
@@ -218,7 +259,7 @@ func (f *flight) begin(info Info) error {
 func (f *flight) create(info Info) error {
 	c := f.cache
 	claim := claimFor(info.Size)
-	if err := c.reserve(claim); err != nil {
+	if err := c.reserve(f.key.Domain, claim); err != nil {
 		f.mu.Lock()
 		f.size = info.Size
 		f.mu.Unlock()
@@ -344,10 +385,14 @@ func (f *flight) answer(ctx context.Context, reader string) error {
 func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, error) {
 	stop := context.AfterFunc(ctx, f.wakeAll)
 	defer stop()
+	r := &follower{flight: f, req: req}
 	f.mu.Lock()
+	f.waiting[r] = req.Offset
+	f.work.Broadcast()
 	for ctx.Err() == nil && f.undecided(req) {
 		f.changed.Wait()
 	}
+	delete(f.waiting, r)
 	if leader && f.state == asking {
 		f.noLeader = true // nobody will take the body if it comes to that
 	}
@@ -357,7 +402,7 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	if leader {
 		first, f.first = f.first, nil
 	} else if state == feeding && req.Authorised && len(f.tickets) < maxTickets {
-		f.tickets = append(f.tickets, &ticket{fetch: req.Fetch})
+		f.tickets = append(f.tickets, &ticket{fetch: req.Fetch, wrong: req.Wrong})
 		f.work.Broadcast()
 	}
 	f.mu.Unlock()
@@ -373,7 +418,6 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	case req.Offset > 0 && f.cache.taint.has(f.key, req.Reader):
 		err = ErrTainted
 	default:
-		r := &follower{flight: f, req: req}
 		source := Joined
 		switch {
 		case leader:
@@ -387,18 +431,19 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	return nil, err
 }
 
-// undecided: nothing can be answered yet. What fits into the tail is waited
-// for, so that an error can still be one; so is the end of a body without a
-// length when a range of it is asked for. Called with the lock.
+// undecided: nothing can be answered yet. The first byte is waited for, and all
+// of what fits into the tail, so that an error can still be one; so is the end
+// of a body without a length when a range of it is asked for. Called with the
+// lock.
 func (f *flight) undecided(req Request) bool {
 	switch f.state {
 	case asking, ending:
 		return true
 	case feeding:
 		if f.size < 0 {
-			return req.Offset > 0
+			return req.Offset > 0 || f.readable(0) == 0
 		}
-		return f.size <= tailHold
+		return f.size <= tailHold || req.Offset < f.size-tailHold && f.readable(req.Offset) <= req.Offset
 	}
 	return false
 }

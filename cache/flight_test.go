@@ -156,8 +156,8 @@ func TestFlightInterleavings(t *testing.T) {
 		"filling: the tail is held back until the digest matched": func(t *testing.T, c *Cache, s *source) {
 			ch := goOpen(c, request(dgst, s, "a"))
 			d := s.next(t)
-			a := mustOpen(t, ch)
 			d.Write(body) // all of it, but it is not over yet
+			a := mustOpen(t, ch)
 			readExactly(t, a, body[:big-tailHold])
 			b := mustOpen(t, goOpen(c, request(dgst, s, "b")))
 			readExactly(t, b, body[:big-tailHold])
@@ -172,8 +172,8 @@ func TestFlightInterleavings(t *testing.T) {
 			s.size = -1
 			ch := goOpen(c, request(dgst, s, "a"))
 			d := s.next(t)
-			a := mustOpen(t, ch)
 			d.Write(body[:100_000])
+			a := mustOpen(t, ch)
 			readExactly(t, a, body[:100_000-tailHold])
 			d.Write(body[100_000:])
 			readExactly(t, a, body[100_000-tailHold:big-tailHold])
@@ -188,11 +188,12 @@ func TestFlightInterleavings(t *testing.T) {
 			if _, err := c.Open(t.Context(), lead); !errors.Is(err, ErrAuthorise) {
 				t.Fatal(err)
 			}
+			d.Write(body[:1])
 			mustOpen(t, ch)
 			if _, err := c.Open(t.Context(), lead); !errors.Is(err, ErrAuthorise) {
 				t.Fatal(err)
 			}
-			d.Write(body)
+			d.Write(body[1:])
 			d.Close()
 			waitStored(t, c, key)
 			if _, err := c.Open(t.Context(), lead); !errors.Is(err, ErrAuthorise) {
@@ -216,9 +217,9 @@ func TestFlightInterleavings(t *testing.T) {
 				t.Fatal(got.err)
 			}
 			d := s.next(t)
-			o := mustOpen(t, second)
 			d.Write(body)
 			d.Close()
+			o := mustOpen(t, second)
 			readExactly(t, o, body)
 		},
 		"asking: any other error is everybody's": func(t *testing.T, c *Cache, s *source) {
@@ -250,17 +251,18 @@ func TestFlightInterleavings(t *testing.T) {
 		"filling: without readers it goes on to the end": func(t *testing.T, c *Cache, s *source) {
 			ch := goOpen(c, request(dgst, s, "a"))
 			d := s.next(t)
+			d.Write(body[:1])
 			(<-ch).object.Close()
-			d.Write(body)
+			d.Write(body[1:])
 			d.Close()
 			waitStored(t, c, key)
 		},
 		"failed: readers are cut, tainted, and moved to no later generation": func(t *testing.T, c *Cache, s *source) {
 			ch := goOpen(c, request(dgst, s, "a"))
 			d := s.next(t)
+			d.Write(wrong)
 			a := mustOpen(t, ch)
 			b := mustOpen(t, goOpen(c, request(dgst, s, "b"))) // reads nothing
-			d.Write(wrong)
 			readExactly(t, a, wrong[:1000])
 			d.Close()
 			if _, err := io.Copy(io.Discard, a.Content); !errors.Is(err, ErrBroken) {
@@ -291,9 +293,9 @@ func TestFlightInterleavings(t *testing.T) {
 		"verified: readers have all of it before the commit": func(t *testing.T, c *Cache, s *source) {
 			ch := goOpen(c, request(dgst, s, "a"))
 			d := s.next(t)
-			a := mustOpen(t, ch)
 			d.Write(body)
 			d.Close()
+			a := mustOpen(t, ch)
 			readExactly(t, a, body)
 			o := mustOpen(t, goOpen(c, request(dgst, s, "b")))
 			readExactly(t, o, body)
@@ -334,8 +336,8 @@ func TestFlightInterleavings(t *testing.T) {
 			}
 			ch := goOpen(c, req)
 			d := s.next(t)
-			o := mustOpen(t, ch)
 			d.Write(body)
+			o := mustOpen(t, ch)
 			d.Close()
 			if _, err := io.Copy(io.Discard, o.Content); !errors.Is(err, refuse) {
 				t.Fatal(err)
@@ -388,8 +390,8 @@ func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, bod
 	const first = 200_000
 	ch := goOpen(c, request(dgst, s, "a"))
 	d := s.next(t)
-	a := mustOpen(t, ch)
 	d.Write(body[:first])
+	a := mustOpen(t, ch)
 	readExactly(t, a, body[:1000])
 	b := mustOpen(t, goOpen(c, request(dgst, s, "b")))
 	leaver := <-goOpen(c, request(dgst, s, "leaver"))
@@ -480,11 +482,11 @@ func TestTheBoundHoldsWithReservations(t *testing.T) {
 		s := newSource(int64(len(body)))
 		ch := goOpen(c, request(digest.FromBytes(body), s, "a"))
 		d := s.next(t)
+		go func() { d.Write(body); d.Close() }()
 		o := mustOpen(t, ch)
 		if st := c.Stats(); st.UsedBytes+st.PendingBytes > st.MaxBytes {
 			t.Fatalf("over the bound: %+v", st)
 		}
-		go func() { d.Write(body); d.Close() }()
 		readExactly(t, o, body)
 		if o.Source == Passed {
 			continue

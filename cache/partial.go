@@ -159,16 +159,27 @@ func (f *flight) park() {
 	f.size = p.size
 	f.mu.Unlock()
 	p.parked = time.Now()
-	for c.park(f.key, &p) > maxParked {
+	c.mu.Lock()
+	other := c.parked[f.key] // of a flight that was superseded
+	c.parked[f.key] = &p
+	n := len(c.parked)
+	c.mu.Unlock()
+	if other != nil {
+		c.discard(f.key, other)
+	}
+	if n > maxParked {
 		c.dropParked()
 	}
 }
 
-func (c *Cache) park(k Key, p *partial) int {
+// takeParked returns what lies parked, nil if nothing does; it is the caller's
+// then.
+func (c *Cache) takeParked(k Key) *partial {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.parked[k] = p
-	return len(c.parked)
+	p := c.parked[k]
+	delete(c.parked, k)
+	return p
 }
 
 // dropParked gives up the file that has lain longest, for its room.
@@ -194,7 +205,7 @@ func (c *Cache) discard(k Key, p *partial) {
 	p.taintFed(k, c.taint)
 	p.pending.Discard()
 	p.pending.Close()
-	c.unreserve(p.claim)
+	c.unreserve(k.Domain, p.claim)
 }
 
 // dropPartial gives up what an earlier flight left.
@@ -212,9 +223,9 @@ func (f *flight) dropPartial() {
 func (c *Cache) closeParked() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, p := range c.parked {
+	for k, p := range c.parked {
 		p.pending.Close()
-		c.claimed -= roundUp(p.claim)
+		c.claim(k.Domain, -roundUp(p.claim))
 	}
 	clear(c.parked)
 }

@@ -96,7 +96,7 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 		}
 		if err == nil {
 			p.claim = claimFor(p.size)
-			err = c.reserve(p.claim)
+			err = c.reserve(k.Domain, p.claim)
 		}
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())

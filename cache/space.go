@@ -29,22 +29,26 @@ func claimFor(size int64) int64 {
 	return size
 }
 
+// strangersShare is which part of the room, one in so many, may be claimed by
+// what registries that are not listed announce: they need not send it.
+const strangersShare = 4
+
 // reserve claims room for n more bytes of a pending file before any of them is
 // written. The caller gives the claim back with unreserve, or has the
 // committer turn it into a stored file's bytes. Parked files make room.
-func (c *Cache) reserve(n int64) error {
+func (c *Cache) reserve(domain string, n int64) error {
 	if n < 0 || n > c.opts.MaxSize { // before any sum: it may be as large as a number gets
 		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
 	for {
-		err := c.tryReserve(roundUp(n))
+		err := c.tryReserve(domain, roundUp(n))
 		if !errors.Is(err, errNoRoom) || !c.dropParked() {
 			return err
 		}
 	}
 }
 
-func (c *Cache) tryReserve(n int64) error {
+func (c *Cache) tryReserve(domain string, n int64) error {
 	free, _, err := c.store.Free()
 	if err != nil {
 		return err
@@ -59,14 +63,25 @@ func (c *Cache) tryReserve(n int64) error {
 	if c.used+c.indexed+c.claimed+n > c.opts.MaxSize {
 		return fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
-	c.claimed += n
+	if domain != ListedDomain && c.strangers+n > c.opts.MaxSize/strangersShare {
+		return fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", errNoRoom, n)
+	}
+	c.claim(domain, n)
 	return nil
 }
 
-func (c *Cache) unreserve(n int64) {
+// claim is called with the lock.
+func (c *Cache) claim(domain string, n int64) {
+	c.claimed += n
+	if domain != ListedDomain {
+		c.strangers += n
+	}
+}
+
+func (c *Cache) unreserve(domain string, n int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.claimed -= roundUp(n)
+	c.claim(domain, -roundUp(n))
 }
 
 func roundUp(n int64) int64 { return (n + fsBlock - 1) / fsBlock * fsBlock }

@@ -18,6 +18,7 @@ import (
 	"tarn/upstream"
 
 	"github.com/distribution/distribution/v3/registry/api/errcode"
+	"github.com/gorilla/mux"
 )
 
 // The token broker is for clients that learn how to authenticate from /v2/
@@ -61,7 +62,8 @@ func (p *Proxy) serveBase(w *response, r *http.Request, q *request) error {
 		if r.Host == "" || strings.ContainsAny(r.Host, `"\`) {
 			return badName("no usable Host header")
 		}
-		realm := url.URL{Scheme: "http", Host: r.Host, Path: "/token"}
+		// Who names the registry before /v2/ says in no scope which it is.
+		realm := url.URL{Scheme: "http", Host: r.Host, Path: strings.TrimSuffix(q.prefix, "v2/") + "token"}
 		if r.TLS != nil {
 			realm.Scheme = "https"
 		}
@@ -76,6 +78,12 @@ func (p *Proxy) serveBase(w *response, r *http.Request, q *request) error {
 		w.Write([]byte("{}"))
 	}
 	return nil
+}
+
+// isToken tells whether a path is /token, or /token behind a registry's name.
+func isToken(r *http.Request, _ *mux.RouteMatch) bool {
+	path := r.URL.EscapedPath()
+	return strings.HasSuffix(path, "/token") && strings.Count(path, "/") <= 2
 }
 
 // serveToken answers /token, as distribution's "Token Authentication" has it.
@@ -95,7 +103,8 @@ func (p *Proxy) answerToken(w *response, r *http.Request, q *request) error {
 	if err != nil {
 		return err
 	}
-	name, repositories, err := p.names.parseScopes(ask.scopes)
+	head := strings.Trim(strings.TrimSuffix(r.URL.Path, "token"), "/")
+	name, repositories, err := p.names.parseScopes(head, ask.scopes)
 	if err != nil {
 		return err
 	}
@@ -104,6 +113,8 @@ func (p *Proxy) answerToken(w *response, r *http.Request, q *request) error {
 		return writeToken(w, upstream.Token{Value: markerToken, Life: markerLife, Issued: p.now()})
 	}
 	switch {
+	case name == "" && len(ask.scopes) > 0:
+		return badToken("a credential needs scopes that say which registry it is for, as in repository:ghcr.io/org/app:pull")
 	case name == "":
 		return badToken("a credential needs a scope that says which registry it is for: tarn itself has no login, put it into the client's auth file")
 	case !p.rules(name).TokenBroker:
@@ -198,9 +209,12 @@ func parseTokenRequest(w http.ResponseWriter, r *http.Request) (t tokenRequest, 
 // maxScopes is more than any image has repositories.
 const maxScopes = 64
 
-// parseScopes returns the one registry that all scopes are for, "" when there
-// are none, and the repositories as that registry calls them.
-func (n names) parseScopes(scopes []string) (name upstream.Name, repositories []string, err error) {
+// parseScopes returns the one registry that all scopes are for, and the
+// repositories as that registry calls them. It is "" when there are none, or
+// none says which: a secret is for nobody by default. head is what the path
+// named, if anything.
+func (n names) parseScopes(head string, scopes []string) (name upstream.Name, repositories []string, err error) {
+	implied := false
 	if len(scopes) > maxScopes {
 		return "", nil, badToken("too many scopes")
 	}
@@ -216,7 +230,7 @@ func (n names) parseScopes(scopes []string) (name upstream.Name, repositories []
 			}
 		}
 		q := &request{}
-		if err := n.parseUpstream(q, "", rest[:i], nil); err != nil {
+		if err := n.parseUpstream(q, head, rest[:i], nil); err != nil {
 			return "", nil, err
 		}
 		if err := q.completeRepository(); err != nil {
@@ -225,10 +239,13 @@ func (n names) parseScopes(scopes []string) (name upstream.Name, repositories []
 		if name != "" && q.upstream != name {
 			return "", nil, badToken("the scopes are for two registries; a token is for one")
 		}
-		name = q.upstream
+		name, implied = q.upstream, implied || q.form == formDefault
 		if !slices.Contains(repositories, q.repository) {
 			repositories = append(repositories, q.repository)
 		}
+	}
+	if implied {
+		name = ""
 	}
 	return name, repositories, nil
 }

@@ -62,9 +62,8 @@ func TestTheBrokerSendsClientsToItselfAndTheirSecretsToOneRealm(t *testing.T) {
 	r, _, _, d := brokered(t)
 	img := r.Image("team/secret", "v1", random(1, 100_000))
 	host := strings.TrimPrefix(d.URL, "http://")
-	want := fmt.Sprintf(`Bearer realm="http://%s/token",service="tarn"`, host)
-	for _, path := range []string{"/v2/", "/v2", "/lab.test/v2/"} {
-		d.get(path).must(t, 401).mustSay(t, "WWW-Authenticate", want)
+	for path, realm := range map[string]string{"/v2/": "/token", "/v2": "/token", "/lab.test/v2/": "/lab.test/token"} {
+		d.get(path).must(t, 401).mustSay(t, "WWW-Authenticate", fmt.Sprintf(`Bearer realm="http://%s%s",service="tarn"`, host, realm))
 		d.get(path, "Authorization", registrytest.Basic("a", registrytest.Password("a"))).must(t, 401)
 		d.get(path, "Authorization", "Bearer x").must(t, 200)
 	}

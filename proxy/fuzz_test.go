@@ -58,11 +58,11 @@ func FuzzScopes(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, scope string) {
-		name, repositories, err := testNames.parseScopes(strings.Fields(scope))
+		name, repositories, err := testNames.parseScopes("", strings.Fields(scope))
 		if err != nil {
 			return
 		}
-		if (name == "") != (len(repositories) == 0) {
+		if name != "" && len(repositories) == 0 {
 			t.Fatalf("%q: %q %q", scope, name, repositories)
 		}
 		for _, r := range repositories {

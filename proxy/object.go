@@ -52,6 +52,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	req := cache.Request{
 		Key:    p.key(q, q.digest),
 		Reader: p.reader(q.repositoryKey(), p.credential(q)),
+		Source: string(q.upstream),
 		Offset: q.first,
 		Ranged: q.ranged,
 	}
@@ -61,7 +62,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	y, ok := p.entitled(q)
 	if !ok {
 		if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
-			return nil, yes{}, p.ownWords(q, err)
+			return nil, yes{}, err
 		}
 	}
 	if !ok && !p.lendsNode(q) {
@@ -69,6 +70,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 		req.Fetch = p.fetch(q, q.digest, false, &answer)
 		req.Check = p.check(q, func() string { return answer.mediaType }) // runs after the Fetch
 		req.Wait = p.rules(q.upstream).GrantTTL > 0
+		req.Wrong = func() { p.retract(q.repositoryKey(), q.kind, q.digest, p.credential(q)) }
 		o, err := p.cache.Open(ctx, req)
 		switch {
 		case err == nil:
@@ -86,7 +88,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	}
 	// The flight that is there may fail, and then it is this client's turn.
 	// The other endpoints may serve it, unless the yes was for what had begun.
-	req.Authorised = true
+	req.Authorised, req.Wrong = true, nil
 	req.Fetch = p.fetch(q, q.digest, !y.finishing, nil)
 	req.Check = p.check(q, func() string { return y.mediaType })
 	o, err := p.cache.Open(ctx, req)
@@ -157,6 +159,7 @@ func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, q.digest),
 		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
+		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      p.fetch(q, q.digest, true, &answer),
 		Check:      checkAs(func() string { return answer.mediaType }),

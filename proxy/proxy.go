@@ -142,7 +142,7 @@ func New(opts Options) (*Proxy, error) {
 		p.router.PathPrefix(prefix).Methods(http.MethodGet, http.MethodHead).HandlerFunc(p.serveAPI)
 	}
 	if p.brokers {
-		p.router.Path("/token").Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
+		p.router.MatcherFunc(isToken).Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
 	}
 	p.router.NotFoundHandler = failing(errNoRoute)
 	p.router.MethodNotAllowedHandler = failing(errMethod)
@@ -195,7 +195,9 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 		err = p.serveRelayed(ctx, w, r, q)
 	}
 	if err != nil {
-		w.fail(q, err)
+		// A refusal may be shared; what may pass depends on how each client
+		// asked.
+		w.fail(q, p.ownWords(q, err))
 	}
 }
 
@@ -266,6 +268,7 @@ type response struct {
 	err         error
 	start       time.Time
 	headers     time.Duration // from arrival to the headers
+	slow        bool          // the body may come later than the headers
 	status      int
 	bytes       int64
 }
@@ -277,6 +280,9 @@ func (w *response) WriteHeader(status int) {
 		w.Header().Set("Cache-Status", w.cacheStatus)
 	}
 	w.ResponseWriter.WriteHeader(status)
+	if w.slow {
+		http.NewResponseController(w.ResponseWriter).Flush()
+	}
 }
 
 func (w *response) Write(p []byte) (int, error) {
@@ -314,6 +320,7 @@ func (w *response) detail(status, detail string) {
 
 // source sets the Cache-Status of an object's bytes.
 func (w *response) source(s cache.Source) {
+	w.slow = s != cache.Hit
 	switch s {
 	case cache.Hit:
 		w.detail("hit", "")

@@ -50,6 +50,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 		return errNoLength
 	}
 	w.detail("fwd=bypass; fwd-status=200", "list")
+	w.slow = true
 	w.WriteHeader(http.StatusOK)
 	_, err = io.Copy(w, resp.Body)
 	return aborted(err)

@@ -68,6 +68,10 @@ const (
 	// maxRights bounds each of the tables. Past it what is forgotten costs a
 	// question, never a right.
 	maxRights = 1 << 16
+	// maxUnauthorised bounds the 401s, which hold what a registry wrote, and
+	// maxChallenge that.
+	maxUnauthorised = 256
+	maxChallenge    = 4 << 10
 )
 
 // rights are what the authorities have said.
@@ -355,6 +359,8 @@ func (p *Proxy) said(k index.RepositoryKey, kind upstream.Kind, d digest.Digest,
 	case http.StatusUnauthorized, http.StatusForbidden:
 	case http.StatusNotFound:
 		if d != "" {
+			// Some registries say it also where they mean 403, and then it
+			// costs those who have the object a question.
 			key := k.MembershipKey(string(kind), d)
 			r.mu.Lock()
 			r.refuse(key, now)
@@ -369,11 +375,17 @@ func (p *Proxy) said(k index.RepositoryKey, kind upstream.Kind, d digest.Digest,
 	defer r.mu.Unlock()
 	r.refuse(reader, now)
 	delete(r.grants, reader)
-	if refused.Status != http.StatusUnauthorized { // a token that ran out may be renewed
+	if refused.Status != http.StatusUnauthorized || refused.Denied { // a token that ran out may be renewed
 		r.finishes -= len(r.finishing[reader])
 		delete(r.finishing, reader)
-	} else if c.anonymous() {
-		if len(r.unauthorised) >= maxRights {
+	}
+	if refused.Status == http.StatusUnauthorized && c.anonymous() && refused.ChallengeSize() <= maxChallenge {
+		for k, u := range r.unauthorised {
+			if !now.Before(u.until) {
+				delete(r.unauthorised, k)
+			}
+		}
+		if len(r.unauthorised) >= maxUnauthorised {
 			clear(r.unauthorised)
 		}
 		r.unauthorised[k] = unauthorised{refused, now.Add(refusedFor)}
@@ -437,16 +449,17 @@ func tokenEnd(authorization string) (time.Time, bool) {
 
 // ask puts the client's question to the authority, with the client's own
 // credential, and takes what the answer says. What it refuses is an error that
-// serveError understands.
+// others may share who are the same to the authority; ownWords makes each
+// client's own of it.
 func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, time.Time, error) {
 	k, c := q.repositoryKey(), p.credential(q)
 	if err := p.recall(k, c); err != nil {
-		return nil, time.Time{}, p.ownWords(q, err)
+		return nil, time.Time{}, err
 	}
 	asked := p.now()
 	resp, err := p.do(ctx, q, c, method, reference, part)
 	if q.kind != upstream.Manifest && q.kind != upstream.Blob {
-		return resp, asked, p.ownWords(q, err) // lists make no rights
+		return resp, asked, err // lists make no rights
 	}
 	d := digest.Digest(reference)
 	if d.Validate() != nil {
@@ -455,7 +468,10 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 	switch {
 	case err != nil:
 		p.said(k, q.kind, d, c, err)
-		return nil, asked, p.ownWords(q, err)
+		return nil, asked, err
+	case resp.Authority && d != "" && !p.speaksOf(q, d, resp):
+		resp.Body.Close()
+		return nil, asked, errAnotherThing
 	case resp.Authority:
 		p.granted(k, c, asked)
 		if d != "" {
@@ -463,6 +479,36 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 		}
 	}
 	return resp, asked, nil
+}
+
+var errAnotherThing = fmt.Errorf("%w: what it says yes to is not this object", upstream.ErrProtocol)
+
+// speaksOf tells whether a 200 can be about the object: a registry behind a
+// sign-on page answers everything to everybody, with that page. What is here
+// has a size; of what is not, the digest tells in the end, see retract.
+func (p *Proxy) speaksOf(q *request, d digest.Digest, resp *upstream.Response) bool {
+	switch t := resp.MediaType; {
+	case resp.Digest != "" && resp.Digest != d && resp.Digest.Algorithm() == d.Algorithm():
+		return false
+	case t == "text/html", t == "application/xhtml+xml":
+		return false
+	case q.kind == upstream.Manifest && !generic(t) && !manifestLike(t) && !schema1(t):
+		return false
+	}
+	size, here := p.cache.Size(p.key(q, d))
+	return !here || resp.Size == size || resp.Size < 0 && resp.Digest == d
+}
+
+// retract takes back what a yes made whose bytes were another thing's.
+func (p *Proxy) retract(k index.RepositoryKey, kind upstream.Kind, d digest.Digest, c credential) {
+	reader, key, now := p.reader(k, c), k.MembershipKey(string(kind), d), p.now()
+	r := p.rights
+	r.mu.Lock()
+	r.refuse(reader, now)
+	r.refuse(key, now)
+	delete(r.grants, reader)
+	r.mu.Unlock()
+	p.cache.Index().DeleteMembership(key)
 }
 
 // do is the request itself.

@@ -47,18 +47,15 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 
 func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool, error) {
 	if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
-		return nil, false, p.ownWords(q, err)
+		return nil, false, err
 	}
-	c, shared, err := p.fresh.confirm(ctx, p.ctx, headKey{
+	return p.fresh.confirm(ctx, p.ctx, headKey{
 		upstream:   string(q.upstream),
 		repository: q.repository,
 		tag:        q.tag,
 		accept:     acceptKey(q.accept),
 		credential: p.credential(q),
 	})
-	// The words of a shared refusal are this client's own: what may pass
-	// depends on how it asked.
-	return c, shared, p.ownWords(q, err)
 }
 
 // askTag is the HEAD of a batch. Registries that refuse HEAD, or leave out the
@@ -182,6 +179,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, c.digest),
 		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
+		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      fetch,
 		Check:      checkAs(func() string { return c.mediaType }),

@@ -276,7 +276,7 @@ func TestWhoLeavesAStreamOfItsOwnMayResumeIt(t *testing.T) {
 	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, maxSize: 100 << 10})
 	blob := random(1, 1<<20)
 	dgst := r.Blob("app", blob)
-	for _, cut := range []struct {
+	for i, cut := range []struct {
 		name string
 		hook func(w http.ResponseWriter, req *http.Request) bool
 	}{
@@ -303,6 +303,10 @@ func TestWhoLeavesAStreamOfItsOwnMayResumeIt(t *testing.T) {
 		}
 		resp.Body.Close()
 		r.Hook = nil
+		// What it may hold is written down when its answer has ended.
+		eventually(t, "the answer has ended", func() bool {
+			return bytes.Count(d.log.take(), []byte(`"status":200`)) == i+1
+		})
 		a := d.get(blobPath("app", dgst), "Range", "bytes=1000-").must(t, 206)
 		if !bytes.Equal(append(got, a.body...), blob) {
 			t.Errorf("%s: the resumed blob is wrong", cut.name)

@@ -43,6 +43,7 @@ type DockerConfig struct {
 type lookup struct {
 	secret Secret
 	err    error
+	read   time.Time // when it was begun
 	until  time.Time
 	file   fileState
 }
@@ -91,11 +92,14 @@ func (c *DockerConfig) open() (*credentials.DynamicStore, error) {
 	return nil, fmt.Errorf("%w: docker_config %s is not what docker writes (JSON with auths, credsStore, credHelpers)", ErrCredentials, c.path)
 }
 
-// Forget makes the next Get look again.
+// Forget makes the next Get look again, unless it has just looked: a registry
+// may refuse a good secret as often as somebody asks for what there is not.
 func (c *DockerConfig) Forget() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.known = lookup{}
+	if time.Since(c.known.read) > failureFor {
+		c.known = lookup{}
+	}
 }
 
 // Get returns the secret, the zero value when the file has none for this
@@ -118,7 +122,7 @@ func (c *DockerConfig) Get(ctx context.Context) (Secret, error) {
 	done := c.asking.DoChan("", func() (any, error) {
 		hctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
 		defer cancel()
-		found := lookup{file: file}
+		found := lookup{file: file, read: time.Now()}
 		found.secret, found.err = c.read(hctx)
 		found.until = time.Now().Add(credentialFor)
 		if found.err != nil {

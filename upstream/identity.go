@@ -74,7 +74,7 @@ func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Resp
 		}
 		// The token was refused. A credential of the client's own may do
 		// better, with a token for the challenge that came without one.
-		return &StatusError{Status: http.StatusUnauthorized, Challenge: shown.challenge}
+		return &StatusError{Status: http.StatusUnauthorized, Challenge: shown.challenge, Denied: status.Status == http.StatusForbidden}
 	}
 	if status.Status == http.StatusForbidden || fresh || status.insufficient && shown.header != "" {
 		return nil, refusal()
@@ -130,7 +130,7 @@ func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challeng
 			delete(r.proofs, key)
 			return proof{}, err
 		}
-		if len(r.proofs) >= maxProofs {
+		if !r.listed && len(r.proofs) >= maxStrangerProofs || len(r.proofs) >= maxProofs {
 			clear(r.proofs)
 		}
 		r.proofs[key] = p
@@ -145,6 +145,9 @@ func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challeng
 }
 
 func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach) (proof, error) {
+	if challengeSize(challenge) > maxChallenge {
+		return proof{}, errNoProof
+	}
 	p := proof{challenge: challenge, far: far}
 	bearer, isBearer := bearerChallenge(challenge)
 	var secret Secret
@@ -243,7 +246,9 @@ func (r *Registry) baseChallenge(ctx context.Context, e Endpoint) ([]string, rea
 		known.far = reachFrom(at)
 	}
 	if resp.StatusCode == http.StatusUnauthorized {
-		known.challenge = cleanChallenges(resp.Header)
+		if known.challenge = cleanChallenges(resp.Header); challengeSize(known.challenge) > maxChallenge {
+			return nil, reachPublic, fmt.Errorf("%w: %s has a challenge of more than %d bytes", ErrProtocol, e.URL.Host, maxChallenge)
+		}
 	}
 	r.mu.Lock()
 	r.bases[key] = known

@@ -84,8 +84,12 @@ type Registry struct {
 
 const (
 	maxProofs = 1024
-	maxServed = 1024
-	servedFor = 10 * time.Minute
+	// Of registries that are not listed there are many, and what they send is
+	// a stranger's: 256 times 16 proofs of 20 KiB at most.
+	maxStrangerProofs = 16
+	maxChallenge      = 4 << 10
+	maxServed         = 1024
+	servedFor         = 10 * time.Minute
 	// earlyTimeout is what an endpoint gets while another one is left.
 	earlyTimeout = 3 * time.Second
 )
@@ -174,6 +178,11 @@ func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, time
 		}
 		switch status.Status {
 		case http.StatusMethodNotAllowed:
+			// Also when this GET is refused: how often is asked must not
+			// tell what another has.
+			r.mu.Lock()
+			r.headRefused[req.Kind] = true
+			r.mu.Unlock()
 		case http.StatusUnauthorized, http.StatusForbidden:
 			r.mu.Lock()
 			when, seen := r.served[key]

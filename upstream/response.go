@@ -39,11 +39,25 @@ type StatusError struct {
 	// RetryAfter is the header of a 429 or 503, as it came.
 	RetryAfter string
 
+	// Denied: the registry itself said 403 to a token that tarn came by, and
+	// the status is a 401 so that a client's own credential may do better.
+	Denied bool
+
 	insufficient bool // RFC 6750 3.1: the token is good, but not for this
 }
 
 func (e *StatusError) Error() string {
 	return fmt.Sprintf("upstream answered %d", e.Status)
+}
+
+// ChallengeSize is how many bytes the challenge has.
+func (e *StatusError) ChallengeSize() int { return challengeSize(e.Challenge) }
+
+func challengeSize(challenge []string) (n int) {
+	for _, c := range challenge {
+		n += len(c)
+	}
+	return n
 }
 
 // Response is a registry's 200 or 206.

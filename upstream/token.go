@@ -42,6 +42,8 @@ const (
 	// maxTokenBody bounds the answer of a token service; real ones are a
 	// few KiB.
 	maxTokenBody = 1 << 20
+	// maxToken is the most that is kept of one.
+	maxToken = 16 << 10
 )
 
 var (
@@ -129,6 +131,9 @@ func (r *Registry) fetchToken(ctx context.Context, e Endpoint, t tokenRequest, f
 	out := Token{Value: cmp.Or(body.Token, body.AccessToken), Life: defaultTokenLife, Issued: issued}
 	if out.Value == "" || strings.IndexFunc(out.Value, func(c rune) bool { return c <= ' ' || c >= 0x7f }) >= 0 {
 		return Token{}, fmt.Errorf("%w: the token service of %s sent no token", ErrProtocol, r.name)
+	}
+	if len(out.Value) > maxToken {
+		return Token{}, fmt.Errorf("%w: the token service of %s sent a token of %d bytes, of at most %d", ErrProtocol, r.name, len(out.Value), maxToken)
 	}
 	if body.ExpiresIn > 0 {
 		out.Life = time.Duration(min(body.ExpiresIn, int64(maxTokenLife/time.Second))) * time.Second
