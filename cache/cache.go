@@ -124,6 +124,10 @@ type Request struct {
 	Wait bool
 	// Fetch asks the source with this reader's credential.
 	Fetch Fetch
+	// Ahead has all of the object asked for as soon as its size is known: the
+	// right may end before the download does, and an answer that was begun is
+	// read to its end.
+	Ahead bool
 	// Parallel is how many answers of the source a flight may have open at
 	// once; with 1 or less it asks for all bytes in one.
 	Parallel int

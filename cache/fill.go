@@ -144,6 +144,9 @@ func (f *flight) segment(left int64) int64 {
 		return left
 	}
 	n := min(max(left/int64(f.parallel), minSegment), maxSegment)
+	if f.ahead {
+		n = max(left/int64(max(1, f.parallel-len(f.workers))), minSegment)
+	}
 	if left-n < minSegment/2 {
 		return left // no crumbs
 	}

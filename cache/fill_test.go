@@ -611,3 +611,41 @@ func TestParkedFilesMakeRoom(t *testing.T) {
 		t.Fatal(len(got), err)
 	}
 }
+
+// TestWhoseRightMayEndAsksForAllAtOnce: every answer is begun before the first
+// has ended.
+func TestWhoseRightMayEndAsksForAllAtOnce(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	o := &origin{body: random(60 << 20)}
+	gate := make(chan struct{})
+	var ended atomic.Bool
+	o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+		if ended.Load() {
+			return nil, Info{}, fmt.Errorf("%w: the token has ended", ErrRefused)
+		}
+		end := min(off+n, int64(len(o.body)))
+		r, w := io.Pipe()
+		go func() {
+			w.Write(o.body[off : off+1])
+			<-gate
+			w.Write(o.body[off+1 : end])
+			w.Close()
+		}()
+		return r, Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+	}
+	req := parallelRequest(o, "a")
+	req.Ahead = true
+	r := mustOpen(t, goOpen(c, req))
+	until(t, "all was asked for", func() bool {
+		var all spans
+		for _, s := range o.questions() {
+			all = all.add(s.start, s.end)
+		}
+		return all.total() == int64(len(o.body))
+	})
+	ended.Store(true)
+	close(gate)
+	readExactly(t, r, o.body)
+}

@@ -55,6 +55,7 @@ type flight struct {
 	refs     atomic.Int32 // the table's or the committer's one, and one for each reader
 	source   string       // who is asked first
 	asker    string       // the reader whose right the fetch is to find out; "" when that is known
+	ahead    bool         // see Request
 	answered bool         // guarded by the cache's mutex
 	parallel int          // how many answers may be open at the source at once
 	check    func([]byte) error
@@ -119,7 +120,7 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	if c.closed {
 		return nil, false, ErrClosed
 	}
-	f = &flight{cache: c, key: req.Key, source: req.Source, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	if p := c.parked[req.Key]; p != nil {
 		delete(c.parked, req.Key)

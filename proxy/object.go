@@ -58,6 +58,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
+		req.Ahead = p.credential(q).authorization != "" && !p.lendsNode(q)
 	}
 	y, ok := p.entitled(q)
 	if !ok {
