@@ -1,0 +1,3 @@
+module tarn/bench
+
+go 1.26.0
