@@ -40,18 +40,24 @@ func (s *Store) Create(d digest.Digest) (*Pending, error) {
 	return &Pending{File: f, Digest: d, path: f.Name()}, nil
 }
 
-// Note makes what was written to the file durable, and appends a record to the
-// journal. A record has no line feed. The kernel sees
-//
-//	fsync(pending/X)
-//	write(pending/X.journal)
-//
-// so that a record speaks of nothing that a power cut can take. The record
-// itself may be lost in one: the journal is advisory.
-func (p *Pending) Note(record []byte) error {
+// Reopen opens the file once more, for reading, wherever it lies by now, or
+// does not any more.
+func (p *Pending) Reopen() (*os.File, error) {
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", p.File.Fd()))
+}
+
+// Sync makes what was written to the file durable, so that a record may be
+// noted of which a power cut takes nothing. The record itself may be lost in
+// one: the journal is advisory.
+func (p *Pending) Sync() error {
 	if err := p.File.Sync(); err != nil {
 		return fmt.Errorf("fsync a pending file: %w", err)
 	}
+	return nil
+}
+
+// Note appends a record to the journal. A record has no line feed.
+func (p *Pending) Note(record []byte) error {
 	if p.journal == nil {
 		f, err := os.OpenFile(p.path+journalSuffix, os.O_CREATE|os.O_WRONLY|os.O_APPEND, fileMode)
 		if err != nil {

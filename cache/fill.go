@@ -57,6 +57,7 @@ type filling struct {
 	working sync.WaitGroup // workers and the one that notes
 	whole   bool           // ranges are not to be had: one answer from byte 0
 	noting  bool
+	hashing bool // somebody has the hash, without the lock
 
 	disk  error // the disk refused
 	wrong error // the source sent what no further question can mend
@@ -167,7 +168,7 @@ func (f *flight) fill(first *answer) {
 		switch {
 		case f.disk != nil, f.wrong != nil, f.ctx.Err() != nil:
 			f.halt()
-		case f.hashed < f.filled.reach(f.hashed):
+		case !f.hashing && f.hashed < f.filled.reach(f.hashed):
 			f.takeOff()
 			f.hashPiece(*buf)
 			continue
@@ -213,11 +214,11 @@ func (f *flight) halt() {
 // takeOff sends workers for what nobody brings, and notes what there is. It
 // tells whether it sent anybody. Called with the lock.
 func (f *flight) takeOff() (sent bool) {
-	if total := f.filled.total(); !f.noting && f.size > firstSegment && total-f.noted >= max(noteStep, f.size/maxNotes) {
+	if f.noteDue() {
 		f.noting = true
-		filled := slices.Clone(f.filled)
+		filled, total := slices.Clone(f.filled), f.filled.total()
 		f.working.Go(func() {
-			err := f.note(f.key, filled, total)
+			err := f.note(f.key, filled, total, false)
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.noting = false
@@ -236,6 +237,11 @@ func (f *flight) takeOff() (sent bool) {
 		sent = true
 	}
 	return sent
+}
+
+// noteDue is called with the lock.
+func (f *flight) noteDue() bool {
+	return !f.noting && f.size > firstSegment && f.filled.total()-f.noted >= max(noteStep, f.size/maxNotes)
 }
 
 // next is the next worker's task, nil when there is none now. Called with the
@@ -439,19 +445,37 @@ func (f *flight) take(w *worker, piece []byte) error {
 				return fmt.Errorf("%w: %w", errDisk, err)
 			}
 		}
+		f.took(w, piece[:n])
 		piece = piece[n:]
-		f.mu.Lock()
-		if known == 0 {
-			f.filled = f.filled.add(w.pos, w.pos+n)
-			if w.pos > f.hashed {
-				f.changed.Broadcast() // who reads in the middle; others wait for the hash
-			}
-		}
-		w.pos += n
-		f.work.Broadcast()
-		f.mu.Unlock()
 	}
 	return nil
+}
+
+// took enters what a worker has brought, and hashes it when it is next: that is
+// cheaper than to read it again.
+func (f *flight) took(w *worker, piece []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	at := w.pos
+	f.filled = f.filled.add(at, at+int64(len(piece)))
+	w.pos += int64(len(piece))
+	if at != f.hashed || f.hashing {
+		if at > f.hashed {
+			f.changed.Broadcast() // who reads in the middle; others wait for the hash
+		}
+		f.work.Broadcast()
+		return
+	}
+	f.hashing = true
+	f.mu.Unlock()
+	f.sums = hashSteps(f.hash, f.sums, at, piece)
+	f.mu.Lock()
+	f.hashing = false
+	f.hashed += int64(len(piece))
+	f.changed.Broadcast()
+	if f.filled.reach(f.hashed) > f.hashed || f.noteDue() {
+		f.work.Broadcast()
+	}
 }
 
 // write writes within the room that is reserved. Only a single worker, of a
@@ -487,12 +511,14 @@ func (f *flight) compare(piece []byte, at int64) error {
 func (f *flight) hashPiece(buf []byte) {
 	at := f.hashed
 	piece := buf[:min(int64(len(buf)), f.filled.reach(at)-at)]
+	f.hashing = true
 	f.mu.Unlock()
 	_, err := f.pending.File.ReadAt(piece, at)
 	if err == nil {
 		f.sums = hashSteps(f.hash, f.sums, at, piece)
 	}
 	f.mu.Lock()
+	f.hashing = false
 	if err != nil {
 		f.disk = fmt.Errorf("%w: %w", errDisk, err)
 		return

@@ -509,16 +509,17 @@ func TestAWrongJournalCostsARefetchAndNoWrongByte(t *testing.T) {
 		data             []byte
 		continued        bool
 	}{
-		"as it should be":       {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, body[:5_000_000], true},
-		"wrong bytes":           {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
-		"all is there":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), fmt.Sprintf(`{"Filled":[[0,%d]]}`, large), body, true},
-		"bytes that are not":    {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000001]]}`, body[:5_000_000], false},
-		"another digest":        {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, digest.FromString("x"), large), `{"Filled":[[0,5]]}`, body[:5_000_000], false},
-		"another size":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large+1), `{"Filled":[[0,5000000]]}`, body[:5_000_000], true},
-		"spans that make none":  {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[-5,5]]}`, body[:5_000_000], false},
+		"as it should be":       {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Synced":true,"Filled":[[0,5000000]]}`, body[:5_000_000], true},
+		"of an earlier boot":    {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Booted":"before","Filled":[[0,5000000]]}`, make([]byte, 5_000_000), false},
+		"wrong bytes":           {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Synced":true,"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
+		"all is there":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), fmt.Sprintf(`{"Synced":true,"Filled":[[0,%d]]}`, large), body, true},
+		"bytes that are not":    {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Synced":true,"Filled":[[0,5000001]]}`, body[:5_000_000], false},
+		"another digest":        {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, digest.FromString("x"), large), `{"Synced":true,"Filled":[[0,5]]}`, body[:5_000_000], false},
+		"another size":          {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large+1), `{"Synced":true,"Filled":[[0,5000000]]}`, body[:5_000_000], true},
+		"spans that make none":  {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{"Synced":true,"Filled":[[-5,5]]}`, body[:5_000_000], false},
 		"only a header":         {fmt.Sprintf(`{"Domain":"*","Digest":%q,"Size":%d}`, d, large), `{}`, body[:5_000_000], false},
 		"no JSON":               {"x", "y", body[:5_000_000], false},
-		"another source domain": {fmt.Sprintf(`{"Domain":"evil.example","Digest":%q,"Size":%d}`, d, large), `{"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
+		"another source domain": {fmt.Sprintf(`{"Domain":"evil.example","Digest":%q,"Size":%d}`, d, large), `{"Synced":true,"Filled":[[0,5000000]]}`, make([]byte, 5_000_000), true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+
+	"tarn/blobstore"
 )
 
 // follower reads a flight's file while it is being filled. When the flight
@@ -16,8 +19,9 @@ type follower struct {
 	req    Request
 
 	pos     int64
-	top     int64 // end of the bytes that it was given
-	entered bool  // in the reader's ledger, since the flight stands apart
+	top     int64    // end of the bytes that it was given
+	file    *os.File // the flight's, with an offset of its own; see Section
+	entered bool     // in the reader's ledger, since the flight stands apart
 	own     *stream
 	// Guarded by the flight's lock.
 	stopped error
@@ -54,6 +58,9 @@ func (r *follower) close() {
 		f.cache.taint.add(f.key, r.req.Reader)
 	case leftApart:
 		f.cache.taint.add(f.key, r.req.Reader, f.promises()...)
+	}
+	if r.file != nil {
+		r.file.Close()
 	}
 	f.release()
 }
@@ -98,6 +105,66 @@ func (r *follower) Read(p []byte) (int, error) {
 	if r.own != nil {
 		return r.readOwn(p)
 	}
+	pending, n, state, err := r.await(int64(len(p)))
+	switch {
+	case err != nil:
+		return 0, err
+	case n > 0:
+		n, err := pending.File.ReadAt(p[:n], r.pos)
+		r.pos += int64(n)
+		return n, err
+	case state == verified:
+		return 0, io.EOF
+	default: // apart
+		if err := r.goOwn(); err != nil {
+			return 0, err
+		}
+		return r.readOwn(p)
+	}
+}
+
+// Section returns a file that stands where the reader does, and how many of its
+// bytes may be had now, at most most: for who has the kernel send them. Without
+// a file they can only be had by Read. Errors are Read's.
+func (r *follower) Section(most int64) (*os.File, int64, error) {
+	if r.own != nil || r.file == nil && !r.reopen() {
+		return nil, 0, nil
+	}
+	_, n, state, err := r.await(most)
+	switch {
+	case err != nil:
+		return nil, 0, err
+	case n == 0 && state == verified:
+		return nil, 0, io.EOF
+	case n == 0:
+		return nil, 0, nil
+	}
+	if _, err := r.file.Seek(r.pos, io.SeekStart); err != nil {
+		return nil, 0, err
+	}
+	r.pos += n // it has them, or reads no further
+	return r.file, n, nil
+}
+
+func (r *follower) reopen() bool {
+	f := r.flight
+	f.mu.Lock()
+	pending := f.pending
+	f.mu.Unlock()
+	if pending == nil {
+		return false
+	}
+	file, err := pending.Reopen()
+	if err == nil {
+		r.file = file
+	}
+	return err == nil
+}
+
+// await waits for bytes at the reader's place, and returns how many of them may
+// be had, at most most. When there are none, all of a verified object has been
+// had, or the flight stands apart.
+func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, error) {
 	f := r.flight
 	f.mu.Lock()
 	for r.stopped == nil && r.pos >= f.readable(r.pos) && (f.state == feeding || f.state == ending) {
@@ -108,7 +175,7 @@ func (r *follower) Read(p []byte) (int, error) {
 		f.changed.Wait()
 	}
 	delete(f.waiting, r)
-	n := min(int64(len(p)), f.readable(r.pos)-r.pos)
+	n := max(0, min(most, f.readable(r.pos)-r.pos))
 	state, err, pending := f.state, f.err, f.pending
 	if r.stopped != nil {
 		n, err, state = 0, r.stopped, failed
@@ -119,27 +186,16 @@ func (r *follower) Read(p []byte) (int, error) {
 	}
 	f.mu.Unlock()
 
-	if n > 0 && state == apart {
+	switch {
+	case n > 0 && state == apart:
 		if err := r.enter(); err != nil {
-			return 0, err
+			return nil, 0, state, err
 		}
 		r.top = max(r.top, r.pos+n)
+	case n == 0 && state != verified && state != apart:
+		return nil, 0, state, err
 	}
-	switch {
-	case n > 0:
-		n, err := pending.File.ReadAt(p[:n], r.pos)
-		r.pos += int64(n)
-		return n, err
-	case state == verified:
-		return 0, io.EOF
-	case state == apart:
-		if err := r.goOwn(); err != nil {
-			return 0, err
-		}
-		return r.readOwn(p)
-	default:
-		return 0, err
-	}
+	return pending, n, state, nil
 }
 
 // enter writes what the flight gives into the reader's ledger before more of it

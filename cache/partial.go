@@ -7,6 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"os"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"tarn/blobstore"
@@ -29,19 +33,23 @@ type partial struct {
 	fed       map[string]int64
 	strangers bool
 	versions  map[int]string // what each source calls these bytes
+	synced    time.Time      // when it was last made durable, or begun
 	noted     int64          // how many bytes the journal knows of
 	journal   int64          // how many bytes the journal has
 	parked    time.Time
 }
 
 func newPartial() partial {
-	return partial{size: -1, fed: make(map[string]int64), versions: make(map[int]string)}
+	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64), versions: make(map[int]string)}
 }
 
 const (
 	// noteStep is how many bytes at most are fetched again after a crash, for
 	// each file, besides those that came while the last note was written.
 	noteStep = 8 << 20
+	// syncInterval is the same for a power cut, in time: syncing each note
+	// would have the download wait for the disk.
+	syncInterval = 5 * time.Second
 	// maxNotes bounds them for very large files, and journalRoom the space
 	// that is reserved for them.
 	maxNotes    = 128
@@ -58,21 +66,37 @@ type header struct {
 	Size   int64
 }
 
-// progress is each further one: all spans that were on disk when it was
-// written.
+// progress is each further one: all spans that were in the file when it was
+// written. Unless they were Synced, they are so only as long as the machine runs
+// that was then Booted.
 type progress struct {
 	Filled [][2]int64
+	Synced bool   `json:",omitempty"`
+	Booted string `json:",omitempty"`
 }
 
+// bootID names this run of the machine, "" where it has no name.
+var bootID = sync.OnceValue(func() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id))
+})
+
 // note writes into the journal what is in the file: these spans, of so many
-// bytes.
-func (p *partial) note(k Key, filled spans, total int64) error {
+// bytes. In between it makes them durable, now at the latest if last is set.
+func (p *partial) note(k Key, filled spans, total int64, last bool) error {
 	if p.noted == 0 {
 		if err := p.record(header{k.Domain, k.Digest, p.size}); err != nil {
 			return err
 		}
 	}
-	var pr progress
+	pr := progress{Booted: bootID()}
+	if last || time.Since(p.synced) >= syncInterval {
+		if err := p.pending.Sync(); err != nil {
+			return err
+		}
+		pr = progress{Synced: true}
+		p.synced = time.Now()
+	}
 	for _, s := range filled {
 		pr.Filled = append(pr.Filled, [2]int64{s.start, s.end})
 	}
@@ -109,8 +133,15 @@ func restore(left *blobstore.Pending) (Key, partial, error) {
 		return k, p, err
 	}
 	var pr progress
-	if err := json.Unmarshal(left.Notes[len(left.Notes)-1], &pr); err != nil {
-		return k, p, fmt.Errorf("journal's last record: %w", err)
+	for _, n := range slices.Backward(left.Notes[1:]) {
+		pr = progress{}
+		if err := json.Unmarshal(n, &pr); err != nil {
+			return k, p, fmt.Errorf("journal's record: %w", err)
+		}
+		if pr.Synced || pr.Booted != "" && pr.Booted == bootID() {
+			break
+		}
+		pr = progress{}
 	}
 	for _, s := range pr.Filled {
 		if s[0] < 0 || s[0] >= s[1] || s[1] > h.Size || s[1] > info.Size() {
@@ -148,7 +179,7 @@ func (f *flight) park() {
 		return
 	}
 	if f.filled.total() > f.noted {
-		if err := f.note(f.key, f.filled, f.filled.total()); err != nil {
+		if err := f.note(f.key, f.filled, f.filled.total(), true); err != nil {
 			c.noteTrouble(err)
 			return
 		}

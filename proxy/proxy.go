@@ -23,6 +23,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -299,9 +300,44 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
+	var sent int64
+	if part, ok := src.(*io.LimitedReader); ok {
+		if s, ok := part.R.(sectioned); ok {
+			var err error
+			if sent, err = w.sendSections(s, part.N); err != nil || sent == part.N {
+				return sent, err
+			}
+			part.N -= sent
+		}
+	}
 	n, err := io.Copy(w.ResponseWriter, src)
 	w.bytes += n
-	return n, err
+	return sent + n, err
+}
+
+// sectioned is what is on its way, and lies in a file as far as it is there.
+type sectioned interface {
+	Section(most int64) (*os.File, int64, error)
+}
+
+// sendSections has the kernel send what comes, as long as it comes by a file.
+func (w *response) sendSections(s sectioned, most int64) (sent int64, err error) {
+	for sent < most {
+		file, n, err := s.Section(most - sent)
+		if err == io.EOF || file == nil && err == nil {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+		m, err := io.CopyN(w.ResponseWriter, file, n)
+		sent += m
+		w.bytes += m
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
 }
 
 // Unwrap is for http.ResponseController.
