@@ -38,9 +38,12 @@ const (
 	// startHere is how far into an object a reader must want to begin for
 	// the flight to begin there, too.
 	startHere = 64 << 10
-	// fillBuffer balances system calls against the time that a reader waits
-	// for the next piece.
-	fillBuffer = 128 << 10
+	// askAhead is how little a worker has left when the next one may ask: the
+	// answer takes a round trip or two.
+	askAhead = 1 << 20
+	// fillBuffer balances system calls and wake-ups against the time that a
+	// reader waits for the next piece.
+	fillBuffer = 256 << 10
 
 	// maxFailures in a row, without goodProgress in between, are borne.
 	maxFailures  = 5
@@ -248,7 +251,13 @@ func (f *flight) noteDue() bool {
 // lock.
 func (f *flight) next() *worker {
 	t := f.ticket()
-	if t == nil || len(f.workers) >= f.parallel || f.whole && len(f.workers) > 0 {
+	busy := 0
+	for w := range f.workers {
+		if w.end-w.pos > askAhead || len(f.workers) == 1 {
+			busy++
+		}
+	}
+	if t == nil || busy >= f.parallel || len(f.workers) > f.parallel || f.whole && len(f.workers) > 0 {
 		return nil
 	}
 	if f.size < 0 {
@@ -473,7 +482,7 @@ func (f *flight) took(w *worker, piece []byte) {
 	f.hashing = false
 	f.hashed += int64(len(piece))
 	f.changed.Broadcast()
-	if f.filled.reach(f.hashed) > f.hashed || f.noteDue() {
+	if f.filled.reach(f.hashed) > f.hashed || w.end-w.pos <= askAhead || f.noteDue() {
 		f.work.Broadcast()
 	}
 }
