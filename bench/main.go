@@ -293,8 +293,12 @@ func (b *bench) turns() (n int, each time.Duration) {
 }
 
 func (b *bench) warmBlob() error {
-	l := b.u.layer(50 * megabyte)
-	path := requestText("GET", "/v2/bench/app/blobs/"+l.digest)
+	// Several, since one file may lie luckily in memory and another not.
+	layers, paths := make([]*content, 8), make([][]byte, 8)
+	for i := range layers {
+		layers[i] = b.u.layer(25 * megabyte)
+		paths[i] = requestText("GET", "/v2/bench/app/blobs/"+layers[i].digest)
+	}
 	warm := append(systems()[1:3], systems()[4], nginxStatic)
 	servers := make(map[string]*server)
 	for _, s := range warm {
@@ -305,15 +309,17 @@ func (b *bench) warmBlob() error {
 		defer r.stop()
 		servers[s.name] = r
 		if s.name == nginxStatic.name {
-			file := filepath.Join(r.dir, "static/v2/bench/app/blobs", l.digest)
-			if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+			dir := filepath.Join(r.dir, "static/v2/bench/app/blobs")
+			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return err
 			}
-			if err := os.WriteFile(file, append(slices.Clone(l.base), l.trailer...), 0o600); err != nil {
-				return err
+			for _, l := range layers {
+				if err := os.WriteFile(filepath.Join(dir, l.digest), append(slices.Clone(l.base), l.trailer...), 0o600); err != nil {
+					return err
+				}
 			}
 		}
-		if err := warmUp(r, path); err != nil {
+		if err := warmUp(r, paths...); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
@@ -325,7 +331,7 @@ func (b *bench) warmBlob() error {
 				r := servers[s.name]
 				b.u.reset()
 				before := r.cpu()
-				got, err := hammer(r.addr, connections, each, func(int, int) []byte { return path })
+				got, err := hammer(r.addr, connections, each, func(c, n int) []byte { return paths[(c+n)%len(paths)] })
 				if err != nil {
 					return fmt.Errorf("%s: %w", s.name, err)
 				}

@@ -141,6 +141,7 @@ func (s system) start(dir string, u *upstream) (*server, error) {
 	}
 	addr := l.Addr().String()
 	l.Close()
+	dir = strings.ReplaceAll(dir, " ", "-") // nginx's configuration wants none
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
