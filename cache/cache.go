@@ -30,6 +30,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -160,6 +161,7 @@ type Cache struct {
 	store *blobstore.Store
 	index *index.Index
 	taint *taints
+	hot   *hot
 
 	ctx        context.Context // ends with Close: flights live on it, not on a request's
 	cancel     context.CancelFunc
@@ -208,6 +210,7 @@ func New(opts Options) (*Cache, error) {
 		log:       opts.Logger,
 		lock:      lock,
 		taint:     newTaints(),
+		hot:       newHot(),
 		verified:  make(chan *flight, maxBatch),
 		drops:     make(chan digest.Digest, maxBatch),
 		adoptions: make(chan adoption),
@@ -303,7 +306,7 @@ type Object struct {
 	// Size in bytes, -1 while the source has not said.
 	Size   int64
 	Source Source
-	// Content reads it. It is an *os.File when the object is complete.
+	// Content reads it. It is an *os.File when the object is complete and large.
 	// Seeking to the end is only possible when Size is known.
 	Content io.ReadSeeker
 
@@ -366,9 +369,20 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 
 // openStored returns nil, nil when the object is not stored.
 func (c *Cache) openStored(req Request) (*Object, error) {
+	if body := c.hot.get(req.Key); body != nil {
+		return c.hit(req, int64(len(body)), bytes.NewReader(body), func() {})
+	}
 	row, ok := c.index.Object(req.Domain, req.Digest)
 	if !ok {
 		return nil, nil
+	}
+	if row.Size <= maxHotObject && row.Size > 0 {
+		// Hashed once, since from now on the file is not looked at again.
+		body, err := c.store.Read(req.Digest, row.Size)
+		if err == nil && req.Digest.Algorithm().FromBytes(body) == req.Digest {
+			c.hot.put(req.Key, body)
+			return c.hit(req, row.Size, bytes.NewReader(body), func() {})
+		}
 	}
 	file, err := c.openFile(req.Digest, row)
 	if err != nil {
@@ -378,6 +392,12 @@ func (c *Cache) openStored(req Request) (*Object, error) {
 		}
 		return nil, nil
 	}
+	return c.hit(req, row.Size, file, func() { file.Close() })
+}
+
+// hit is what is stored, for who may have it.
+func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()) (*Object, error) {
+	var err error
 	switch {
 	case !req.Authorised:
 		err = ErrAuthorise
@@ -385,11 +405,11 @@ func (c *Cache) openStored(req Request) (*Object, error) {
 		err = ErrTainted
 	}
 	if err != nil {
-		file.Close()
+		close()
 		return nil, err
 	}
 	c.index.NoteUse(req.Digest, time.Now())
-	return &Object{Size: row.Size, Source: Hit, Content: file, close: func() { file.Close() }}, nil
+	return &Object{Size: size, Source: Hit, Content: content, close: close}, nil
 }
 
 func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {

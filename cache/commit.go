@@ -180,6 +180,7 @@ func (c *Cache) drop(d digest.Digest) {
 	if _, sound := c.stored(d); !ok || sound {
 		return // it was replaced meanwhile
 	}
+	c.hot.drop(d)
 	err := c.index.Apply(nil, []digest.Digest{d})
 	if err == nil {
 		err = c.store.Remove(d)

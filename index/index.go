@@ -21,7 +21,6 @@ package index
 import (
 	"bytes"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -42,7 +41,7 @@ var (
 )
 
 // version of the rows' format. A higher one is not read.
-const version = 1
+const version = 2
 
 var (
 	metaBucket        = []byte("meta")
@@ -58,29 +57,29 @@ var (
 
 // Object is a stored file: the row of a digest.
 type Object struct {
-	Size    int64     `json:"size"`  // bytes of the file
-	Alloc   int64     `json:"alloc"` // bytes that it takes on disk
-	Created time.Time `json:"created"`
+	Size    int64 // bytes of the file
+	Alloc   int64 // bytes that it takes on disk
+	Created time.Time
 }
 
 // Tag is a dated claim about an authority, never a pin: at Confirmed it said
 // that the tag means Digest.
 type Tag struct {
-	Digest    digest.Digest `json:"digest"`
-	Confirmed time.Time     `json:"confirmed"`
+	Digest    digest.Digest
+	Confirmed time.Time
 	// Sequence orders the HEADs by when they were handed to the transport.
 	// Only a higher one replaces a row.
-	Sequence uint64 `json:"seq"`
+	Sequence uint64
 }
 
 // Membership says that the authority served the object in that repository: to
 // somebody at Time, and to anonymous at Anonymous, which is zero when it never
 // did.
 type Membership struct {
-	Time      time.Time `json:"time"`
-	Anonymous time.Time `json:"anon,omitzero"`
+	Time      time.Time
+	Anonymous time.Time
 	// MediaType is the Content-Type that this authority gave a manifest.
-	MediaType string `json:"type,omitempty"`
+	MediaType string
 }
 
 // RepositoryKey names a repository: the canonical upstream name, and the
@@ -196,10 +195,10 @@ func (ix *Index) check() (err error) {
 			return fmt.Errorf("%w: %w", ErrBroken, errInvalidVersion)
 		}
 		for _, name := range allBuckets {
-			into := map[string]any{string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}}[string(name)]
+			into := map[string]row{string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
-				if into != nil && json.Unmarshal(v, into) != nil {
-					return fmt.Errorf("%w: a row of %s is none", ErrBroken, name)
+				if into != nil && into.decode(v) != nil || &name[0] == &objectBucket[0] && digest.Digest(k).Validate() != nil {
+					return fmt.Errorf("%w: the row %q of %s is none", ErrBroken, k, name)
 				}
 				return nil
 			})
@@ -207,13 +206,7 @@ func (ix *Index) check() (err error) {
 				return err
 			}
 		}
-		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
-			var o Object
-			if digest.Digest(k).Validate() != nil || json.Unmarshal(v, &o) != nil || o.Size < 0 {
-				return fmt.Errorf("%w: the row of object %q is none", ErrBroken, k)
-			}
-			return nil
-		})
+		return nil
 	})
 }
 
@@ -227,7 +220,7 @@ func (ix *Index) Objects(f func(digest.Digest, Object)) error {
 	return ix.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
 			var o Object
-			if err := json.Unmarshal(v, &o); err != nil {
+			if err := o.decode(v); err != nil {
 				return fmt.Errorf("row of object %q: %w", k, err)
 			}
 			f(digest.Digest(k), o)
@@ -245,7 +238,7 @@ func (ix *Index) Object(domain string, d digest.Digest) (o Object, ok bool) {
 			return nil
 		}
 		ok = true
-		return json.Unmarshal(v, &o)
+		return o.decode(v)
 	})
 	return o, ok && err == nil
 }
@@ -290,14 +283,14 @@ func (ix *Index) Membership(key string) (m Membership, ok bool) {
 	return m, ok
 }
 
-func (ix *Index) get(bucket []byte, key string, into any) (ok bool) {
+func (ix *Index) get(bucket []byte, key string, into row) (ok bool) {
 	err := ix.db.View(func(tx *bolt.Tx) error {
 		v := tx.Bucket(bucket).Get([]byte(key))
 		if v == nil {
 			return nil
 		}
 		ok = true
-		return json.Unmarshal(v, into)
+		return into.decode(v)
 	})
 	return ok && err == nil
 }
@@ -438,7 +431,7 @@ func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
 			}
 		}
 		for _, s := range put {
-			if err := putJSON(objects, []byte(s.Digest), s.Object); err != nil {
+			if err := objects.Put([]byte(s.Digest), s.Object.encode()); err != nil {
 				return err
 			}
 			if err := possessions.Put(possessionKey(s.Domain, s.Digest), appendTime(s.Object.Created)); err != nil {
@@ -475,7 +468,7 @@ func (ix *Index) Flush() error {
 func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Membership, lastUse map[digest.Digest]time.Time) error {
 	tb := tx.Bucket(tagBucket)
 	for key, t := range tags {
-		if err := putJSON(tb, []byte(key), t); err != nil {
+		if err := tb.Put([]byte(key), t.encode()); err != nil {
 			return err
 		}
 		if t.Sequence > tb.Sequence() {
@@ -490,7 +483,7 @@ func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Member
 			if err := mb.Delete([]byte(key)); err != nil {
 				return err
 			}
-		} else if err := putJSON(mb, []byte(key), m); err != nil {
+		} else if err := mb.Put([]byte(key), m.encode()); err != nil {
 			return err
 		}
 	}
@@ -504,14 +497,6 @@ func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Member
 		}
 	}
 	return nil
-}
-
-func putJSON(b *bolt.Bucket, key []byte, v any) error {
-	data, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return b.Put(key, data)
 }
 
 func appendTime(t time.Time) []byte {

@@ -37,15 +37,17 @@ type headKey struct {
 //	request ──> gathering ──(closed, then numbered and sent)──> in flight ──> answer
 //
 // At most maxHeads of a key are in flight. With none there, a HEAD goes out at
-// once; with one, after gatherFor, so that a burst shares the second; with two,
-// when one of them has come back.
+// once, unless the last one was a crowd's, whose next requests are on their way;
+// with one, after a pause, so that a burst shares the second; with two, when one
+// of them has come back. The pause is short against the time that a HEAD takes.
 type freshness struct {
 	ask func(ctx context.Context, key headKey, sequence uint64) (*confirmation, error)
 
 	// mu guards what follows, and the batches' membership.
 	mu       sync.Mutex
 	queues   map[headKey]*headQueue
-	sequence uint64 // of the last HEAD that was handed over
+	crowds   map[headKey]time.Duration // how long the HEAD of a crowd took; at most maxCrowds
+	sequence uint64                    // of the last HEAD that was handed over
 	asking   sync.WaitGroup
 }
 
@@ -67,6 +69,13 @@ type headBatch struct {
 const (
 	maxHeads  = 2
 	gatherFor = 500 * time.Microsecond
+	// A HEAD that takes longer is worth waiting longer for, an eighth of it:
+	// who misses one waits for all of the next.
+	gatherShare = 8
+	maxGather   = 5 * time.Millisecond
+	// crowd is how many requests make one.
+	crowd     = 8
+	maxCrowds = 1024
 )
 
 // confirm returns what the authority says now, and whether the HEAD was shared.
@@ -96,19 +105,25 @@ func (f *freshness) enter(life context.Context, key headKey) *headBatch {
 	}
 	b := &headBatch{done: make(chan struct{}), size: 1}
 	q.gathering = b
-	switch {
-	case q.inFlight == 0:
+	if _, crowded := f.crowds[key]; q.inFlight == 0 && !crowded {
 		f.send(life, key, q)
-	case q.inFlight < maxHeads:
-		b.timer = time.AfterFunc(gatherFor, func() {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			if q.gathering == b && q.inFlight < maxHeads {
-				f.send(life, key, q)
-			}
-		})
+	} else if q.inFlight < maxHeads {
+		f.sendLater(life, key, q)
 	}
 	return b
+}
+
+// sendLater closes the batch that gathers in a little while. Called with the
+// lock, while there is a slot.
+func (f *freshness) sendLater(life context.Context, key headKey, q *headQueue) {
+	b := q.gathering
+	b.timer = time.AfterFunc(min(max(gatherFor, f.crowds[key]/gatherShare), maxGather), func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if q.gathering == b && q.inFlight < maxHeads {
+			f.send(life, key, q)
+		}
+	})
 }
 
 // send closes the batch that gathers, numbers it and hands it over. Called
@@ -123,22 +138,40 @@ func (f *freshness) send(life context.Context, key headKey, q *headQueue) {
 	f.sequence++
 	sequence := f.sequence
 	f.asking.Add(1)
+	sent := time.Now()
 	go func() {
 		defer f.asking.Done()
 		b.answer, b.err = f.ask(life, key, sequence)
-		close(b.done)
 		f.mu.Lock()
 		defer f.mu.Unlock()
+		f.pace(key, b.size, time.Since(sent))
+		close(b.done)
 		q.inFlight--
+		_, crowded := f.crowds[key]
 		switch {
-		case q.gathering != nil:
+		case q.gathering != nil && q.gathering.timer == nil && !crowded:
 			// Those who gathered came after this HEAD went out. A slot is
 			// free for them now.
 			f.send(life, key, q)
+		case q.gathering != nil && q.gathering.timer == nil:
+			f.sendLater(life, key, q) // with those who have just been answered
+		case q.gathering != nil:
 		case q.inFlight == 0:
 			delete(f.queues, key)
 		}
 	}()
+}
+
+// pace remembers a crowd. Called with the lock.
+func (f *freshness) pace(key headKey, size int, took time.Duration) {
+	if size < crowd {
+		delete(f.crowds, key)
+		return
+	}
+	if len(f.crowds) >= maxCrowds {
+		clear(f.crowds)
+	}
+	f.crowds[key] = took
 }
 
 // acceptKey is the Accept lines as one string.

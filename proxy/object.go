@@ -51,18 +51,18 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes, error) {
 	req := cache.Request{
 		Key:    p.key(q, q.digest),
-		Reader: p.reader(q.repositoryKey(), p.credential(q)),
+		Reader: q.reader,
 		Source: string(q.upstream),
 		Offset: q.first,
 		Ranged: q.ranged,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
-		req.Ahead = p.credential(q).authorization != "" && !p.lendsNode(q)
+		req.Ahead = q.credential.authorization != "" && !p.lendsNode(q)
 	}
 	y, ok := p.entitled(q)
 	if !ok {
-		if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
+		if err := p.recall(q.repositoryKey(), q.credential); err != nil {
 			return nil, yes{}, err
 		}
 	}
@@ -71,7 +71,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 		req.Fetch = p.fetch(q, q.digest, false, &answer)
 		req.Check = p.check(q, func() string { return answer.mediaType }) // runs after the Fetch
 		req.Wait = p.rules(q.upstream).GrantTTL > 0
-		req.Wrong = func() { p.retract(q.repositoryKey(), q.kind, q.digest, p.credential(q)) }
+		req.Wrong = func() { p.retract(q.repositoryKey(), q.kind, q.digest, q.credential) }
 		o, err := p.cache.Open(ctx, req)
 		switch {
 		case err == nil:
@@ -159,7 +159,7 @@ func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *
 	var answer yes
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, q.digest),
-		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
+		Reader:     q.reader,
 		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      p.fetch(q, q.digest, true, &answer),

@@ -134,7 +134,7 @@ func New(opts Options) (*Proxy, error) {
 		p.brokers = p.brokers || rules.TokenBroker
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), sequence: sequence}
+	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), crowds: make(map[headKey]time.Duration), sequence: sequence}
 
 	// mux knows prefixes and methods; SkipClean and UseEncodedPath keep it
 	// from redirecting and from decoding. The rest is one parser's.
@@ -182,6 +182,9 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.request = q
+	if !q.base {
+		p.identify(q)
+	}
 	if q.ns != "" {
 		w.Header().Set("OCI-Namespace", q.ns)
 	}

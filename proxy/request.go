@@ -54,6 +54,10 @@ type request struct {
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
 
+	// Who asks, see identify.
+	credential        credential
+	reader, everybody string
+
 	gone <-chan struct{} // closed when the client has left, or has its answer
 }
 

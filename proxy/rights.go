@@ -8,11 +8,14 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"net/http"
 	"path"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -76,7 +79,7 @@ const (
 
 // rights are what the authorities have said.
 type rights struct {
-	key [sha256.Size]byte // of the readers' names, new with each process
+	hashes sync.Pool // HMACs of the readers' names, under a key that is new with each process
 
 	// mu guards what follows. Readers are named as in (*Proxy).reader.
 	mu        sync.Mutex
@@ -110,7 +113,9 @@ func newRights() *rights {
 		refused:      make(map[string]time.Time),
 		unauthorised: make(map[index.RepositoryKey]unauthorised),
 	}
-	rand.Read(r.key[:])
+	key := make([]byte, sha256.Size)
+	rand.Read(key)
+	r.hashes.New = func() any { return hmac.New(sha256.New, key) }
 	return r
 }
 
@@ -144,10 +149,10 @@ type credential struct {
 
 func (c credential) anonymous() bool { return c == credential{} }
 
-// credential is how the upstream is asked on behalf of this client: with what
+// credentialOf is how the upstream is asked on behalf of this client: with what
 // the client sent, as far as it may pass; as the node where the operator shares
 // the repository with every client of the node; else as anonymous.
-func (p *Proxy) credential(q *request) credential {
+func (p *Proxy) credentialOf(q *request) credential {
 	switch {
 	case p.shared(q):
 		return credential{node: true}
@@ -170,12 +175,28 @@ func (p *Proxy) shared(q *request) bool {
 // reader names a repository and a credential. It is keyed, so that no
 // credential lies in memory in a form that is worth something elsewhere.
 func (p *Proxy) reader(k index.RepositoryKey, c credential) string {
-	m := hmac.New(sha256.New, p.rights.key[:])
+	m := p.rights.hashes.Get().(hash.Hash)
+	defer p.rights.hashes.Put(m)
+	m.Reset()
+	var buf [512]byte
+	text := buf[:0]
 	for _, s := range []string{k.Upstream, k.Repository, c.authorization} {
-		fmt.Fprintf(m, "%d:%s", len(s), s)
+		text = binary.AppendUvarint(text, uint64(len(s)))
+		text = append(text, s...)
 	}
-	fmt.Fprint(m, c.node)
-	return string(m.Sum(nil))
+	text = strconv.AppendBool(text, c.node)
+	m.Write(text)
+	return string(m.Sum(buf[:0]))
+}
+
+// identify works out once who the request is to the authority.
+func (p *Proxy) identify(q *request) {
+	q.credential = p.credentialOf(q)
+	q.reader = p.reader(q.repositoryKey(), q.credential)
+	q.everybody = q.reader
+	if !q.credential.anonymous() {
+		q.everybody = p.reader(q.repositoryKey(), credential{})
+	}
 }
 
 func (q *request) repositoryKey() index.RepositoryKey {
@@ -203,8 +224,7 @@ func (p *Proxy) entitled(q *request) (y yes, ok bool) {
 	if rules.GrantTTL <= 0 {
 		return yes{}, false
 	}
-	own := p.credential(q)
-	reader, key := p.reader(q.repositoryKey(), own), q.membershipKey(q.digest)
+	own, reader, key := q.credential, q.reader, q.membershipKey(q.digest)
 	m, _ := p.cache.Index().Membership(key)
 	y = yes{mediaType: m.MediaType, size: -1}
 	lives := func(confirmed time.Time) bool {
@@ -220,8 +240,7 @@ func (p *Proxy) entitled(q *request) (y yes, ok bool) {
 	}
 	// What was served to a credential may be nothing for anonymous, also where
 	// anonymous may have other things.
-	everybody := p.reader(q.repositoryKey(), credential{})
-	if g, granted := r.grants[everybody]; granted && now.Before(g.until) && lives(m.Anonymous) {
+	if g, granted := r.grants[q.everybody]; granted && now.Before(g.until) && lives(m.Anonymous) {
 		y.asked = g.asked
 		return y, true
 	}
@@ -238,7 +257,7 @@ func (p *Proxy) begin(q *request, y yes) (end func()) {
 	if p.rules(q.upstream).GrantTTL <= 0 || q.digest == "" {
 		return func() {}
 	}
-	reader, key := p.reader(q.repositoryKey(), p.credential(q)), q.membershipKey(q.digest)
+	reader, key := q.reader, q.membershipKey(q.digest)
 	r := p.rights
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -452,7 +471,7 @@ func tokenEnd(authorization string) (time.Time, bool) {
 // others may share who are the same to the authority; ownWords makes each
 // client's own of it.
 func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, time.Time, error) {
-	k, c := q.repositoryKey(), p.credential(q)
+	k, c := q.repositoryKey(), q.credential
 	if err := p.recall(k, c); err != nil {
 		return nil, time.Time{}, err
 	}

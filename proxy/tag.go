@@ -46,7 +46,7 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 }
 
 func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool, error) {
-	if err := p.recall(q.repositoryKey(), p.credential(q)); err != nil {
+	if err := p.recall(q.repositoryKey(), q.credential); err != nil {
 		return nil, false, err
 	}
 	return p.fresh.confirm(ctx, p.ctx, headKey{
@@ -54,7 +54,7 @@ func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool
 		repository: q.repository,
 		tag:        q.tag,
 		accept:     acceptKey(q.accept),
-		credential: p.credential(q),
+		credential: q.credential,
 	})
 }
 
@@ -178,7 +178,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	}
 	o, err := p.cache.Open(ctx, cache.Request{
 		Key:        p.key(q, c.digest),
-		Reader:     p.reader(q.repositoryKey(), p.credential(q)),
+		Reader:     q.reader,
 		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      fetch,

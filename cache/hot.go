@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"container/list"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// hot keeps small objects in memory, those that were asked for last: manifests
+// and configs are read by every pull, and opening a file costs more than
+// sending it.
+type hot struct {
+	mu      sync.Mutex
+	entries map[Key]*list.Element
+	recent  list.List // of *hotEntry, the latest first
+	bytes   int
+}
+
+type hotEntry struct {
+	key  Key
+	body []byte
+}
+
+const (
+	// maxHotObject is what is read into memory rather than sent by the kernel.
+	maxHotObject = 64 << 10
+	// maxHotBytes bounds the bodies. A cluster's manifests fit several times.
+	maxHotBytes = 8 << 20
+)
+
+func newHot() *hot { return &hot{entries: make(map[Key]*list.Element)} }
+
+// get returns the body, nil when it is not here. Nobody writes to it.
+func (h *hot) get(k Key) []byte {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	e := h.entries[k]
+	if e == nil {
+		return nil
+	}
+	h.recent.MoveToFront(e)
+	return e.Value.(*hotEntry).body
+}
+
+func (h *hot) put(k Key, body []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.entries[k] != nil {
+		return
+	}
+	h.entries[k] = h.recent.PushFront(&hotEntry{k, body})
+	for h.bytes += len(body); h.bytes > maxHotBytes; {
+		h.remove(h.recent.Back())
+	}
+}
+
+// drop forgets an object, whoever delivered it.
+func (h *hot) drop(d digest.Digest) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for k, e := range h.entries {
+		if k.Digest == d {
+			h.remove(e)
+		}
+	}
+}
+
+func (h *hot) remove(e *list.Element) {
+	entry := h.recent.Remove(e).(*hotEntry)
+	delete(h.entries, entry.key)
+	h.bytes -= len(entry.body)
+}

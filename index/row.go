@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package index
+
+import (
+	"encoding/binary"
+	"errors"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Rows are read on the way of requests, and all of them at the start, so they
+// are what is quick to read: integers as varints (encoding/binary), a time as
+// nanoseconds since 1970 with 0 for none, and a string last, up to the end.
+
+var errRow = errors.New("not a row")
+
+// row is a row of one of the buckets.
+type row interface {
+	encode() []byte
+	decode(b []byte) error
+}
+
+func (o *Object) encode() []byte {
+	return encodeRow([]int64{o.Size, o.Alloc, nanos(o.Created)}, "")
+}
+
+func (o *Object) decode(b []byte) error {
+	var created int64
+	rest, err := decodeRow(b, &o.Size, &o.Alloc, &created)
+	o.Created = moment(created)
+	if err == nil && (rest != "" || o.Size < 0) {
+		err = errRow
+	}
+	return err
+}
+
+func (t *Tag) encode() []byte {
+	return encodeRow([]int64{nanos(t.Confirmed), int64(t.Sequence)}, t.Digest.String())
+}
+
+func (t *Tag) decode(b []byte) error {
+	var confirmed, sequence int64
+	rest, err := decodeRow(b, &confirmed, &sequence)
+	t.Confirmed, t.Sequence, t.Digest = moment(confirmed), uint64(sequence), digest.Digest(rest)
+	return err
+}
+
+func (m *Membership) encode() []byte {
+	return encodeRow([]int64{nanos(m.Time), nanos(m.Anonymous)}, m.MediaType)
+}
+
+func (m *Membership) decode(b []byte) error {
+	var when, anonymous int64
+	rest, err := decodeRow(b, &when, &anonymous)
+	m.Time, m.Anonymous, m.MediaType = moment(when), moment(anonymous), rest
+	return err
+}
+
+func encodeRow(numbers []int64, text string) []byte {
+	b := make([]byte, 0, len(numbers)*binary.MaxVarintLen64+len(text))
+	for _, n := range numbers {
+		b = binary.AppendVarint(b, n)
+	}
+	return append(b, text...)
+}
+
+func decodeRow(b []byte, numbers ...*int64) (text string, err error) {
+	for _, n := range numbers {
+		v, size := binary.Varint(b)
+		if size <= 0 {
+			return "", errRow
+		}
+		*n, b = v, b[size:]
+	}
+	return string(b), nil
+}
+
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func moment(n int64) time.Time {
+	if n == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, n)
+}
