@@ -70,6 +70,7 @@ type setup struct {
 	// headTimeout of all upstreams; 0 is the default.
 	headTimeout time.Duration
 	listedOnly  bool
+	prefetch    Prefetch
 	// rules are each listed upstream's; nil means the defaults.
 	rules *Rules
 	// without are listed upstreams that follow the defaults all the same.
@@ -146,7 +147,7 @@ func start(t testing.TB, s setup) *tarnd {
 		}
 	}
 	p, err := New(Options{
-		Upstreams: u, Cache: c, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
+		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
 		Metrics: NewMetrics(d.metrics), Logger: log,
 	})
 	if err != nil {

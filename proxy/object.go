@@ -237,6 +237,9 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 	if err != nil {
 		return err
 	}
+	if o.Source == cache.Fetched {
+		p.fetchAhead(q, data)
+	}
 	whole := &cache.Object{Size: int64(len(data)), Content: bytes.NewReader(data)}
 	return serveObject(w, r, whole, d, mediaType)
 }

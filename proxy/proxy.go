@@ -52,6 +52,8 @@ type Options struct {
 	// Rules by listed upstream; the others follow Defaults.
 	Rules    map[upstream.Name]Rules
 	Defaults Rules
+	// Prefetch is what is fetched before a client asks. 0 means nothing.
+	Prefetch Prefetch
 	// Metrics counts; nil counts nothing.
 	Metrics *Metrics
 	// Logger gets one line for each request; nil logs nothing.
@@ -97,6 +99,10 @@ type Proxy struct {
 	brokers   bool // some upstream has a token broker
 	now       func() time.Time
 
+	prefetch   Prefetch
+	ahead      sync.WaitGroup // what is fetched ahead
+	aheadSlots chan struct{}
+
 	nodeTrouble sync.Map // upstream.Name to what ails the node's credential, "" for nothing
 
 	ctx    context.Context // of what is shared between requests; ends with Close
@@ -129,6 +135,9 @@ func New(opts Options) (*Proxy, error) {
 		ruleOf:   opts.Rules,
 		defaults: opts.Defaults,
 		now:      time.Now,
+
+		prefetch:   opts.Prefetch,
+		aheadSlots: make(chan struct{}, maxAhead),
 	}
 	for _, rules := range opts.Rules {
 		p.brokers = p.brokers || rules.TokenBroker
@@ -162,6 +171,7 @@ func (p *Proxy) rules(name upstream.Name) Rules {
 func (p *Proxy) Close() {
 	p.cancel()
 	p.fresh.asking.Wait()
+	p.ahead.Wait()
 }
 
 func failing(err error) http.Handler {

@@ -54,8 +54,9 @@ type Config struct {
 	// Allow tells which registries may be asked besides the listed ones:
 	// public (any, on public addresses) or listed (none). Default public.
 	Allow string `yaml:"allow"`
-	// Prefetch tells what is fetched as soon as a manifest was: off, config
-	// or layers. Default off.
+	// Prefetch tells what is fetched ahead of the client when it was given a
+	// manifest that was not here: off, config, or layers, which is all that
+	// this node needs of the image. Default off.
 	Prefetch string `yaml:"prefetch"`
 	// AllowViaProxy lets registries that are not listed be reached through
 	// an egress proxy, where their addresses cannot be checked. Default
@@ -175,7 +176,6 @@ type KubeletPlugins struct {
 var notYet = map[string]bool{
 	"tls":                     true,
 	"metrics_listen":          true,
-	"prefetch":                true,
 	"allow_via_proxy":         true,
 	"defaults.stale_if_error": true,
 	"upstreams[].credentials.kubelet_plugins": true,

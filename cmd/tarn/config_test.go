@@ -177,19 +177,15 @@ func TestAKeyWithoutMeaningYetIsRefused(t *testing.T) {
 	other := map[string]string{
 		"tls":             `{cert_file: x}`,
 		"metrics_listen":  `127.0.0.1:5052`,
-		"prefetch":        `layers`,
 		"allow_via_proxy": `true`,
 		"stale_if_error":  `1h`,
-		"parallel":        `8`,
 		"kubelet_plugins": `{config: x}`,
 	}
 	same := map[string]string{
 		"tls":             `{cert_file: "", key_file: "", client_ca_file: ""}`,
 		"metrics_listen":  `""`,
-		"prefetch":        `off`,
 		"allow_via_proxy": `false`,
 		"stale_if_error":  `0s`,
-		"parallel":        `4`,
 		"kubelet_plugins": `{}`,
 	}
 	for key := range notYet {

@@ -118,6 +118,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		Cache:           store,
 		DefaultUpstream: defaultUpstream,
 		ListedOnly:      cfg.Allow == "listed",
+		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
 		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, Parallel: cfg.Defaults.Parallel},
 		Metrics:         metrics,

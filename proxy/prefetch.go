@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"runtime"
+
+	"tarn/cache"
+	"tarn/upstream"
+
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Prefetch is what of an image is fetched before the client asks, when its
+// manifest was.
+type Prefetch int
+
+const (
+	PrefetchOff    Prefetch = iota
+	PrefetchConfig          // and of an index, the manifest of this node's platform
+	PrefetchLayers          // all that the node needs of the image
+)
+
+const (
+	// maxAhead is how many objects are fetched ahead at once; each may use as
+	// many connections as any other.
+	maxAhead = 4
+	// maxAheadBytes bounds what is fetched ahead of one image: more than that
+	// is wanted by nobody in a hurry.
+	maxAheadBytes = 4 << 30
+)
+
+// fetchAhead begins with what the manifest refers to. It is asked for with the
+// credential of the client that has just been given the manifest, object by
+// object, and each GET is its own authorisation; where a yes is not believed
+// for a while, nothing is fetched ahead.
+func (p *Proxy) fetchAhead(q *request, manifest []byte) {
+	if p.prefetch == PrefetchOff || q.method != http.MethodGet || p.rules(q.upstream).GrantTTL <= 0 {
+		return
+	}
+	p.ahead.Go(func() { p.fetchImage(q, manifest) })
+}
+
+func (p *Proxy) fetchImage(q *request, manifest []byte) {
+	var m struct {
+		Manifests []v1.Descriptor `json:"manifests"`
+		Config    v1.Descriptor   `json:"config"`
+		Layers    []v1.Descriptor `json:"layers"`
+	}
+	if json.Unmarshal(manifest, &m) != nil {
+		return
+	}
+	if d, ok := ownPlatform(m.Manifests); ok {
+		if data := p.fetchOne(q, upstream.Manifest, d); data != nil {
+			p.fetchImage(q, data)
+		}
+		return
+	}
+	wanted := []v1.Descriptor{m.Config}
+	if p.prefetch == PrefetchLayers {
+		wanted = append(wanted, m.Layers...)
+	}
+	left := int64(maxAheadBytes)
+	for _, d := range wanted {
+		if d.Digest.Validate() != nil || d.Size <= 0 || d.Size > left {
+			continue
+		}
+		left -= d.Size
+		p.ahead.Go(func() { p.fetchOne(q, upstream.Blob, d) })
+	}
+}
+
+// ownPlatform is the entry of an index for this node.
+func ownPlatform(manifests []v1.Descriptor) (v1.Descriptor, bool) {
+	for _, d := range manifests {
+		if d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == runtime.GOARCH && d.Digest.Validate() == nil {
+			return d, true
+		}
+	}
+	return v1.Descriptor{}, false
+}
+
+// fetchOne fetches an object unless it is here or on its way, and returns the
+// bytes of a manifest.
+func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte {
+	select {
+	case p.aheadSlots <- struct{}{}:
+		defer func() { <-p.aheadSlots }()
+	case <-p.ctx.Done():
+		return nil
+	}
+	one := *q
+	one.kind, one.tag, one.digest = kind, "", d.Digest
+	one.first, one.ranged, one.resumes = 0, false, false
+	if _, here := p.cache.Size(p.key(&one, d.Digest)); here && kind == upstream.Blob {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, headerDeadline)
+	defer cancel()
+	o, _, err := p.openDigest(ctx, &one)
+	if err != nil {
+		return nil
+	}
+	defer o.Close()
+	defer context.AfterFunc(p.ctx, o.Interrupt)()
+	switch {
+	case kind == upstream.Manifest:
+		data, err := io.ReadAll(io.LimitReader(o.Content, maxManifest))
+		if err != nil {
+			return nil
+		}
+		return data
+	case o.Source == cache.Fetched && o.Size >= 0:
+		// At its end, a read waits for all of it, and is given nothing.
+		if _, err := o.Content.Seek(0, io.SeekEnd); err == nil {
+			o.Content.Read(make([]byte, 1))
+		}
+	}
+	return nil
+}
