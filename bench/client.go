@@ -40,6 +40,8 @@ func requestText(method, path string) []byte {
 	return []byte(method + " " + path + " HTTP/1.1\r\nHost: 127.0.0.1\r\n" + accept + "\r\n")
 }
 
+var errStatus = errors.New("status")
+
 type reply struct {
 	status int
 	length int64
@@ -68,7 +70,7 @@ func (c *client) do(request []byte) (reply, error) {
 			}
 		case len(text) == 0:
 			if a.status >= 300 {
-				return a, fmt.Errorf("status %d", a.status)
+				return a, fmt.Errorf("%w %d", errStatus, a.status)
 			}
 			if bytes.HasPrefix(request, []byte("HEAD ")) || a.status == 304 {
 				return a, nil

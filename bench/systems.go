@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -163,8 +164,11 @@ func (s system) start(dir string, u *upstream) (*server, error) {
 	for time.Since(start) < 30*time.Second {
 		c, err := dial(addr)
 		if err == nil {
-			r.ready = time.Since(start)
+			_, err = c.do(requestText("GET", "/"))
 			c.close()
+		}
+		if errors.Is(err, errStatus) || err == nil { // an answer is an answer
+			r.ready = time.Since(start)
 			return r, nil
 		}
 		select {

@@ -8,7 +8,11 @@ import (
 	"os"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 )
+
+// maxSyncs is how many files are written to disk at once.
+const maxSyncs = 32
 
 // Commit makes the pending files visible under their digests, all or some of
 // them: errs has one entry for each. For n files of one algorithm the kernel
@@ -26,12 +30,19 @@ import (
 // repeated, because the kernel has dropped the dirty pages by then.
 func (s *Store) Commit(files []*Pending) (errs []error) {
 	errs = make([]error, len(files))
+	// At once, because the filesystem makes one write of its journal of them.
+	var syncing errgroup.Group
+	syncing.SetLimit(maxSyncs)
 	for i, p := range files {
-		if err := p.File.Sync(); err != nil {
-			errs[i] = fmt.Errorf("fsync blob: %w", err)
-			p.Discard()
-		}
+		syncing.Go(func() error {
+			if err := p.File.Sync(); err != nil {
+				errs[i] = fmt.Errorf("fsync blob: %w", err)
+				p.Discard()
+			}
+			return nil
+		})
 	}
+	syncing.Wait()
 	renamed := make(map[digest.Algorithm][]int)
 	for i, p := range files {
 		if errs[i] != nil {

@@ -16,7 +16,7 @@ const (
 	// commitWindow is how long the first verified flight of a batch may wait
 	// for others: nobody waits for a commit, and a pull has a dozen objects.
 	commitWindow = 50 * time.Millisecond
-	maxBatch     = 64
+	maxBatch     = 512
 	// noteInterval bounds how many notes a crash loses.
 	noteInterval = 5 * time.Second
 )

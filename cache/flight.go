@@ -259,6 +259,15 @@ func (f *flight) begin(info Info) error {
 
 func (f *flight) create(info Info) error {
 	c := f.cache
+	c.mu.Lock()
+	flights := len(c.flights)
+	c.mu.Unlock()
+	if flights > maxFlights {
+		f.mu.Lock()
+		f.size = info.Size
+		f.mu.Unlock()
+		return errTooMany
+	}
 	claim := claimFor(info.Size)
 	if err := c.reserve(f.key.Domain, claim); err != nil {
 		f.mu.Lock()

@@ -8,6 +8,12 @@ import (
 	"math"
 )
 
+// maxFlights bounds the descriptors of what waits to be committed: a disk that
+// is slower than the link must not use them up.
+const maxFlights = 2048
+
+var errTooMany = errors.New("too many objects wait for the disk")
+
 // errNoRoom: the bound or the filesystem's minimum of free space is reached.
 var errNoRoom = errors.New("no room")
 
