@@ -114,32 +114,34 @@ func (s *Store) Remove(d digest.Digest) error {
 }
 
 // Walk calls f for each file under blobs/ whose name is a digest, and for each
-// other entry with an empty digest and its path. It stops at f's first error.
-func (s *Store) Walk(f func(d digest.Digest, path string, info fs.FileInfo) error) error {
+// other entry with an empty digest, in no order. It stops at f's first error.
+func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
 	for _, a := range Algorithms {
-		entries, err := os.ReadDir(s.algDir(a))
+		entries, err := readDir(s.algDir(a))
 		if err != nil {
 			return fmt.Errorf("walk the blobs: %w", err)
 		}
 		for _, e := range entries {
-			path := filepath.Join(s.algDir(a), e.Name())
-			info, err := e.Info()
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("walk the blobs: %w", err)
-			}
 			d := digest.NewDigestFromEncoded(a, e.Name())
-			if !info.Mode().IsRegular() || d.Validate() != nil {
+			if !e.Type().IsRegular() || d.Validate() != nil {
 				d = ""
 			}
-			if err := f(d, path, info); err != nil {
+			if err := f(d, e); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// readDir is os.ReadDir without the sorting.
+func readDir(path string) ([]fs.DirEntry, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.ReadDir(-1)
 }
 
 // Free returns the bytes of the filesystem that this user may still write, and

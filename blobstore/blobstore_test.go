@@ -164,7 +164,7 @@ func TestWalkKnowsStrangers(t *testing.T) {
 	os.WriteFile(filepath.Join(s.algDir(digest.SHA256), "README"), nil, 0o600)
 	os.Mkdir(filepath.Join(s.algDir(digest.SHA512), strings.Repeat("0", 128)), 0o700)
 	known, strangers := 0, 0
-	if err := s.Walk(func(d digest.Digest, _ string, _ fs.FileInfo) error {
+	if err := s.Walk(func(d digest.Digest, _ fs.DirEntry) error {
 		if d == p.Digest {
 			known++
 		} else if d == "" {

@@ -5,8 +5,8 @@
 //
 // These hold at every moment, a crash included:
 //
-//  1. A row implies a file of that size. (Open reconciles; a file that was
-//     changed by hand while tarn runs is found by the size when it is opened.)
+//  1. A row implies a file of that size. (New sees to the file; one that was
+//     changed by hand is found by its size when it is opened.)
 //  2. A file without a row is adopted, after hashing, or removed, after a start.
 //  3. Allocated bytes of blobs, pending files and index, plus what reservations
 //     have yet to write, are at most MaxSize.

@@ -17,14 +17,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// stray is a file under blobs/ that has no row of its size.
+// stray is a file under blobs/ that has no row.
 type stray struct {
 	digest digest.Digest
 	info   fs.FileInfo
 }
 
 // open brings rows and files to agree as far as that takes no hashing: pending
-// files of an earlier process are parked or go, rows without a file go. It returns the files
+// files of an earlier process are parked or go, rows without a file go. A file
+// of another size than its row says is found when it is opened: looking at each
+// would take most of the start. It returns the files
 // without a row, which count as used from now on.
 func (c *Cache) open() (strays []stray, err error) {
 	if c.store, err = blobstore.Open(c.opts.Dir); err != nil {
@@ -50,15 +52,22 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil, errors.Join(err, c.index.Close())
 	}
 	foreign := 0
-	err = c.store.Walk(func(d digest.Digest, _ string, info fs.FileInfo) error {
+	err = c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
+		if row, ok := rows[d]; ok {
+			c.used += row.Alloc
+			delete(rows, d)
+			return nil
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("walk the blobs: %w", err)
+		}
 		c.used += blobstore.Allocated(info)
 		if d == "" {
 			foreign++
-			return nil
-		}
-		row, ok := rows[d]
-		if ok && row.Size == info.Size() {
-			delete(rows, d)
 			return nil
 		}
 		strays = append(strays, stray{d, info})

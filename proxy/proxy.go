@@ -18,6 +18,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -315,6 +316,12 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	}
 	var sent int64
 	if part, ok := src.(*io.LimitedReader); ok {
+		if body, ok := part.R.(*bytes.Reader); ok && int64(body.Len()) == part.N {
+			// In one piece it goes out together with the headers.
+			n, err := body.WriteTo(w.ResponseWriter)
+			w.bytes += n
+			return n, err
+		}
 		if s, ok := part.R.(sectioned); ok {
 			var err error
 			if sent, err = w.sendSections(s, part.N); err != nil || sent == part.N {
