@@ -16,7 +16,7 @@ lint:
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go tool staticcheck ./...
-	staticcheck=$$(go tool -n staticcheck); for module in deploy e2e; do \
+	staticcheck=$$(go tool -n staticcheck); for module in bench deploy e2e; do \
 		(cd $$module && go vet ./... && "$$staticcheck" ./...) || exit 1; \
 	done
 
@@ -30,7 +30,11 @@ e2e-clients:
 	e2e/install.sh clients
 	cd e2e && TARN_E2E_CLIENTS=1 go test -count=1 ./...
 
+# tarn beside other systems, in turns on one machine; see docs/PERFORMANCE.md. BENCH are its flags. Wants two cores.
+BENCH ?=
+
 bench:
+	bench/run.sh $(BENCH)
 	go test -run '^$$' -bench . -benchmem ./...
 
 # Each fuzz target for FUZZTIME.

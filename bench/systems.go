@@ -129,7 +129,16 @@ type server struct {
 	exited  chan error
 }
 
-const serverCore = "1"
+// serverCore is the last one; the registry and the load have the first.
+var serverCore = strconv.Itoa(cores() - 1)
+
+func cores() int {
+	n, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
+	if err != nil || len(n) == 0 {
+		return 1
+	}
+	return len(n)
+}
 
 // start runs a system over a directory that may have been used before.
 func (s system) start(dir string, u *upstream) (*server, error) {

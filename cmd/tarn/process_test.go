@@ -5,7 +5,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -70,16 +72,26 @@ func command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// freePort is one that was free a moment ago.
+// freePort is an address that nobody listens on. It is none of the ports that
+// the kernel hands out: another test's connection would take it meanwhile.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, end = 20_000, 32_768
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", first+rand.IntN(end-first)))
+		if err != nil {
+			continue
+		}
+		defer l.Close()
+		if _, taken := portsTaken.LoadOrStore(l.Addr().String(), true); !taken {
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no free port")
+	return ""
 }
+
+var portsTaken sync.Map // by address, of this process
 
 // run starts tarn serve and waits until it answers.
 func run(t testing.TB, dir string, args ...string) *process {
