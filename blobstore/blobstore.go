@@ -113,8 +113,9 @@ func (s *Store) Remove(d digest.Digest) error {
 	return nil
 }
 
-// Walk calls f for each file under blobs/ whose name is a digest, and for each
-// other entry with an empty digest, in no order. It stops at f's first error.
+// Walk calls f for each regular file under blobs/ with what its name would be
+// as a digest, which the caller is to check before it believes it, and for each
+// other entry with an empty digest; in no order. It stops at f's first error.
 func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
 	for _, a := range Algorithms {
 		entries, err := readDir(s.algDir(a))
@@ -122,9 +123,9 @@ func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
 			return fmt.Errorf("walk the blobs: %w", err)
 		}
 		for _, e := range entries {
-			d := digest.NewDigestFromEncoded(a, e.Name())
-			if !e.Type().IsRegular() || d.Validate() != nil {
-				d = ""
+			var d digest.Digest
+			if e.Type().IsRegular() {
+				d = digest.Digest(string(a) + ":" + e.Name())
 			}
 			if err := f(d, e); err != nil {
 				return err

@@ -66,7 +66,7 @@ func (c *Cache) open() (strays []stray, err error) {
 			return fmt.Errorf("walk the blobs: %w", err)
 		}
 		c.used += blobstore.Allocated(info)
-		if d == "" {
+		if blobstore.CheckDigest(d) != nil {
 			foreign++
 			return nil
 		}

@@ -5,10 +5,11 @@
 //
 // Contract: objects and possessions are written at once, by Apply. Tags,
 // memberships and last uses are notes: they are read back at once, but written
-// with the next Apply or Flush, so that answering a request costs no
-// transaction; a crash loses at most the notes since then, and each of them is
-// only a reason not to ask a registry again. Values are copied out of bbolt's
-// memory map before a transaction ends.
+// with the next Apply or Flush, last uses with one a minute, so that answering
+// a request costs no transaction; a crash loses at most the notes since then,
+// and each of them is only a reason not to ask a registry again, or to keep
+// one object rather than another. Values are copied out of bbolt's memory map
+// before a transaction ends.
 //
 // Failure model: Open fails with ErrLocked when another process has the file,
 // and with ErrBroken when it is no index or one from a newer tarn; the caller
@@ -23,6 +24,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"runtime/debug"
 	"sync"
@@ -119,8 +121,13 @@ type Index struct {
 	tags        map[string]Tag
 	memberships map[string]*Membership // nil: deleted
 	lastUse     map[digest.Digest]time.Time
-	applied     uint64 // how often notes were written and forgotten
+	usesFrom    time.Time // the first of lastUse, about
+	applied     uint64    // how often notes were written and forgotten
 }
+
+// useInterval is for how long last uses are gathered: each hit makes one, and
+// writing those of many objects takes as long as serving them.
+const useInterval = time.Minute
 
 // growStep is how much a file beyond that size grows at a time. bbolt's own
 // 16 MiB is too much where the bound on the directory is small.
@@ -197,7 +204,7 @@ func (ix *Index) check() (err error) {
 		for _, name := range allBuckets {
 			into := map[string]row{string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
-				if into != nil && into.decode(v) != nil || &name[0] == &objectBucket[0] && digest.Digest(k).Validate() != nil {
+				if into != nil && into.decode(v) != nil {
 					return fmt.Errorf("%w: the row %q of %s is none", ErrBroken, k, name)
 				}
 				return nil
@@ -212,7 +219,7 @@ func (ix *Index) check() (err error) {
 
 // Close writes the notes and closes the file.
 func (ix *Index) Close() error {
-	return errors.Join(ix.Flush(), ix.db.Close())
+	return errors.Join(ix.write(nil, nil, true), ix.db.Close())
 }
 
 // Objects calls f for each object. f must not call the index.
@@ -382,6 +389,9 @@ func (ix *Index) DeleteMembership(key string) {
 func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
+	if len(ix.lastUse) == 0 {
+		ix.usesFrom = t
+	}
 	if len(ix.lastUse) < maxNotes {
 		ix.lastUse[d] = t
 	}
@@ -405,12 +415,25 @@ type Stored struct {
 }
 
 // Apply writes objects and their possessions, drops objects with theirs, and
-// takes the notes along, all in one transaction.
+// takes the notes along that are due, all in one transaction.
 func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
+	return ix.write(put, drop, false)
+}
+
+// usesDue is called with the lock.
+func (ix *Index) usesDue() bool {
+	age := time.Since(ix.usesFrom)
+	return len(ix.lastUse) > maxNotes/2 || len(ix.lastUse) > 0 && (age >= useInterval || age < 0)
+}
+
+func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	ix.mu.Lock()
-	tags, memberships, lastUse := ix.tags, ix.memberships, ix.lastUse
-	tagNotes, membershipNotes := clone(tags), clone(memberships)
-	useNotes := clone(lastUse)
+	tagNotes, membershipNotes := maps.Clone(ix.tags), maps.Clone(ix.memberships)
+	var useNotes map[digest.Digest]time.Time
+	if all || ix.usesDue() {
+		useNotes = maps.Clone(ix.lastUse)
+		ix.usesFrom = time.Now()
+	}
 	ix.mu.Unlock()
 
 	err := ix.db.Update(func(tx *bolt.Tx) error {
@@ -454,15 +477,15 @@ func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
 	return nil
 }
 
-// Flush writes the notes, if there are any.
+// Flush writes the notes that are due, if there are any.
 func (ix *Index) Flush() error {
 	ix.mu.Lock()
-	n := len(ix.tags) + len(ix.memberships) + len(ix.lastUse)
+	due := len(ix.tags) > 0 || len(ix.memberships) > 0 || ix.usesDue()
 	ix.mu.Unlock()
-	if n == 0 {
+	if !due {
 		return nil
 	}
-	return ix.Apply(nil, nil)
+	return ix.write(nil, nil, false)
 }
 
 func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Membership, lastUse map[digest.Digest]time.Time) error {
@@ -501,14 +524,6 @@ func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Member
 
 func appendTime(t time.Time) []byte {
 	return binary.BigEndian.AppendUint64(nil, uint64(t.UnixNano()))
-}
-
-func clone[K, V comparable](m map[K]V) map[K]V {
-	c := make(map[K]V, len(m))
-	for k, v := range m {
-		c[k] = v
-	}
-	return c
 }
 
 // forget deletes from m what is still as it was written.
