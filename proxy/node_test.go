@@ -118,7 +118,7 @@ func TestWhoOnlyFinishesIsNotLentTheNodesCredential(t *testing.T) {
 	// The 30 s have not begun for an answer that is still being sent.
 	q := &request{upstream: lab, repository: "private/app", kind: upstream.Blob, digest: img.Layers[0], authorization: auth[1]}
 	d.proxy.identify(q)
-	defer d.proxy.begin(q, yes{asked: d.proxy.now()})()
+	defer d.proxy.begin(q, yes{asked: d.proxy.now()}, 200_000)()
 	d.get(blob, append(auth, "Range", "bytes=1000-")...).must(t, 206)
 	// What is not here any more is a new question.
 	eventually(t, "the flight has landed", func() bool { return d.cache.Stats().Flights == 0 })

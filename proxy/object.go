@@ -36,7 +36,7 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 		return err
 	}
 	defer o.Close()
-	defer p.begin(q, y)()
+	defer p.begin(q, y, o.Size)()
 	w.source(o.Source)
 	if q.kind == upstream.Manifest {
 		return p.serveManifest(ctx, w, r, q, o, q.digest, y.mediaType)

@@ -62,6 +62,8 @@ const (
 	finishFor = 10 * time.Minute
 	// finishIdle ends it earlier, when nobody is downloading any more.
 	finishIdle = 30 * time.Second
+	// onePiece is what is sent in one piece: nobody has a part of it.
+	onePiece = 64 << 10
 	// refusedFor is how long a 401 answers further requests without a
 	// credential: containerd's HEAD and GET each start with one.
 	refusedFor = 5 * time.Second
@@ -86,6 +88,7 @@ type rights struct {
 	grants    map[string]grant
 	finishing map[string]map[string]*finish // by reader, then by membership key
 	finishes  int
+	expired   time.Time // when those that had ended were last looked for
 	// refused is when the last refusal of a reader, or of an object by its
 	// membership key, was received; refusedAll stands for those forgotten.
 	refused      map[string]time.Time
@@ -251,10 +254,10 @@ func (p *Proxy) entitled(q *request) (y yes, ok bool) {
 	return yes{}, false
 }
 
-// begin notes that an answer to this client is being sent, which it may finish
-// with further ranges. The caller calls end after it.
-func (p *Proxy) begin(q *request, y yes) (end func()) {
-	if p.rules(q.upstream).GrantTTL <= 0 || q.digest == "" {
+// begin notes that an answer to this client is being sent, of an object of that
+// size, which it may finish with further ranges. The caller calls end after it.
+func (p *Proxy) begin(q *request, y yes, size int64) (end func()) {
+	if p.rules(q.upstream).GrantTTL <= 0 || q.digest == "" || size >= 0 && size <= onePiece {
 		return func() {}
 	}
 	reader, key := q.reader, q.membershipKey(q.digest)
@@ -288,8 +291,13 @@ func (p *Proxy) begin(q *request, y yes) (end func()) {
 	}
 }
 
-// expireFinishes is called with the lock.
+// expireFinishes looks at all of them, and so not often. It is called with the
+// lock.
 func (r *rights) expireFinishes(now time.Time) {
+	if since := now.Sub(r.expired); since >= 0 && since < time.Second {
+		return
+	}
+	r.expired = now
 	for reader, objects := range r.finishing {
 		for key, f := range objects {
 			if f.open == 0 && (now.After(f.until) || now.Sub(f.idle) >= finishIdle) {
