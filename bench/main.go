@@ -144,12 +144,13 @@ const megabyte = 1_000_000
 // coldPull is an image of ten layers and 500 MB.
 func (b *bench) coldPull(latency time.Duration, rate int64, redirect bool) error {
 	layers, size := 10, 50*megabyte
+	cold := append(systems(), ahead)
 	if b.short {
 		size = 10 * megabyte
 	}
 	took := make(map[string][]float64)
 	for range b.runs {
-		for _, s := range systems() {
+		for _, s := range cold {
 			b.u.latency, b.u.rate, b.u.redirect = latency, rate, redirect && s.name != "nginx" && s.name != "nginx without lock"
 			if redirect != b.u.redirect {
 				continue // nginx would pass the redirect on
@@ -181,7 +182,7 @@ func (b *bench) coldPull(latency time.Duration, rate int64, redirect bool) error
 			}
 		}
 	}
-	for _, s := range systems() {
+	for _, s := range cold {
 		if len(took[s.name]) > 0 {
 			b.note(s, "wall", median(took[s.name]), "s")
 		}

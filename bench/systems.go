@@ -31,7 +31,7 @@ var direct = system{name: "direct"}
 func systems() []system {
 	return []system{
 		direct,
-		{"tarn", tarn},
+		{"tarn", tarn("")},
 		{"nginx", nginxCache("on")},
 		{"nginx without lock", nginxCache("off")},
 		{"distribution", distribution},
@@ -41,8 +41,12 @@ func systems() []system {
 var nginxStatic = system{"nginx static", nginx(`
     location / { root %[1]s/static; default_type application/octet-stream; }`)}
 
-func tarn(dir, listen string, u *upstream) ([]string, error) {
-	config := fmt.Sprintf(`listen: %s
+// ahead is tarn as it may be set up for cold pulls.
+var ahead = system{"tarn, prefetch", tarn("prefetch: layers\n")}
+
+func tarn(more string) func(dir, listen string, u *upstream) ([]string, error) {
+	return func(dir, listen string, u *upstream) ([]string, error) {
+		config := fmt.Sprintf(`listen: %s
 admin_listen: ""
 log_level: warn # as the others, which write no line a request either
 dir: %s
@@ -52,9 +56,10 @@ default_upstream: bench.test
 upstreams:
 - name: bench.test
   endpoints: ["http://%s"]
-`, listen, filepath.Join(dir, "data"), u.addr)
-	file := filepath.Join(dir, "tarn.yaml")
-	return []string{"tarn", "serve", "--config", file}, os.WriteFile(file, []byte(config), 0o600)
+%s`, listen, filepath.Join(dir, "data"), u.addr, more)
+		file := filepath.Join(dir, "tarn.yaml")
+		return []string{"tarn", "serve", "--config", file}, os.WriteFile(file, []byte(config), 0o600)
+	}
 }
 
 func nginxCache(lock string) func(dir, listen string, u *upstream) ([]string, error) {
