@@ -192,3 +192,27 @@ func TestOnlyRegisteredDigestsBecomePaths(t *testing.T) {
 		}
 	}
 }
+
+// FuzzJournal: of whatever lies in a journal, the records before the first that
+// was not written so are read, and nothing behind it.
+func FuzzJournal(f *testing.F) {
+	f.Add([]byte("one"), []byte("two"), []byte("00000000 x\n"))
+	f.Add([]byte(""), []byte("a b"), frame([]byte("three"))[1:])
+	f.Fuzz(func(t *testing.T, one, two, torn []byte) {
+		if bytes.ContainsAny(append(one, two...), "\n") {
+			return
+		}
+		sound := append(frame(one), frame(two)...)
+		notes, whole := readNotes(append(slices.Clone(sound), torn...))
+		if whole < len(sound) || len(notes) < 2 || !bytes.Equal(notes[0], one) || !bytes.Equal(notes[1], two) {
+			t.Fatalf("%q, %d", notes, whole)
+		}
+		var again []byte
+		for _, n := range notes {
+			again = append(again, frame(n)...)
+		}
+		if len(again) != whole {
+			t.Errorf("%q takes %d bytes, not %d", notes, len(again), whole)
+		}
+	})
+}

@@ -90,20 +90,39 @@ func BenchmarkManifest(b *testing.B) {
 	})
 }
 
-func BenchmarkParse(b *testing.B) {
-	for name, target := range map[string]string{
-		"tag, ns":      "/v2/library/hello/manifests/latest?ns=docker.io",
-		"digest, path": "/v2/ghcr.io/org/app/blobs/" + sum,
-	} {
+// routed are requests on their way to the handler that answers them.
+func routed(t testing.TB) (requests map[string]*http.Request, way func(*http.Request)) {
+	router := newRouter(func(_ http.ResponseWriter, r *http.Request) {
+		if _, err := testNames.parse(r); err != nil {
+			t.Error(err)
+		}
+	})
+	return map[string]*http.Request{
+		"tag, ns":        mustRequest(t, "/v2/library/hello/manifests/latest?ns=docker.io"),
+		"digest, path":   mustRequest(t, "/v2/ghcr.io/org/app/blobs/"+sum),
+		"digest, prefix": mustRequest(t, "/ghcr.io/v2/org/app/blobs/"+sum),
+	}, func(r *http.Request) { route(router, nil, r) }
+}
+
+func BenchmarkRoute(b *testing.B) {
+	requests, way := routed(b)
+	for name, r := range requests {
 		b.Run(name, func(b *testing.B) {
-			r := mustRequest(b, target)
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := testNames.parse(r); err != nil {
-					b.Fatal(err)
-				}
+				way(r)
 			}
 		})
+	}
+}
+
+func TestRoutingTakesFewAllocations(t *testing.T) {
+	const most = 10
+	requests, way := routed(t)
+	for name, r := range requests {
+		if n := testing.AllocsPerRun(100, func() { way(r) }); n > most {
+			t.Errorf("%s: %v allocations, of at most %d", name, n, most)
+		}
 	}
 }
 

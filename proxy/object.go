@@ -251,7 +251,9 @@ func serveObject(w *response, r *http.Request, o *cache.Object, d digest.Digest,
 	h := w.Header()
 	h.Set("Content-Type", mediaType)
 	setDigest(h, d)
-	defer context.AfterFunc(r.Context(), o.Interrupt)()
+	if o.Source != cache.Hit { // and so may have to wait
+		defer context.AfterFunc(r.Context(), o.Interrupt)()
+	}
 	if o.Size < 0 {
 		return serveUnsized(w, r, o, d)
 	}

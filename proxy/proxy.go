@@ -146,18 +146,31 @@ func New(opts Options) (*Proxy, error) {
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), crowds: make(map[headKey]time.Duration), sequence: sequence}
 
-	// mux knows prefixes and methods; SkipClean and UseEncodedPath keep it
-	// from redirecting and from decoding. The rest is one parser's.
-	p.router = mux.NewRouter().SkipClean(true).UseEncodedPath()
-	for _, prefix := range []string{"/v2", "/{upstream}/v2"} {
-		p.router.PathPrefix(prefix).Methods(http.MethodGet, http.MethodHead).HandlerFunc(p.serveAPI)
-	}
+	p.router = newRouter(p.serveAPI)
 	if p.brokers {
 		p.router.MatcherFunc(isToken).Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
 	}
-	p.router.NotFoundHandler = failing(errNoRoute)
-	p.router.MethodNotAllowedHandler = failing(errMethod)
 	return p, nil
+}
+
+// newRouter has mux find prefixes and methods; SkipClean and UseEncodedPath keep
+// it from redirecting and from decoding. The rest is one parser's.
+func newRouter(api http.HandlerFunc) *mux.Router {
+	r := mux.NewRouter().SkipClean(true).UseEncodedPath()
+	for _, prefix := range []string{"/v2", "/{upstream}/v2"} {
+		r.PathPrefix(prefix).Methods(http.MethodGet, http.MethodHead).HandlerFunc(api)
+	}
+	r.NotFoundHandler = failing(errNoRoute)
+	r.MethodNotAllowedHandler = failing(errMethod)
+	return r
+}
+
+// route is the router's own ServeHTTP without the two copies of the request that
+// tell a handler what matched: here nobody asks.
+func route(router *mux.Router, w http.ResponseWriter, r *http.Request) {
+	var match mux.RouteMatch
+	router.Match(r, &match) // there is a handler also for what does not match
+	match.Handler.ServeHTTP(w, r)
 }
 
 func (p *Proxy) rules(name upstream.Name) Rules {
@@ -237,7 +250,7 @@ func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // cuts the connection, quietly
 		}
 	}()
-	p.router.ServeHTTP(w, r)
+	route(p.router, w, r)
 }
 
 // observe is the one line and the counters of a request.
