@@ -503,7 +503,6 @@ func (b *bench) objects(count int) error {
 				r.stop()
 				return fmt.Errorf("fill %s: %w", s.name, err)
 			}
-			time.Sleep(6 * time.Second) // notes are written
 			r.stop()
 			if r, err = s.start(dir, b.u); err != nil {
 				return err
