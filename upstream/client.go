@@ -106,6 +106,10 @@ type Client struct {
 	listed map[Name]*Registry
 	key    [sha256.Size]byte // of the names of credentials, new with each process
 
+	life    context.Context // of what goes on without a request; ends with Close
+	end     context.CancelFunc
+	probing sync.WaitGroup
+
 	mu       sync.Mutex
 	unlisted map[Name]*Registry // at most maxUnlisted
 }
@@ -140,6 +144,7 @@ func New(opts Options) (*Client, error) {
 		c.guard.connect = (&net.Dialer{}).DialContext
 	}
 	rand.Read(c.key[:])
+	c.life, c.end = context.WithCancel(context.Background())
 	c.pool = c.guard.pool(&tls.Config{RootCAs: opts.RootCAs})
 	for _, cfg := range opts.Listed {
 		if _, dup := c.listed[cfg.Name]; dup {
@@ -228,8 +233,10 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		credentials: cfg.Credentials,
 		proofs:      make(map[proofKey]proof),
 		bases:       make(map[string]base),
+		breakers:    make(map[string]*breaker),
 		served:      make(map[[sha256.Size]byte]time.Time),
 		headRefused: make(map[Kind]bool),
+		limits:      make(map[[sha256.Size]byte]time.Time),
 	}
 	if cfg.TLS != nil {
 		r.pool = c.guard.pool(cfg.TLS)
@@ -264,8 +271,10 @@ func (c *Client) Registry(name Name) *Registry {
 // Listed tells whether the operator named that registry.
 func (c *Client) Listed(name Name) bool { return c.listed[name] != nil }
 
-// Close drops the idle connections.
+// Close ends the probing and drops the idle connections.
 func (c *Client) Close() {
+	c.end()
+	c.probing.Wait()
 	for _, t := range c.pool {
 		t.CloseIdleConnections()
 	}

@@ -51,9 +51,16 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 				hreq.Header.Set("Authorization", authorization)
 			}
 		}
-		resp, at, err := r.roundTrip(hreq, far, home)
+		exchange := r.roundTrip
+		if home {
+			exchange = r.guarded
+		}
+		resp, at, err := exchange(hreq, far, home)
 		if err != nil {
 			return nil, word, err
+		}
+		if home {
+			r.noteRate(resp.Header)
 		}
 		switch {
 		case r.listed && hop == 0:
@@ -122,6 +129,16 @@ func drain(body io.ReadCloser) {
 	const little = 16 << 10
 	io.CopyN(io.Discard, body, little)
 	body.Close()
+}
+
+// guarded is a roundTrip through the host's breaker.
+func (r *Registry) guarded(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
+	at := zoneNever
+	resp, err := r.breaker(hreq.URL).do(hreq.Context(), far, home, func() (resp *http.Response, err error) {
+		resp, at, err = r.roundTrip(hreq, far, home)
+		return resp, err
+	})
+	return resp, at, err
 }
 
 // roundTrip is one exchange on the wire, at the endpoint itself when home is

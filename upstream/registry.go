@@ -73,13 +73,16 @@ type Registry struct {
 	proving singleflight.Group // by proofKey
 
 	// mu guards what follows.
-	mu     sync.Mutex
-	proofs map[proofKey]proof // at most maxProofs
-	bases  map[string]base    // what /v2/ said, by host: one an endpoint
+	mu       sync.Mutex
+	proofs   map[proofKey]proof  // at most maxProofs
+	bases    map[string]base     // what /v2/ said, by host: one an endpoint
+	breakers map[string]*breaker // by origin: the endpoints' and token services'; at most maxBreakers
 	// served are repository+credential pairs whose GET of a blob succeeded
 	// lately: the evidence that a refused HEAD is the registry's habit.
 	served      map[[sha256.Size]byte]time.Time // at most maxServed
 	headRefused map[Kind]bool                   // HEAD of an object is refused where GET is not
+	limits      map[[sha256.Size]byte]time.Time // until when a credential's 429 holds; at most maxLimited
+	rate        RateLimit                       // what the authority said last; zero when it never did
 }
 
 const (
@@ -127,7 +130,7 @@ func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 		if n < len(endpoints)-1 {
 			timeout = min(timeout, earlyTimeout)
 		}
-		resp, err := r.askHead(ctx, e, i == 0, timeout, ask)
+		resp, err := r.askLimited(ctx, e, i == 0, timeout, ask)
 		if err == nil {
 			resp.Authority, resp.Endpoint = i == 0, i
 			return resp, nil

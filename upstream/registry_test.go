@@ -66,7 +66,8 @@ func TestOnlyTheAuthorityAnswersUntilItHasSaidYes(t *testing.T) {
 		for _, authorised := range []bool{false, true} {
 			req := blobRequest("GET", d)
 			req.Authorised = authorised
-			req.Authorization = "Basic c2VjcmV0"
+			// Each with its own credential: a 429 stands for a while.
+			req.Authorization = fmt.Sprintf("Basic %d%v", status, authorised)
 			mirror.Reset()
 			resp, err := r.Do(t.Context(), req)
 			if moves := authorised && status >= 500; moves {

@@ -106,7 +106,7 @@ func (r *Registry) fetchToken(ctx context.Context, e Endpoint, t tokenRequest, f
 	if home {
 		far = r.endpointReach()
 	}
-	resp, _, err := r.roundTrip(hreq, far, home)
+	resp, _, err := r.guarded(hreq, far, home)
 	if err != nil {
 		return Token{}, err
 	}
