@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package index is the bbolt file that remembers what the blobs are: objects,
-// tags, memberships, possessions and last uses.
+// tags, memberships, possessions, yeses, challenges and last uses.
 //
 // Contract: objects and possessions are written at once, by Apply. Tags,
-// memberships and last uses are notes: they are read back at once, but written
+// memberships, yeses, challenges and last uses are notes: they are read back at once, but written
 // with the next Apply or Flush, last uses with one a minute, so that answering
 // a request costs no transaction; a crash loses at most the notes since then,
 // and each of them is only a reason not to ask a registry again, or to keep
@@ -52,8 +52,10 @@ var (
 	membershipBucket  = []byte("memberships")
 	possessionBucket  = []byte("possessions")
 	lastUseBucket     = []byte("lastuse")
+	yesBucket         = []byte("yeses")
+	challengeBucket   = []byte("challenges")
 	versionKey        = []byte("version")
-	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, lastUseBucket}
+	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, lastUseBucket, yesBucket, challengeBucket}
 	errInvalidVersion = errors.New("version of the rows is not known to this tarn")
 )
 
@@ -84,6 +86,16 @@ type Membership struct {
 	MediaType string
 }
 
+// Challenge is how the authority asked anonymous for a credential in a
+// repository, and when it was asked.
+type Challenge struct {
+	Time time.Time
+	Text string // the WWW-Authenticate header
+}
+
+// stamp is the row of a yes: when the authority was asked.
+type stamp struct{ time.Time }
+
 // RepositoryKey names a repository: the canonical upstream name, and the
 // repository's name there.
 type RepositoryKey struct {
@@ -111,6 +123,10 @@ func (k RepositoryKey) MembershipKey(kind string, d digest.Digest) string {
 	return string(k.bytes(kind, d.String()))
 }
 
+// YesKey is the key of the yes that the authority gave somebody in this
+// repository.
+func (k RepositoryKey) YesKey(who string) string { return string(k.bytes(who)) }
+
 // Index is an open index. It is safe for concurrent use.
 type Index struct {
 	db *bolt.DB
@@ -120,6 +136,8 @@ type Index struct {
 	mu          sync.Mutex
 	tags        map[string]Tag
 	memberships map[string]*Membership // nil: deleted
+	yeses       map[string]stamp       // zero: deleted
+	challenges  map[string]Challenge
 	lastUse     map[digest.Digest]time.Time
 	usesFrom    time.Time // the first of lastUse, about
 	applied     uint64    // how often notes were written and forgotten
@@ -147,6 +165,8 @@ func Open(path string) (ix *Index, err error) {
 		db:          db,
 		tags:        make(map[string]Tag),
 		memberships: make(map[string]*Membership),
+		yeses:       make(map[string]stamp),
+		challenges:  make(map[string]Challenge),
 		lastUse:     make(map[digest.Digest]time.Time),
 	}
 	if err := ix.check(); err != nil {
@@ -202,7 +222,10 @@ func (ix *Index) check() (err error) {
 			return fmt.Errorf("%w: %w", ErrBroken, errInvalidVersion)
 		}
 		for _, name := range allBuckets {
-			into := map[string]row{string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}}[string(name)]
+			into := map[string]row{
+				string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{},
+				string(yesBucket): &stamp{}, string(challengeBucket): &Challenge{},
+			}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
 				if into != nil && into.decode(v) != nil {
 					return fmt.Errorf("%w: the row %q of %s is none", ErrBroken, k, name)
@@ -385,6 +408,75 @@ func (ix *Index) DeleteMembership(key string) {
 	ix.memberships[key] = nil
 }
 
+// renewal is how much newer a yes or a challenge must be to be worth a row.
+const renewal = time.Second
+
+// Yes returns when the authority was asked that last said yes, zero when it
+// never did.
+func (ix *Index) Yes(key string) time.Time {
+	ix.mu.Lock()
+	s, noted := ix.yeses[key]
+	ix.mu.Unlock()
+	if !noted {
+		ix.get(yesBucket, key, &s)
+	}
+	return s.Time
+}
+
+// newer tells whether a moment is worth a row in place of the old one: it is a
+// little later, or so much earlier that the clock was set back.
+func newer(t, old time.Time) bool {
+	d := t.Sub(old)
+	return d >= renewal || d < -time.Minute
+}
+
+// NoteYes takes the authority's yes.
+func (ix *Index) NoteYes(key string, asked time.Time) {
+	if !newer(asked, ix.Yes(key)) {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	if old, noted := ix.yeses[key]; noted && !newer(asked, old.Time) || !noted && len(ix.yeses) >= maxNotes {
+		return
+	}
+	ix.yeses[key] = stamp{asked}
+}
+
+// DeleteYes forgets what the authority took back.
+func (ix *Index) DeleteYes(key string) {
+	if ix.Yes(key).IsZero() {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.yeses[key] = stamp{}
+}
+
+// Challenge returns the last one of a repository.
+func (ix *Index) Challenge(k RepositoryKey) (c Challenge, ok bool) {
+	key := string(k.bytes())
+	ix.mu.Lock()
+	c, ok = ix.challenges[key]
+	ix.mu.Unlock()
+	if !ok {
+		ok = ix.get(challengeBucket, key, &c)
+	}
+	return c, ok
+}
+
+// NoteChallenge takes a challenge.
+func (ix *Index) NoteChallenge(k RepositoryKey, c Challenge) {
+	if old, ok := ix.Challenge(k); ok && old.Text == c.Text && !newer(c.Time, old.Time) {
+		return
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	if len(ix.challenges) < maxNotes {
+		ix.challenges[string(k.bytes())] = c
+	}
+}
+
 // NoteUse remembers that an object was asked for.
 func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
 	ix.mu.Lock()
@@ -426,33 +518,34 @@ func (ix *Index) usesDue() bool {
 	return len(ix.lastUse) > maxNotes/2 || len(ix.lastUse) > 0 && (age >= useInterval || age < 0)
 }
 
+// notes are what waits to be written, copied.
+type notes struct {
+	tags        map[string]Tag
+	memberships map[string]*Membership
+	yeses       map[string]stamp
+	challenges  map[string]Challenge
+	lastUse     map[digest.Digest]time.Time
+}
+
 func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	ix.mu.Lock()
-	tagNotes, membershipNotes := maps.Clone(ix.tags), maps.Clone(ix.memberships)
-	var useNotes map[digest.Digest]time.Time
+	n := notes{
+		tags:        maps.Clone(ix.tags),
+		memberships: maps.Clone(ix.memberships),
+		yeses:       maps.Clone(ix.yeses),
+		challenges:  maps.Clone(ix.challenges),
+	}
 	if all || ix.usesDue() {
-		useNotes = maps.Clone(ix.lastUse)
+		n.lastUse = maps.Clone(ix.lastUse)
 		ix.usesFrom = time.Now()
 	}
 	ix.mu.Unlock()
 
 	err := ix.db.Update(func(tx *bolt.Tx) error {
-		objects, possessions := tx.Bucket(objectBucket), tx.Bucket(possessionBucket)
-		for _, d := range drop {
-			if err := objects.Delete([]byte(d)); err != nil {
-				return err
-			}
-			if err := tx.Bucket(lastUseBucket).Delete([]byte(d)); err != nil {
-				return err
-			}
-			c := possessions.Cursor()
-			prefix := append([]byte(d), 0)
-			for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Seek(prefix) {
-				if err := c.Delete(); err != nil {
-					return err
-				}
-			}
+		if err := dropObjects(tx, drop); err != nil {
+			return err
 		}
+		objects, possessions := tx.Bucket(objectBucket), tx.Bucket(possessionBucket)
 		for _, s := range put {
 			if err := objects.Put([]byte(s.Digest), s.Object.encode()); err != nil {
 				return err
@@ -461,7 +554,7 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 				return err
 			}
 		}
-		return writeNotes(tx, tagNotes, membershipNotes, useNotes)
+		return n.write(tx)
 	})
 	if err != nil {
 		return fmt.Errorf("write the index: %w", err)
@@ -471,16 +564,37 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	ix.applied++
-	forget(ix.tags, tagNotes)
-	forget(ix.memberships, membershipNotes)
-	forget(ix.lastUse, useNotes)
+	forget(ix.tags, n.tags)
+	forget(ix.memberships, n.memberships)
+	forget(ix.yeses, n.yeses)
+	forget(ix.challenges, n.challenges)
+	forget(ix.lastUse, n.lastUse)
+	return nil
+}
+
+func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
+	objects, uses, possessions := tx.Bucket(objectBucket), tx.Bucket(lastUseBucket), tx.Bucket(possessionBucket).Cursor()
+	for _, d := range drop {
+		if err := objects.Delete([]byte(d)); err != nil {
+			return err
+		}
+		if err := uses.Delete([]byte(d)); err != nil {
+			return err
+		}
+		prefix := append([]byte(d), 0)
+		for k, _ := possessions.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = possessions.Seek(prefix) {
+			if err := possessions.Delete(); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
 // Flush writes the notes that are due, if there are any.
 func (ix *Index) Flush() error {
 	ix.mu.Lock()
-	due := len(ix.tags) > 0 || len(ix.memberships) > 0 || ix.usesDue()
+	due := len(ix.tags)+len(ix.memberships)+len(ix.yeses)+len(ix.challenges) > 0 || ix.usesDue()
 	ix.mu.Unlock()
 	if !due {
 		return nil
@@ -488,9 +602,9 @@ func (ix *Index) Flush() error {
 	return ix.write(nil, nil, false)
 }
 
-func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Membership, lastUse map[digest.Digest]time.Time) error {
+func (n notes) write(tx *bolt.Tx) error {
 	tb := tx.Bucket(tagBucket)
-	for key, t := range tags {
+	for key, t := range n.tags {
 		if err := tb.Put([]byte(key), t.encode()); err != nil {
 			return err
 		}
@@ -500,18 +614,23 @@ func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Member
 			}
 		}
 	}
-	mb := tx.Bucket(membershipBucket)
-	for key, m := range memberships {
-		if m == nil {
-			if err := mb.Delete([]byte(key)); err != nil {
-				return err
-			}
-		} else if err := mb.Put([]byte(key), m.encode()); err != nil {
+	for key, m := range n.memberships {
+		if err := putOrDelete(tx.Bucket(membershipBucket), key, m, m == nil); err != nil {
+			return err
+		}
+	}
+	for key, s := range n.yeses {
+		if err := putOrDelete(tx.Bucket(yesBucket), key, &s, s.IsZero()); err != nil {
+			return err
+		}
+	}
+	for key, c := range n.challenges {
+		if err := putOrDelete(tx.Bucket(challengeBucket), key, &c, false); err != nil {
 			return err
 		}
 	}
 	objects, ub := tx.Bucket(objectBucket), tx.Bucket(lastUseBucket)
-	for d, t := range lastUse {
+	for d, t := range n.lastUse {
 		if objects.Get([]byte(d)) == nil {
 			continue // dropped meanwhile
 		}
@@ -520,6 +639,13 @@ func writeNotes(tx *bolt.Tx, tags map[string]Tag, memberships map[string]*Member
 		}
 	}
 	return nil
+}
+
+func putOrDelete(b *bolt.Bucket, key string, r row, gone bool) error {
+	if gone {
+		return b.Delete([]byte(key))
+	}
+	return b.Put([]byte(key), r.encode())
 }
 
 func appendTime(t time.Time) []byte {

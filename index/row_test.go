@@ -22,7 +22,7 @@ func FuzzRow(f *testing.F) {
 	f.Add([]byte{0x80})
 	f.Add(bytes.Repeat([]byte{0xff}, 11))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		for _, pair := range [][2]row{{new(Object), new(Object)}, {new(Tag), new(Tag)}, {new(Membership), new(Membership)}} {
+		for _, pair := range [][2]row{{new(Object), new(Object)}, {new(Tag), new(Tag)}, {new(Membership), new(Membership)}, {new(stamp), new(stamp)}, {new(Challenge), new(Challenge)}} {
 			if pair[0].decode(data) != nil {
 				continue
 			}

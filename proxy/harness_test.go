@@ -148,7 +148,7 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
-		Metrics: NewMetrics(d.metrics), Logger: log,
+		StaleKey: bytes.Repeat([]byte("k"), 32), Metrics: NewMetrics(d.metrics), Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)

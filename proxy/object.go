@@ -28,7 +28,7 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 	if q.method == http.MethodHead {
 		return p.headDigest(ctx, w, r, q)
 	}
-	o, y, err := p.openDigest(ctx, q)
+	o, y, err := p.openDigest(ctx, w, q)
 	if errors.Is(err, errSchema1) {
 		return p.relayManifest(ctx, w, q, &confirmation{mediaType: schema1Type})
 	}
@@ -37,7 +37,9 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 	}
 	defer o.Close()
 	defer p.begin(q, y, o.Size)()
-	w.source(o.Source)
+	if w.source(o.Source); y.stale != nil {
+		w.stale(y.stale)
+	}
 	if q.kind == upstream.Manifest {
 		return p.serveManifest(ctx, w, r, q, o, q.digest, y.mediaType)
 	}
@@ -48,7 +50,7 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 // entitled is not asked about again. What is here costs everybody else a HEAD
 // with their own credential; what is not, is asked for by the GET that fetches
 // it, whose answer those wait for that ask with the same credential.
-func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes, error) {
+func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache.Object, yes, error) {
 	req := cache.Request{
 		Key:    p.key(q, q.digest),
 		Reader: q.reader,
@@ -83,7 +85,7 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	}
 	if !ok {
 		var err error
-		if y, err = p.inquire(ctx, q); err != nil {
+		if y, err = p.inquireOrStale(ctx, w, q); err != nil {
 			return nil, yes{}, err
 		}
 	}
@@ -91,9 +93,24 @@ func (p *Proxy) openDigest(ctx context.Context, q *request) (*cache.Object, yes,
 	// The other endpoints may serve it, unless the yes was for what had begun.
 	req.Authorised, req.Wrong = true, nil
 	req.Fetch = p.fetch(q, q.digest, !y.finishing, nil)
+	if y.stale != nil {
+		req.Fetch = notNow
+	}
 	req.Check = p.check(q, func() string { return y.mediaType })
 	o, err := p.cache.Open(ctx, req)
 	return o, y, err
+}
+
+// inquireOrStale asks the authority about the object, by HEAD, or says what may
+// be served while it cannot be asked.
+func (p *Proxy) inquireOrStale(ctx context.Context, w *response, q *request) (yes, error) {
+	asking, cancel := p.askingTime(ctx, w, q)
+	defer cancel()
+	y, err := p.inquire(asking, q)
+	if err != nil {
+		return p.stale(q, err)
+	}
+	return y, nil
 }
 
 // inquire asks the authority about the object, by HEAD.
@@ -121,7 +138,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 	y, ok := p.entitled(q)
 	if !cached || !ok {
 		var err error
-		if y, err = p.inquire(ctx, q); err != nil {
+		if y, err = p.inquireOrStale(ctx, w, q); err != nil {
 			return err
 		}
 		size, cached = p.cache.Has(p.key(q, q.digest))
@@ -135,7 +152,9 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 			if err != nil {
 				return err
 			}
-			w.source(cache.Hit)
+			if w.source(cache.Hit); y.stale != nil {
+				w.stale(y.stale)
+			}
 			return serveHead(w, r, q.digest, mediaType, size)
 		}
 		if ok { // and no question was asked

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"runtime"
+	"time"
 
 	"tarn/cache"
 	"tarn/upstream"
@@ -101,7 +102,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, headerDeadline)
 	defer cancel()
-	o, _, err := p.openDigest(ctx, &one)
+	o, _, err := p.openDigest(ctx, &response{start: time.Now()}, &one)
 	if err != nil {
 		return nil
 	}

@@ -57,6 +57,10 @@ type Options struct {
 	Prefetch Prefetch
 	// Metrics counts; nil counts nothing.
 	Metrics *Metrics
+	// StaleKey makes the names under which it is remembered, across restarts,
+	// which Basic credentials the authorities said yes to. Without one such a
+	// yes is not remembered.
+	StaleKey []byte
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
 }
@@ -70,6 +74,9 @@ type Rules struct {
 	// MembershipTTL is how long the authority is believed to have what it
 	// had. 0 means asking every time.
 	MembershipTTL time.Duration
+	// StaleIfError is how old an answer may be that is given while the
+	// authority cannot be asked. 0 means that none is.
+	StaleIfError time.Duration
 	// Parallel is how many connections one large blob is fetched over.
 	Parallel int
 	// TokenBroker passes clients' credentials on to the token service.
@@ -98,6 +105,7 @@ type Proxy struct {
 	ruleOf    map[upstream.Name]Rules
 	defaults  Rules
 	brokers   bool // some upstream has a token broker
+	staleKey  []byte
 	now       func() time.Time
 
 	prefetch   Prefetch
@@ -136,6 +144,7 @@ func New(opts Options) (*Proxy, error) {
 		ruleOf:   opts.Rules,
 		defaults: opts.Defaults,
 		now:      time.Now,
+		staleKey: opts.StaleKey,
 
 		prefetch:   opts.Prefetch,
 		aheadSlots: make(chan struct{}, maxAhead),
@@ -412,6 +421,7 @@ func (w *response) outcome() string {
 		return "none"
 	}
 	for _, o := range []struct{ prefix, outcome string }{
+		{"tarn; hit; ttl=-", "stale"},
 		{"tarn; hit", "hit"},
 		{"tarn; fwd=stale", "confirmed"},
 		{"tarn; fwd=uri-miss", "miss"},

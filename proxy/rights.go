@@ -218,6 +218,8 @@ type yes struct {
 	// finishing: the yes is a while ago, and only lets a download end that
 	// it began.
 	finishing bool
+	// stale: the authority could not be asked, and this is what it said once.
+	stale *staleness
 }
 
 // entitled tells whether the client may have the object without another
@@ -384,6 +386,10 @@ func (p *Proxy) said(k index.RepositoryKey, kind upstream.Kind, d digest.Digest,
 	reader, r := p.reader(k, c), p.rights
 	switch refused.Status {
 	case http.StatusUnauthorized, http.StatusForbidden:
+		defer p.forget(k, c) // without the lock
+		if refused.Status == http.StatusUnauthorized && c.anonymous() {
+			defer p.rememberChallenge(k, refused, now)
+		}
 	case http.StatusNotFound:
 		if d != "" {
 			// Some registries say it also where they mean 403, and then it
@@ -501,6 +507,7 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 		return nil, asked, errAnotherThing
 	case resp.Authority:
 		p.granted(k, c, asked)
+		p.remember(k, c, asked)
 		if d != "" {
 			p.member(k, q.kind, d, c, asked, resp.MediaType)
 		}

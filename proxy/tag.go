@@ -25,9 +25,9 @@ import (
 // from the disk when they are there.
 func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *request) error {
 	for again := true; ; again = false {
-		c, shared, err := p.confirmTag(ctx, q)
+		c, shared, err := p.confirmInTime(ctx, w, q)
 		if err != nil {
-			return err
+			return p.serveStaleTag(ctx, w, r, q, err)
 		}
 		w.collapsed = shared
 		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
@@ -44,6 +44,26 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 		return err
 	}
 }
+
+// confirmInTime leaves time for a stale answer, where one is allowed.
+func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*confirmation, bool, error) {
+	ctx, cancel := p.askingTime(ctx, w, q)
+	defer cancel()
+	return p.confirmTag(ctx, q)
+}
+
+// askingTime is how long the authority may be asked on this request's behalf:
+// its head_timeout from the request's arrival on, where a stale answer may be
+// given then, and a little more, so that a question that was sent at once says
+// itself that it took too long.
+func (p *Proxy) askingTime(ctx context.Context, w *response, q *request) (context.Context, context.CancelFunc) {
+	if p.staleLimit(q.upstream) <= 0 {
+		return ctx, func() {}
+	}
+	return context.WithDeadline(ctx, w.start.Add(p.upstreams.Registry(q.upstream).HeadTimeout()+askingGrace))
+}
+
+const askingGrace = 50 * time.Millisecond
 
 func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool, error) {
 	if err := p.recall(q.repositoryKey(), q.credential); err != nil {
@@ -72,6 +92,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	}
 	p.cache.Index().NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
 	p.granted(repository, key.credential, asked)
+	p.remember(repository, key.credential, asked)
 	p.member(repository, upstream.Manifest, c.digest, key.credential, asked, c.mediaType)
 	return c, nil
 }

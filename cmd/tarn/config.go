@@ -174,12 +174,10 @@ type KubeletPlugins struct {
 // is accepted. A key leaves this table when it gets its meaning, and its "not
 // yet" in docs/tarn.example.yaml with it.
 var notYet = map[string]bool{
-	"tls":                     true,
-	"metrics_listen":          true,
-	"allow_via_proxy":         true,
-	"defaults.stale_if_error": true,
+	"tls":             true,
+	"metrics_listen":  true,
+	"allow_via_proxy": true,
 	"upstreams[].credentials.kubelet_plugins": true,
-	"upstreams[].stale_if_error":              true,
 }
 
 // defaultDir is where the daemon of a node keeps its data.
@@ -357,6 +355,8 @@ var rules = map[string]func(value any) error{
 	"defaults.parallel":           checkParallel,
 	"defaults.grant_ttl":          checkTTL,
 	"defaults.membership_ttl":     checkTTL,
+	"defaults.stale_if_error":     checkTTL,
+	"upstreams[].stale_if_error":  checkTTL,
 	"upstreams[].grant_ttl":       checkTTL,
 	"upstreams[].membership_ttl":  checkTTL,
 	"upstreams[].realm":           checkRealm,

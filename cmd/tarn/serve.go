@@ -5,6 +5,8 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -108,6 +110,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer upstreams.Close()
+	registerUpstreams(registry, upstreams)
 	rules, err := newRules(cfg)
 	if err != nil {
 		return err
@@ -120,7 +123,8 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		ListedOnly:      cfg.Allow == "listed",
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
-		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, Parallel: cfg.Defaults.Parallel},
+		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, StaleIfError: cfg.Defaults.StaleIfError, Parallel: cfg.Defaults.Parallel},
+		StaleKey:        staleKey(cfg, log),
 		Metrics:         metrics,
 		Logger:          log,
 	})
@@ -134,7 +138,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	failed := make(chan error, 2)
 	go func() { failed <- registryServer.Serve(listener) }()
 	if adminListener != nil {
-		s := newServer(newAdmin(cfg, store, registry, adminListener), log)
+		s := newServer(newAdmin(cfg, store, upstreams, registry, adminListener), log)
 		servers = append(servers, s)
 		go func() { failed <- s.Serve(adminListener) }()
 	}
@@ -299,12 +303,39 @@ func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 		rules[name] = proxy.Rules{
 			GrantTTL:      u.GrantTTL,
 			MembershipTTL: u.MembershipTTL,
+			StaleIfError:  u.StaleIfError,
 			Parallel:      u.Parallel,
 			TokenBroker:   u.TokenBroker,
 			Share:         u.Share,
 		}
 	}
 	return rules, nil
+}
+
+// staleKey is the key under which credentials are named on the disk, made when
+// there is none yet; nil where no answer may be stale, and so none is named.
+func staleKey(cfg Config, log *zap.Logger) []byte {
+	wanted := cfg.Defaults.StaleIfError > 0
+	for _, u := range cfg.Upstreams {
+		wanted = wanted || u.StaleIfError > 0
+	}
+	if !wanted {
+		return nil
+	}
+	path := filepath.Join(cfg.Dir, "stale.key")
+	key, err := os.ReadFile(path)
+	if err == nil && len(key) == sha256.Size {
+		return key
+	}
+	key = make([]byte, sha256.Size)
+	rand.Read(key)
+	if errors.Is(err, fs.ErrNotExist) || err == nil {
+		err = os.WriteFile(path, key, 0o600)
+	}
+	if err != nil {
+		log.Warn("who had a yes is not remembered past this process", zap.Error(err))
+	}
+	return key
 }
 
 func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
@@ -384,6 +415,35 @@ func registerCache(registry *prometheus.Registry, store *cache.Cache) {
 	}
 }
 
+// registerUpstreams shows how the listed registries do, as metrics that name
+// none.
+func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client) {
+	registry.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "tarn_upstream_hosts_down",
+			Help: "Hosts of listed registries that are not asked, since they failed; they are probed.",
+		}, func() float64 {
+			n := 0
+			for _, h := range upstreams.Health() {
+				n += len(h.Down)
+			}
+			return float64(n)
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "tarn_upstream_ratelimit_remaining",
+			Help: "The fewest requests that a listed registry still grants, as it said last; -1 when none has said.",
+		}, func() float64 {
+			least := int64(-1)
+			for _, h := range upstreams.Health() {
+				if h.RateLimit != nil && (least < 0 || h.RateLimit.Remaining < least) {
+					least = h.RateLimit.Remaining
+				}
+			}
+			return float64(least)
+		}),
+	)
+}
+
 // status is the document of /api/v1/status.
 type status struct {
 	Version string      `json:"version"`
@@ -392,9 +452,11 @@ type status struct {
 	Dir     string      `json:"dir"`
 	Cache   cache.Stats `json:"cache"`
 	Index   any         `json:"index"`
+	// Upstreams are the listed registries.
+	Upstreams []upstream.Health `json:"upstreams"`
 }
 
-func newAdmin(cfg Config, store *cache.Cache, registry *prometheus.Registry, l net.Listener) http.Handler {
+func newAdmin(cfg Config, store *cache.Cache, upstreams *upstream.Client, registry *prometheus.Registry, l net.Listener) http.Handler {
 	started := time.Now()
 	return admin.New(admin.Options{
 		Listener: l.Addr(),
@@ -412,7 +474,7 @@ func newAdmin(cfg Config, store *cache.Cache, registry *prometheus.Registry, l n
 			if err != nil {
 				index = map[string]string{"error": err.Error()}
 			}
-			return status{version, started, cfg.Listen, cfg.Dir, store.Stats(), index}
+			return status{version, started, cfg.Listen, cfg.Dir, store.Stats(), index, upstreams.Health()}
 		},
 	})
 }
