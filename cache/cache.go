@@ -102,6 +102,14 @@ func (i Info) end() int64 {
 	return i.Size
 }
 
+// sound tells whether it is the description of a part of an object.
+func (i Info) sound() bool {
+	if i.Size < 0 {
+		return i.Offset == 0
+	}
+	return 0 <= i.Offset && i.Offset <= i.end() && i.end() <= i.Size
+}
+
 // Request asks for an object.
 type Request struct {
 	Key

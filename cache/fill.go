@@ -132,7 +132,7 @@ func (f *flight) ask(lead Request) (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if info.Offset != off && info.Offset != 0 || info.Offset > 0 && info.Size < 0 {
+	if info.Offset != off && info.Offset != 0 || !info.sound() {
 		body.Close()
 		return nil, fmt.Errorf("%w: it starts at byte %d", ErrBroken, info.Offset)
 	}
@@ -375,6 +375,9 @@ var errWrong = fmt.Errorf("%w", ErrBroken)
 // fits tells whether an answer is what the worker is to bring, of the same
 // object as the others.
 func (f *flight) fits(w *worker, info Info) error {
+	if !info.sound() {
+		return fmt.Errorf("%w: bytes %d to %d of %d", ErrRange, info.Offset, info.end(), info.Size)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.size < 0 && info.Size >= 0 && info.Offset == w.start {
