@@ -155,6 +155,21 @@ func (s *Store) Free() (free, total int64, err error) {
 	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
 }
 
+// Look is what tells a file from another one under the same name, and from
+// itself before it was written to: times are nanoseconds since 1970.
+type Look struct {
+	Inode             uint64
+	Modified, Changed int64
+}
+
+// LookOf returns what the file looked like.
+func LookOf(info fs.FileInfo) (l Look) {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		l = Look{st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
+	}
+	return l
+}
+
 // Allocated is what a file takes on disk, in bytes.
 func Allocated(info fs.FileInfo) int64 {
 	const statBlock = 512 // the unit of st_blocks, whatever the filesystem's block size

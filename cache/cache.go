@@ -5,8 +5,9 @@
 //
 // These hold at every moment, a crash included:
 //
-//  1. A row implies a file of that size. (New sees to the file; one that was
-//     changed by hand is found by its size when it is opened.)
+//  1. A row implies a file of that size, and vouches for its bytes as long as
+//     it looks as it did when they were hashed. (New sees to the file; one that
+//     was changed is found when it is opened, see recheck.go.)
 //  2. A file without a row is adopted, after hashing, or removed, after a start.
 //  3. Allocated bytes of blobs, pending files and index, plus what reservations
 //     have yet to write, are at most MaxSize.
@@ -180,6 +181,7 @@ type Cache struct {
 	verified  chan *flight       // to the committer
 	drops     chan digest.Digest // to the committer: a row whose file is not as it says
 	adoptions chan adoption      // to the committer
+	findings  chan finding       // to the committer
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
@@ -222,6 +224,7 @@ func New(opts Options) (*Cache, error) {
 		verified:  make(chan *flight, maxBatch),
 		drops:     make(chan digest.Digest, maxBatch),
 		adoptions: make(chan adoption),
+		findings:  make(chan finding),
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
@@ -235,6 +238,8 @@ func New(opts Options) (*Cache, error) {
 	}
 	c.committing.Add(1)
 	go c.commitLoop()
+	c.flying.Add(1)
+	go c.scrub()
 	if len(strays) > 0 {
 		c.adopt = len(strays)
 		c.flying.Add(1)
@@ -339,12 +344,12 @@ func (o *Object) Interrupt() {
 // ErrAuthorise, ErrTainted, ErrBroken, the context's, and those of the Fetch.
 func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 	// Each round either ends or follows a refusal that was somebody else's.
-	for {
-		o, err := c.openStored(req)
+	for dropped := false; ; {
+		o, s, err := c.openStored(req)
 		if o != nil || err != nil {
 			return o, err
 		}
-		f, leader, err := c.join(req)
+		f, leader, err := c.join(req, s)
 		if err != nil {
 			return nil, err
 		}
@@ -361,6 +366,8 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		}
 		o, err = f.open(ctx, req, leader)
 		switch {
+		case errors.Is(err, errChanged) && !dropped:
+			dropped = true // and now it is fetched
 		case errors.Is(err, errStoredMeanwhile):
 			if !req.Authorised {
 				return nil, ErrAuthorise
@@ -375,32 +382,43 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 	}
 }
 
-// openStored returns nil, nil when the object is not stored.
-func (c *Cache) openStored(req Request) (*Object, error) {
+// openStored returns the object when it is stored, or a file that must be hashed
+// again, for the flight that does, or neither.
+func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 	if body := c.hot.get(req.Key); body != nil {
-		return c.hit(req, int64(len(body)), bytes.NewReader(body), func() {})
+		o, err := c.hit(req, int64(len(body)), bytes.NewReader(body), func() {})
+		return o, nil, err
 	}
 	row, ok := c.index.Object(req.Domain, req.Digest)
 	if !ok {
-		return nil, nil
+		return nil, nil, nil
 	}
-	if row.Size <= maxHotObject && row.Size > 0 {
+	small := row.Size <= maxHotObject && row.Size > 0
+	if small {
 		// Hashed once, since from now on the file is not looked at again.
 		body, err := c.store.Read(req.Digest, row.Size)
 		if err == nil && req.Digest.Algorithm().FromBytes(body) == req.Digest {
 			c.hot.put(req.Key, body)
-			return c.hit(req, row.Size, bytes.NewReader(body), func() {})
+			o, err := c.hit(req, row.Size, bytes.NewReader(body), func() {})
+			return o, nil, err
 		}
 	}
-	file, err := c.openFile(req.Digest, row)
-	if err != nil {
+	file, info, err := c.openFile(req.Digest, row)
+	switch {
+	case err != nil:
 		select {
 		case c.drops <- req.Digest:
 		default: // the next reader finds it again
 		}
-		return nil, nil
+		return nil, nil, nil
+	case !small && vouched(row, info):
+		o, err := c.hit(req, row.Size, file, func() { file.Close() })
+		return o, nil, err
+	case !req.Authorised:
+		file.Close()
+		return nil, nil, ErrAuthorise
 	}
-	return c.hit(req, row.Size, file, func() { file.Close() })
+	return nil, &suspect{file, info, row}, nil
 }
 
 // hit is what is stored, for who may have it.
@@ -420,10 +438,10 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 	return &Object{Size: size, Source: Hit, Content: content, close: close}, nil
 }
 
-func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {
+func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, os.FileInfo, error) {
 	file, err := c.store.Open(d)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	info, err := file.Stat()
 	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
@@ -431,9 +449,9 @@ func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, error) {
 	}
 	if err != nil {
 		file.Close()
-		return nil, err
+		return nil, nil, err
 	}
-	return file, nil
+	return file, info, nil
 }
 
 // Stats are for people and metrics.

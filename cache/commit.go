@@ -42,6 +42,8 @@ func (c *Cache) commitLoop() {
 			c.drop(d)
 		case a := <-c.adoptions:
 			c.settle(a)
+		case f := <-c.findings:
+			c.take(f)
 		case <-notes.C:
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
@@ -116,7 +118,7 @@ func (c *Cache) commit(batch []*flight) {
 			trouble = err
 			continue
 		}
-		row := index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}
+		row := describe(index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}, info)
 		if old, ok := c.index.Row(f.key.Digest); ok {
 			grown -= old.Alloc // its file was not as it says, and is replaced
 		}
@@ -180,6 +182,12 @@ func (c *Cache) drop(d digest.Digest) {
 	if _, sound := c.stored(d); !ok || sound {
 		return // it was replaced meanwhile
 	}
+	c.remove(d, row)
+	c.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
+}
+
+// remove takes an object away, row first.
+func (c *Cache) remove(d digest.Digest, row index.Object) {
 	c.hot.drop(d)
 	err := c.index.Apply(nil, []digest.Digest{d})
 	if err == nil {
@@ -189,8 +197,5 @@ func (c *Cache) drop(d digest.Digest) {
 		c.noteTrouble(err)
 		return
 	}
-	c.mu.Lock()
-	c.used -= row.Alloc
-	c.mu.Unlock()
-	c.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
+	c.addUsed(-row.Alloc)
 }

@@ -9,6 +9,8 @@ import (
 	"maps"
 	"sync"
 	"sync/atomic"
+
+	"tarn/blobstore"
 )
 
 // A flight is one object being downloaded now, for one source domain, with any
@@ -56,6 +58,7 @@ type flight struct {
 	source   string       // who is asked first
 	asker    string       // the reader whose right the fetch is to find out; "" when that is known
 	ahead    bool         // see Request
+	stored   bool         // its source is the stored file, see recheck.go
 	answered bool         // guarded by the cache's mutex
 	parallel int          // how many answers may be open at the source at once
 	check    func([]byte) error
@@ -110,10 +113,17 @@ var ErrClosed = errors.New("cache is closed")
 
 // join returns the flight of the key with a reference for the caller, and
 // whether the caller's Fetch is the one that it flies on.
-func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
+//
+// A stored file that is suspect is the source of the flight, and nothing is
+// fetched.
+func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if f := c.flights[req.Key]; f != nil {
+	f = c.flights[req.Key]
+	if s != nil && (f != nil || c.closed) {
+		s.file.Close()
+	}
+	if f != nil {
 		f.refs.Add(1) // it is in the table, so it has the table's reference
 		return f, false, nil
 	}
@@ -122,11 +132,15 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	}
 	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
 	f.changed.L, f.work.L = &f.mu, &f.mu
-	if p := c.parked[req.Key]; p != nil {
+	f.partial = newPartial()
+	if p := c.parked[req.Key]; p != nil && s == nil {
 		delete(c.parked, req.Key)
 		f.partial = *p
-	} else {
-		f.partial = newPartial()
+	}
+	if s != nil {
+		f.stored, f.answered, f.size, f.filled = true, true, s.row.Size, spans{{0, s.row.Size}}
+		f.hash = req.Digest.Algorithm().Hash()
+		f.pending = &blobstore.Pending{File: s.file, Digest: req.Digest} // it has a place already
 	}
 	if !req.Authorised {
 		f.asker = req.Reader
@@ -136,7 +150,11 @@ func (c *Cache) join(req Request) (f *flight, leader bool, err error) {
 	f.refs.Store(2)
 	c.flights[req.Key] = f
 	c.flying.Add(1)
-	go f.run(req)
+	if s != nil {
+		go f.recheck(s)
+	} else {
+		go f.run(req)
+	}
 	return f, true, nil
 }
 
@@ -212,7 +230,7 @@ func (f *flight) run(lead Request) {
 	// Look again: between the caller's look at the store and its joining, an
 	// earlier flight may have been committed.
 	if row, ok := c.index.Object(f.key.Domain, f.key.Digest); ok {
-		if file, err := c.openFile(f.key.Digest, row); err == nil {
+		if file, _, err := c.openFile(f.key.Digest, row); err == nil {
 			file.Close()
 			f.dropPartial()
 			f.end(gone, nil)
@@ -430,9 +448,9 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	default:
 		source := Joined
 		switch {
-		case leader:
+		case leader && !f.stored:
 			source = Fetched
-		case state == verified:
+		case f.stored, state == verified:
 			source = Hit // all of it was here already
 		}
 		return &Object{Size: size, Source: source, Content: r, close: r.close, interrupt: r.interrupt}, nil

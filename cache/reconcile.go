@@ -156,7 +156,7 @@ type adoption struct {
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	for _, s := range strays {
-		sound, err := c.hashes(s.digest)
+		sound, err := c.hashes(s.digest, 0)
 		if c.ctx.Err() != nil {
 			return
 		}
@@ -179,8 +179,9 @@ func (c *Cache) adoptAll(strays []stray) {
 	c.log.Sugar().Infow("adopted files without a row", "files", len(strays))
 }
 
-// hashes tells whether the file's bytes are what its name says.
-func (c *Cache) hashes(d digest.Digest) (bool, error) {
+// hashes tells whether the file's bytes are what its name says. It reads rate
+// bytes a second, or as fast as it can when that is 0.
+func (c *Cache) hashes(d digest.Digest, rate int64) (bool, error) {
 	f, err := c.store.Open(d)
 	if err != nil {
 		return false, err
@@ -191,6 +192,12 @@ func (c *Cache) hashes(d digest.Digest) (bool, error) {
 	for c.ctx.Err() == nil {
 		n, err := f.Read(buf)
 		v.Write(buf[:n])
+		if rate > 0 {
+			select {
+			case <-c.ctx.Done():
+			case <-time.After(time.Duration(int64(n) * int64(time.Second) / rate)):
+			}
+		}
 		if err == io.EOF {
 			return v.Verified(), nil
 		}
@@ -221,9 +228,9 @@ func (c *Cache) settle(a adoption) {
 		return
 	}
 	if a.sound {
-		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: index.Object{
+		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: describe(index.Object{
 			Size: a.info.Size(), Alloc: blobstore.Allocated(a.info), Created: time.Now(),
-		}})
+		}, a.info)})
 		return
 	}
 	if err := c.store.Remove(a.digest); err != nil {

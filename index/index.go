@@ -43,7 +43,7 @@ var (
 )
 
 // version of the rows' format. A higher one is not read.
-const version = 2
+const version = 3
 
 var (
 	metaBucket        = []byte("meta")
@@ -64,6 +64,11 @@ type Object struct {
 	Size    int64 // bytes of the file
 	Alloc   int64 // bytes that it takes on disk
 	Created time.Time
+	// What it looked like when its bytes were hashed last, as stat has it,
+	// times in nanoseconds since 1970; and when that was.
+	Inode             uint64
+	Modified, Changed int64
+	Verified          time.Time
 }
 
 // Tag is a dated claim about an authority, never a pin: at Confirmed it said
@@ -499,7 +504,7 @@ func (ix *Index) LastSequence() (seq uint64, err error) {
 }
 
 // A Stored object is one that was committed: its row, and the source domain
-// that delivered it.
+// that delivered it; "" where only the row is new.
 type Stored struct {
 	Digest digest.Digest
 	Domain string
@@ -549,6 +554,9 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 		for _, s := range put {
 			if err := objects.Put([]byte(s.Digest), s.Object.encode()); err != nil {
 				return err
+			}
+			if s.Domain == "" {
+				continue
 			}
 			if err := possessions.Put(possessionKey(s.Domain, s.Digest), appendTime(s.Object.Created)); err != nil {
 				return err

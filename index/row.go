@@ -23,13 +23,13 @@ type row interface {
 }
 
 func (o *Object) encode() []byte {
-	return encodeRow([]int64{o.Size, o.Alloc, nanos(o.Created)}, "")
+	return encodeRow([]int64{o.Size, o.Alloc, nanos(o.Created), int64(o.Inode), o.Modified, o.Changed, nanos(o.Verified)}, "")
 }
 
 func (o *Object) decode(b []byte) error {
-	var created int64
-	rest, err := decodeRow(b, &o.Size, &o.Alloc, &created)
-	o.Created = moment(created)
+	var created, inode, checked int64
+	rest, err := decodeRow(b, &o.Size, &o.Alloc, &created, &inode, &o.Modified, &o.Changed, &checked)
+	o.Created, o.Inode, o.Verified = moment(created), uint64(inode), moment(checked)
 	if err == nil && (rest != "" || o.Size < 0) {
 		err = errRow
 	}

@@ -13,7 +13,7 @@ import (
 func FuzzRow(f *testing.F) {
 	now := time.Unix(1_700_000_000, 5)
 	for _, r := range []row{
-		&Object{Size: 5, Alloc: 4096, Created: now},
+		&Object{Size: 5, Alloc: 4096, Created: now, Inode: 1 << 63, Modified: 1, Changed: 2, Verified: now},
 		&Tag{Digest: "sha256:x", Confirmed: now, Sequence: 1 << 63},
 		&Membership{Time: now, MediaType: "a/b"},
 	} {

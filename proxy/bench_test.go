@@ -116,16 +116,6 @@ func BenchmarkRoute(b *testing.B) {
 	}
 }
 
-func TestRoutingTakesFewAllocations(t *testing.T) {
-	const most = 10
-	requests, way := routed(t)
-	for name, r := range requests {
-		if n := testing.AllocsPerRun(100, func() { way(r) }); n > most {
-			t.Errorf("%s: %v allocations, of at most %d", name, n, most)
-		}
-	}
-}
-
 // BenchmarkRefusal asks, interleaved, for an object that is cached and for one
 // that is not, with a credential that may have neither: the two must look the
 // same to who measures. The registry takes 20 ms.

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A file on the disk may be changed by hand, by another program or by the disk
+// itself, and what goes out must be what the digest says all the same. A row
+// remembers what the file looked like when its bytes were last hashed. A file
+// that still looks so, and was hashed not too long ago, goes out by sendfile. Any
+// other is suspect: it is read by a flight, whose source is the file itself, so
+// that its readers are held to the same rule as those of a download; then the
+// row vouches for it again, or it is dropped and fetched anew.
+
+const (
+	// vouchedFor is how long a file is believed that looks unchanged. The
+	// scrubber comes by more often than that.
+	vouchedFor = 30 * 24 * time.Hour
+	scrubAfter = 7 * 24 * time.Hour
+	// scrubRate is how fast it reads, in bytes a second: a full disk of 50 GiB
+	// takes an hour and a half a week.
+	scrubRate = 10 << 20
+	// scrubEvery is how often it looks for something to do.
+	scrubEvery = 10 * time.Minute
+)
+
+// errChanged is an ErrBroken: the file on the disk is not what it was.
+var errChanged = fmt.Errorf("%w: the file on the disk was changed", ErrBroken)
+
+// describe enters in a row what the file looks like, hashed now.
+func describe(row index.Object, info fs.FileInfo) index.Object {
+	look := blobstore.LookOf(info)
+	row.Inode, row.Modified, row.Changed = look.Inode, look.Modified, look.Changed
+	row.Verified = time.Now()
+	return row
+}
+
+// looksAs tells whether the file looks as the row has it.
+func looksAs(row index.Object, info fs.FileInfo) bool {
+	look := blobstore.LookOf(info)
+	return info.Size() == row.Size && look.Inode == row.Inode && look.Modified == row.Modified && look.Changed == row.Changed
+}
+
+// vouched tells whether the file may go out without being hashed. A clock that
+// was set is no reason for doubt either way, but for what it makes old.
+func vouched(row index.Object, info fs.FileInfo) bool {
+	return looksAs(row, info) && time.Since(row.Verified) < vouchedFor
+}
+
+// suspect is a file that is stored and must be hashed before it goes out.
+type suspect struct {
+	file *os.File
+	info fs.FileInfo
+	row  index.Object
+}
+
+// recheck is the life of a flight whose source is its file.
+func (f *flight) recheck(s *suspect) {
+	c := f.cache
+	defer c.flying.Done()
+	buf := fillBuffers.Get().(*[]byte)
+	defer fillBuffers.Put(buf)
+	f.mu.Lock()
+	f.state = feeding
+	f.changed.Broadcast()
+	for f.disk == nil && f.hashed < f.size && f.ctx.Err() == nil {
+		f.hashPiece(*buf)
+	}
+	unread := f.disk
+	f.mu.Unlock()
+	switch {
+	case f.ctx.Err() != nil:
+		f.end(failed, ErrClosed)
+	case unread != nil:
+		c.noteTrouble(unread)
+		f.drop(s.info, unread)
+	case digest.NewDigest(f.key.Digest.Algorithm(), f.hash) != f.key.Digest:
+		f.drop(s.info, errChanged)
+	default:
+		f.mu.Lock()
+		f.state = verified
+		f.changed.Broadcast()
+		f.mu.Unlock()
+		c.tell(finding{digest: f.key.Digest, info: s.info, sound: true})
+		f.leaveTable()
+		f.cancel()
+	}
+}
+
+// drop ends a flight whose file is not what it should be, after the file.
+func (f *flight) drop(info fs.FileInfo, cause error) {
+	done := make(chan struct{})
+	if f.cache.tell(finding{digest: f.key.Digest, info: info, done: done}) {
+		<-done
+	}
+	f.end(failed, fmt.Errorf("%w: %w", errChanged, cause))
+}
+
+// finding is what hashing a stored file has shown.
+type finding struct {
+	digest digest.Digest
+	info   fs.FileInfo // what the file looked like
+	sound  bool
+	done   chan struct{} // closed when it was taken in; nil: nobody waits
+}
+
+// tell hands a finding to the committer. Of a cache that is being closed, it is
+// lost: the file is still suspect at the next start.
+func (c *Cache) tell(f finding) bool {
+	select {
+	case c.findings <- f:
+		return true
+	case <-c.ctx.Done():
+		return false
+	}
+}
+
+// take runs in the committer: the row vouches for a sound file, and goes with
+// one that is not, unless another file has come in its place.
+func (c *Cache) take(f finding) {
+	if f.done != nil {
+		defer close(f.done)
+	}
+	row, ok := c.index.Row(f.digest)
+	info, err := os.Lstat(c.store.Path(f.digest))
+	if !ok || err == nil && blobstore.LookOf(info) != blobstore.LookOf(f.info) {
+		return
+	}
+	if f.sound && err == nil {
+		c.apply(index.Stored{Digest: f.digest, Object: describe(row, info)})
+		return
+	}
+	c.remove(f.digest, row)
+	c.log.Sugar().Errorw("a file on the disk was changed, and is dropped", "digest", f.digest)
+}
+
+// scrub hashes what was not hashed for long, slowly, all the time: what decays
+// on the disk is found also where nobody asks for it.
+func (c *Cache) scrub() {
+	defer c.flying.Done()
+	tick := time.NewTicker(scrubEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-tick.C:
+			c.scrubOnce(time.Now(), scrubRate)
+		}
+	}
+}
+
+// scrubOnce hashes what was not hashed within scrubAfter of now.
+func (c *Cache) scrubOnce(now time.Time, rate int64) {
+	var due []digest.Digest
+	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
+		if now.Sub(o.Verified) >= scrubAfter {
+			due = append(due, d)
+		}
+	}); err != nil {
+		c.noteTrouble(err)
+		return
+	}
+	for _, d := range due {
+		info, err := os.Lstat(c.store.Path(d))
+		if err != nil {
+			continue // who asks for it finds out
+		}
+		sound, err := c.hashes(d, rate)
+		switch {
+		case c.ctx.Err() != nil:
+			return
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			c.noteTrouble(err)
+		default:
+			done := make(chan struct{})
+			if c.tell(finding{digest: d, info: info, sound: sound, done: done}) {
+				<-done
+			}
+		}
+	}
+}
