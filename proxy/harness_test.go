@@ -68,9 +68,10 @@ type setup struct {
 	routes map[string]string
 	roots  *x509.CertPool
 	// headTimeout of all upstreams; 0 is the default.
-	headTimeout time.Duration
-	listedOnly  bool
-	prefetch    Prefetch
+	headTimeout  time.Duration
+	writeTimeout time.Duration
+	listedOnly   bool
+	prefetch     Prefetch
 	// rules are each listed upstream's; nil means the defaults.
 	rules *Rules
 	// without are listed upstreams that follow the defaults all the same.
@@ -148,7 +149,7 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
-		StaleKey: bytes.Repeat([]byte("k"), 32), Metrics: NewMetrics(d.metrics), Logger: log,
+		StaleKey: bytes.Repeat([]byte("k"), 32), WriteTimeout: s.writeTimeout, Metrics: NewMetrics(d.metrics), Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)

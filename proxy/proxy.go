@@ -19,6 +19,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -61,6 +62,10 @@ type Options struct {
 	// which Basic credentials the authorities said yes to. Without one such a
 	// yes is not remembered.
 	StaleKey []byte
+	// WriteTimeout is how long a client may take for a piece of an answer
+	// before its connection is cut, since it holds a file. The http.Server
+	// must have the same, to begin with. 0 means DefaultWriteTimeout.
+	WriteTimeout time.Duration
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
 }
@@ -106,7 +111,9 @@ type Proxy struct {
 	defaults  Rules
 	brokers   bool // some upstream has a token broker
 	staleKey  []byte
-	now       func() time.Time
+
+	writeTimeout time.Duration
+	now          func() time.Time
 
 	prefetch   Prefetch
 	ahead      sync.WaitGroup // what is fetched ahead
@@ -145,6 +152,8 @@ func New(opts Options) (*Proxy, error) {
 		defaults: opts.Defaults,
 		now:      time.Now,
 		staleKey: opts.StaleKey,
+
+		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 
 		prefetch:   opts.Prefetch,
 		aheadSlots: make(chan struct{}, maxAhead),
@@ -242,7 +251,7 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 // logged.
 func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	w := &response{ResponseWriter: rw, cacheStatus: "tarn", start: start}
+	w := &response{ResponseWriter: rw, cacheStatus: "tarn", timeout: p.writeTimeout, start: start}
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 	defer func() {
 		v := recover()
@@ -303,6 +312,7 @@ type response struct {
 	cacheStatus string // RFC 9211
 	collapsed   bool
 	err         error
+	timeout     time.Duration // Options.WriteTimeout
 	start       time.Time
 	headers     time.Duration // from arrival to the headers
 	slow        bool          // the body may come later than the headers
@@ -331,6 +341,18 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, err
 }
 
+const (
+	// DefaultWriteTimeout is Options.WriteTimeout's.
+	DefaultWriteTimeout = time.Minute
+	// sendPiece is what must go out within that time, in bytes: at 70 KB/s.
+	sendPiece = 4 << 20
+)
+
+// extend begins the client's time anew.
+func (w *response) extend() {
+	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.timeout))
+}
+
 // ReadFrom implements io.ReaderFrom.
 func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if w.status == 0 {
@@ -344,17 +366,51 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 			w.bytes += n
 			return n, err
 		}
-		if s, ok := part.R.(sectioned); ok {
-			var err error
-			if sent, err = w.sendSections(s, part.N); err != nil || sent == part.N {
+		var err error
+		switch from := part.R.(type) {
+		case *os.File:
+			return w.sendFile(from, part.N)
+		case sectioned:
+			if sent, err = w.sendSections(from, part.N); err != nil || sent == part.N {
 				return sent, err
 			}
 			part.N -= sent
 		}
 	}
-	n, err := io.Copy(w.ResponseWriter, src)
-	w.bytes += n
-	return sent + n, err
+	buf := copyBuffers.Get().(*[]byte)
+	defer copyBuffers.Put(buf)
+	for { // what is waited for is not the client's time
+		n, err := src.Read(*buf)
+		if n > 0 {
+			w.extend()
+			m, werr := w.Write((*buf)[:n])
+			if sent += int64(m); werr != nil {
+				return sent, werr
+			}
+		}
+		if err == io.EOF {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+	}
+}
+
+var copyBuffers = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
+
+// sendFile has the kernel send the next n bytes of the file.
+func (w *response) sendFile(file *os.File, n int64) (sent int64, err error) {
+	for sent < n {
+		w.extend()
+		m, err := io.CopyN(w.ResponseWriter, file, min(sendPiece, n-sent))
+		sent += m
+		w.bytes += m
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
 }
 
 // sectioned is what is on its way, and lies in a file as far as it is there.
@@ -372,10 +428,8 @@ func (w *response) sendSections(s sectioned, most int64) (sent int64, err error)
 		if err != nil {
 			return sent, err
 		}
-		m, err := io.CopyN(w.ResponseWriter, file, n)
-		sent += m
-		w.bytes += m
-		if err != nil {
+		m, err := w.sendFile(file, n)
+		if sent += m; err != nil {
 			return sent, err
 		}
 	}

@@ -785,3 +785,66 @@ func TestABodyWithoutALengthIsNotSentToHTTP10(t *testing.T) {
 		t.Fatalf("%s, %d bytes", resp.Status, len(body))
 	}
 }
+
+// TestAClientThatStallsIsCut, and one that is slow is not.
+func TestAClientThatStallsIsCut(t *testing.T) {
+	t.Parallel()
+	const timeout = 500 * time.Millisecond
+	r := registrytest.New(t)
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, writeTimeout: timeout})
+	var layer []byte
+	var path string
+	for n, stored := range []bool{false, true} {
+		layer = random(uint64(n), 30<<20)
+		path = blobPath("app", r.Blob("app", layer))
+		before := 0
+		if stored {
+			d.get(path).mustBe(t, layer)
+			d.stored(cache.ListedDomain, digest.FromBytes(layer))
+			eventually(t, "the first is logged", func() bool { before = d.finished(path); return before == 1 })
+		}
+		c, err := net.Dial("tcp", d.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		c.(*net.TCPConn).SetReadBuffer(64 << 10)
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", path)
+		eventually(t, "the stalled client is cut", func() bool { return d.finished(path) > before })
+		n, err := io.Copy(io.Discard, c)
+		if n >= int64(len(layer)) {
+			t.Errorf("stored %v: it got all %d bytes: %v", stored, n, err)
+		}
+		d.get(path).mustBe(t, layer)
+	}
+	// Slow, but never for the time that a piece may take.
+	resp, err := http.Get(d.URL + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	tick := time.NewTicker(timeout / 16)
+	defer tick.Stop()
+	begun := time.Now()
+	got := 0
+	for buf := make([]byte, 1<<20); ; <-tick.C {
+		n, err := io.ReadFull(resp.Body, buf)
+		if got += n; err != nil {
+			break
+		}
+	}
+	if got != len(layer) || time.Since(begun) < timeout {
+		t.Errorf("%d bytes in %v", got, time.Since(begun))
+	}
+}
+
+// finished is how many requests there were for this object that are
+// over.
+func (d *tarnd) finished(path string) int {
+	d.log.mu.Lock()
+	defer d.log.mu.Unlock()
+	reference := path[strings.LastIndexByte(path, '/')+1:]
+	reference, _, _ = strings.Cut(reference, "?")
+	return bytes.Count(d.log.text.Bytes(), []byte(`"reference":"`+reference))
+}

@@ -211,9 +211,7 @@ func TestStaleAWholePullWorksWhileTheRegistryIsAway(t *testing.T) {
 						}
 					}
 				}
-				if got := d.outcomes("stale"); got < 12 {
-					t.Errorf("%d counted as stale", got)
-				}
+				eventually(t, "they are counted", func() bool { return d.outcomes("stale") >= 12 })
 			})
 		}
 	}

@@ -20,6 +20,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -44,6 +45,9 @@ const (
 	// idleTimeout closes connections that nobody uses; containerd opens new
 	// ones for each pull.
 	idleTimeout = 2 * time.Minute
+	// writeTimeout is how long a client may take nothing; the proxy begins it
+	// anew with each piece that it sends.
+	writeTimeout = proxy.DefaultWriteTimeout
 	// maxHeaderBytes is room for the longest tokens that registries hand out.
 	maxHeaderBytes = 64 << 10
 )
@@ -175,10 +179,39 @@ func newServer(h http.Handler, log *zap.Logger) *http.Server {
 		Handler:           h,
 		Protocols:         protocols,
 		ReadHeaderTimeout: readHeaderTimeout,
+		WriteTimeout:      writeTimeout,
+		ConnState:         limitConnections(maxConnections()),
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          errorLog,
 	}
+}
+
+// limitConnections closes connections at once that are too many: who is refused
+// goes to the registry itself, who is left waiting does not.
+func limitConnections(most int64) func(net.Conn, http.ConnState) {
+	var open atomic.Int64
+	return func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > most {
+				c.Close() // and then its state is closed, too
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
+		}
+	}
+}
+
+// maxConnections leaves three of four descriptors to files and registries: a
+// client's download may take a file and several connections.
+func maxConnections() int64 {
+	const share, least, most = 4, 64, 1 << 14
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > share*most {
+		return most
+	}
+	return max(int64(limit.Cur)/share, least)
 }
 
 func newLogger(level string) (*zap.Logger, error) {
