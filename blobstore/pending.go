@@ -32,6 +32,9 @@ const journalSuffix = ".journal"
 
 // Create opens a new pending file.
 func (s *Store) Create(d digest.Digest) (*Pending, error) {
+	if err := CheckDigest(d); err != nil {
+		return nil, fmt.Errorf("create a pending file: %w", err)
+	}
 	name := strings.Replace(d.String(), ":", "-", 1) + ".*"
 	f, err := os.CreateTemp(s.pendingDir(), name) // mode 0600
 	if err != nil {
@@ -83,6 +86,16 @@ func (p *Pending) Discard() {
 		p.path = ""
 		p.dropJournal()
 	}
+}
+
+// Empty gives the room back and leaves the name, for Left to find. It tells
+// whether there is one.
+func (p *Pending) Empty() bool {
+	if p.path == "" || p.File.Truncate(0) != nil {
+		return false
+	}
+	p.dropJournal()
+	return true
 }
 
 func (p *Pending) dropJournal() {

@@ -265,11 +265,16 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// Close ends the flights, writes what is verified, and closes the index.
+// Close ends the flights, writes what is verified, and closes the index. A
+// second one does nothing.
 func (c *Cache) Close() error {
 	c.mu.Lock()
+	closed := c.closed
 	c.closed = true
 	c.mu.Unlock()
+	if closed {
+		return nil
+	}
 	c.cancel()
 	c.flying.Wait()
 	c.closeParked()
@@ -294,14 +299,17 @@ func (c *Cache) Size(k Key) (size int64, ok bool) {
 		return size, true
 	}
 	c.mu.Lock()
-	f := c.flights[k]
+	f, p := c.flights[k], c.parked[k]
 	c.mu.Unlock()
-	if f == nil {
+	switch {
+	case p != nil:
+		return p.size, true
+	case f == nil:
 		return 0, false
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.size, f.size >= 0 && f.state != asking
+	return f.size, f.size >= 0
 }
 
 // Source tells where an object came from.
@@ -325,6 +333,14 @@ type Object struct {
 
 	close     func()
 	interrupt func() // nil when nothing can wait
+	wait      func() // nil when there is nothing to wait for
+}
+
+// Wait returns when nothing more is coming of a flight, or after Interrupt.
+func (o *Object) Wait() {
+	if o.wait != nil {
+		o.wait()
+	}
 }
 
 // Close ends the reading. A flight goes on without its readers.

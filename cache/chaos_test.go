@@ -210,9 +210,9 @@ func TestWholeWhateverTheSourceDoes(t *testing.T) {
 			if err := c.Close(); err != nil {
 				t.Error(err)
 			}
-			entries, err := os.ReadDir(dir + "/pending")
-			if err != nil || len(entries) > 2*parked {
-				t.Errorf("%d entries under pending/, of %d parked: %v", len(entries), parked, err)
+			// Each parked one has a journal. Empty ones only have a name.
+			if n := len(pendingFiles(t, dir)); n > 2*parked {
+				t.Errorf("%d files under pending/, of %d parked", n, parked)
 			}
 		}
 	}
@@ -227,6 +227,21 @@ func openChaos(t *testing.T, dir string, maxSize int64) *Cache {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// pendingFiles are those that take room.
+func pendingFiles(t *testing.T, dir string) (files []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir + "/pending")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil && info.Size() > 0 {
+			files = append(files, e.Name())
+		}
+	}
+	return files
 }
 
 func descriptors(t *testing.T) int {

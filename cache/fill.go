@@ -4,6 +4,7 @@ package cache
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,12 +42,18 @@ const (
 	// askAhead is how little a worker has left when the next one may ask: the
 	// answer takes a round trip or two.
 	askAhead = 1 << 20
+	// farAhead is how far behind the place of a worker a reader's may be
+	// before another one is sent, of which there may be maxExtra besides the
+	// usual ones: a client that asks for many parts at once would have as many
+	// connections to the registry without tarn.
+	farAhead = 4 << 20
+	maxExtra = 16
 	// fillBuffer balances system calls and wake-ups against the time that a
 	// reader waits for the next piece.
 	fillBuffer = 256 << 10
 
 	// maxFailures in a row, without goodProgress in between, are borne.
-	maxFailures  = 5
+	maxFailures  = 6
 	goodProgress = 1 << 20
 	// Before the next try it rests, twice as long each time, and jittered.
 	firstRest = 50 * time.Millisecond
@@ -76,6 +83,8 @@ type filling struct {
 type worker struct {
 	start, pos, end int64 // end is math.MaxInt64 when nobody knows it
 	whole           bool  // it asks without a range, and what is there comes again
+	answered        bool
+	cut             bool // it leaves what comes behind end to another
 	ticket          *ticket
 }
 
@@ -187,7 +196,7 @@ func (f *flight) fill(first *answer) {
 		break
 	}
 	f.halt()
-	disk, wrong, cause := f.disk, f.wrong, f.cause
+	disk, wrong, cause := f.disk, f.wrong, cmp.Or(f.cause, ErrBroken)
 	f.mu.Unlock()
 	if f.cache.ctx.Err() != nil {
 		cause = ErrClosed
@@ -257,24 +266,19 @@ func (f *flight) next() *worker {
 			busy++
 		}
 	}
-	if t == nil || busy >= f.parallel || len(f.workers) > f.parallel || f.whole && len(f.workers) > 0 {
+	if t == nil || f.whole && len(f.workers) > 0 {
 		return nil
 	}
 	if f.size < 0 {
 		return newWhole(t, f.size)
 	}
-	taken := slices.Clone(f.filled)
-	for w := range f.workers {
-		taken = taken.add(w.pos, w.end)
+	at, taken, waited := f.wanted()
+	most := f.parallel
+	if waited && f.parallel == f.most {
+		most += maxExtra
 	}
-	at := int64(math.MaxInt64)
-	for _, pos := range f.waiting { // the first who waits for what nobody brings
-		if start, end := taken.gap(pos, f.size); start == pos && start < end {
-			at = min(at, pos)
-		}
-	}
-	if at == math.MaxInt64 {
-		at = 0
+	if busy >= most || len(f.workers) > most {
+		return nil
 	}
 	start, end := taken.gap(at, f.size)
 	switch {
@@ -284,6 +288,37 @@ func (f *flight) next() *worker {
 		return newWhole(t, f.size)
 	}
 	return newWorker(t, start, min(end, start+f.segment(f.size-taken.total())))
+}
+
+// wanted is where the next worker begins, and what is there or being brought:
+// at the first byte that a reader waits for and that nobody brings, or not soon,
+// or else at the first gap. A worker that would come by much later leaves the
+// rest of its segment to the new one. Called with the lock.
+func (f *flight) wanted() (at int64, taken spans, waited bool) {
+	at = math.MaxInt64
+	take := func() {
+		taken = slices.Clone(f.filled)
+		for w := range f.workers {
+			taken = taken.add(w.pos, w.end)
+		}
+	}
+	take()
+	for _, pos := range f.waiting {
+		if start, end := taken.gap(pos, f.size); start == pos && start < end {
+			at = min(at, pos)
+			continue
+		}
+		for w := range f.workers {
+			if w.answered && w.pos+farAhead < pos && pos < w.end && pos < at && f.filled.reach(pos) == pos && f.parallel == f.most {
+				at, w.end, w.cut = pos, pos, true
+				take()
+			}
+		}
+	}
+	if at == math.MaxInt64 {
+		return 0, taken, false
+	}
+	return at, taken, true
 }
 
 // ticket is somebody's who was not refused. Called with the lock.
@@ -313,7 +348,10 @@ func (f *flight) send(w *worker, a *answer) {
 // landed takes how a worker ended. Called with the lock.
 func (f *flight) landed(w *worker, err error) {
 	switch {
+	case errors.Is(err, errCut):
+		return
 	case err == nil:
+		f.parallel = min(f.parallel+1, f.most)
 		return
 	case errors.Is(err, errDisk):
 		f.disk = err
@@ -324,11 +362,20 @@ func (f *flight) landed(w *worker, err error) {
 	case errors.Is(err, ErrRange) && !f.whole:
 		f.whole, f.cause = true, err
 		return
+	case errors.Is(err, ErrRefused) && len(f.workers) > 0:
+		// Some sources bear few connections. The next one tells.
+		f.parallel, f.cause = len(f.workers), err
+		f.rest(firstRest)
+		return
 	case errors.Is(err, ErrRefused):
 		w.ticket.refused, f.cause = true, err
 		return
 	}
 	f.cause = err
+	f.parallel = max(1, len(f.workers))
+	if f.resting {
+		return // those that break together are one failure
+	}
 	if total := f.filled.total(); total-f.reached >= goodProgress {
 		f.reached, f.failures = total, 0
 	}
@@ -338,9 +385,16 @@ func (f *flight) landed(w *worker, err error) {
 		}
 		return
 	}
-	rest := min(firstRest<<(f.failures-1), lastRest)
+	f.rest(min(firstRest<<(f.failures-1), lastRest))
+}
+
+// rest lets nobody ask for about that long. Called with the lock.
+func (f *flight) rest(about time.Duration) {
+	if f.resting {
+		return
+	}
 	f.resting = true
-	time.AfterFunc(rest/2+rand.N(rest/2), func() {
+	time.AfterFunc(about/2+rand.N(about/2), func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		f.resting = false
@@ -369,6 +423,9 @@ func (f *flight) bring(w *worker, a *answer) error {
 	return f.copy(w, a.body)
 }
 
+// errCut ends a worker whose segment was shortened.
+var errCut = errors.New("the rest is another's")
+
 // errWrong marks an ErrBroken that asking again does not mend.
 var errWrong = fmt.Errorf("%w", ErrBroken)
 
@@ -380,6 +437,9 @@ func (f *flight) fits(w *worker, info Info) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.size < 0 && info.Size >= 0 && info.Size < f.filled.end() {
+		return fmt.Errorf("%w: it had %d bytes at least, and has %d now", errWrong, f.filled.end(), info.Size)
+	}
 	if f.size < 0 && info.Size >= 0 && info.Offset == w.start {
 		// The size is known at last. What is reserved is the flight's own
 		// affair, see write.
@@ -391,10 +451,12 @@ func (f *flight) fits(w *worker, info Info) error {
 		}
 		return fmt.Errorf("%w: bytes %d to %d of %d", ErrRange, info.Offset, info.end(), info.Size)
 	}
-	if before := f.versions[info.Source]; before != "" && info.Version != before && !w.whole {
+	from := origins{w.ticket.source, info.Source}
+	if before := f.versions[from]; before != "" && info.Version != before && !w.whole {
 		return fmt.Errorf("%w: they are called %s now", ErrRange, info.Version)
 	}
-	f.versions[info.Source] = info.Version
+	f.versions[from] = info.Version
+	w.answered = true
 	return nil
 }
 
@@ -425,6 +487,8 @@ func (f *flight) ended(w *worker) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
+	case f.size < 0 && w.pos < f.filled.end():
+		return fmt.Errorf("%w: it had %d bytes at least, and has %d now", errWrong, f.filled.end(), w.pos)
 	case f.size < 0:
 		f.size = w.pos
 		f.changed.Broadcast()
@@ -437,8 +501,14 @@ func (f *flight) ended(w *worker) error {
 // take writes what is new of the bytes at the worker's place, and compares what
 // is not.
 func (f *flight) take(w *worker, piece []byte) error {
-	if w.end-w.pos < int64(len(piece)) {
-		return fmt.Errorf("%w: more than the %d bytes announced", errWrong, w.end)
+	f.mu.Lock()
+	room, cut := w.end-w.pos, w.cut
+	f.mu.Unlock()
+	if room < int64(len(piece)) {
+		if !cut {
+			return fmt.Errorf("%w: more than the %d bytes announced", errWrong, w.end)
+		}
+		piece = piece[:room]
 	}
 	for len(piece) > 0 {
 		f.mu.Lock()
@@ -459,6 +529,9 @@ func (f *flight) take(w *worker, piece []byte) error {
 		}
 		f.took(w, piece[:n])
 		piece = piece[n:]
+	}
+	if cut && w.pos == w.end {
+		return errCut
 	}
 	return nil
 }

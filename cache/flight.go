@@ -7,6 +7,7 @@ import (
 	"errors"
 	"hash"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -60,7 +61,7 @@ type flight struct {
 	ahead    bool         // see Request
 	stored   bool         // its source is the stored file, see recheck.go
 	answered bool         // guarded by the cache's mutex
-	parallel int          // how many answers may be open at the source at once
+	most     int          // how many answers may be open at the source at once
 	check    func([]byte) error
 
 	// mu guards what follows. The cache's mutex is never taken under it.
@@ -71,6 +72,7 @@ type flight struct {
 	partial        // the file, and what there is in it
 	waiting  map[*follower]int64
 	tickets  []*ticket
+	parallel int       // of most, what the source bears
 	filling            // what fill and its workers say to each other
 	prefix   hash.Hash // when apart: the state after hashed bytes
 	first    *answer   // when apart before the first byte: what the leader was answered
@@ -79,6 +81,7 @@ type flight struct {
 
 // ticket is a way to ask the source, with one reader's credential.
 type ticket struct {
+	source  string // see Request
 	fetch   Fetch
 	wrong   func() // see Request
 	refused bool
@@ -130,7 +133,7 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 	if c.closed {
 		return nil, false, ErrClosed
 	}
-	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), most: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	f.partial = newPartial()
 	if p := c.parked[req.Key]; p != nil && s == nil {
@@ -145,7 +148,7 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
-	f.tickets = []*ticket{{fetch: req.Fetch, wrong: req.Wrong}}
+	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, wrong: req.Wrong}}
 	f.ctx, f.cancel = context.WithCancel(c.ctx)
 	f.refs.Store(2)
 	c.flights[req.Key] = f
@@ -175,9 +178,21 @@ func (f *flight) leaveTable() {
 // table again. The caller's reference is given back if so.
 func (f *flight) supersede(req Request) bool {
 	c := f.cache
+	may := func() bool { return c.flights[f.key] == f && !f.answered && f.source != req.Source }
 	c.mu.Lock()
-	yes := c.flights[f.key] == f && !f.answered && f.source != req.Source
-	if yes {
+	yes := may()
+	c.mu.Unlock()
+	if !yes {
+		return false
+	}
+	// It may hold what an earlier one left. Who has bytes of that must find
+	// nothing to join them to, before anybody can begin anew.
+	f.mu.Lock()
+	left := partial{fed: maps.Clone(f.fed), strangers: f.strangers}
+	f.mu.Unlock()
+	left.taintFed(f.key, c.taint)
+	c.mu.Lock()
+	if yes = may(); yes {
 		delete(c.flights, f.key)
 	}
 	c.mu.Unlock()
@@ -214,7 +229,7 @@ func (f *flight) release() {
 		// What was fed when the cache was closed is left to the next start,
 		// which taints it: the taints of this process end with it.
 		if !unverified || f.cache.ctx.Err() == nil {
-			f.pending.Discard() // nothing to discard after a commit
+			f.cache.giveUp(f.pending, unverified) // nothing to give up after a commit
 		}
 		f.pending.Close()
 	}
@@ -429,9 +444,8 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	var first *answer
 	if leader {
 		first, f.first = f.first, nil
-	} else if state == feeding && req.Authorised && len(f.tickets) < maxTickets {
-		f.tickets = append(f.tickets, &ticket{fetch: req.Fetch, wrong: req.Wrong})
-		f.work.Broadcast()
+	} else if state == feeding && req.Authorised {
+		f.addTicket(req)
 	}
 	f.mu.Unlock()
 
@@ -453,10 +467,21 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 		case f.stored, state == verified:
 			source = Hit // all of it was here already
 		}
-		return &Object{Size: size, Source: source, Content: r, close: r.close, interrupt: r.interrupt}, nil
+		return &Object{Size: size, Source: source, Content: r, close: r.close, interrupt: r.interrupt, wait: r.wait}, nil
 	}
 	f.release()
 	return nil, err
+}
+
+// addTicket takes a reader's right along, in place of one that was refused, or
+// of the first, when there are many. Called with the lock.
+func (f *flight) addTicket(req Request) {
+	if len(f.tickets) >= maxTickets {
+		i := max(0, slices.IndexFunc(f.tickets, func(t *ticket) bool { return t.refused }))
+		f.tickets = slices.Delete(f.tickets, i, i+1)
+	}
+	f.tickets = append(f.tickets, &ticket{source: req.Source, fetch: req.Fetch, wrong: req.Wrong})
+	f.work.Broadcast()
 }
 
 // undecided: nothing can be answered yet. The first byte is waited for, and all

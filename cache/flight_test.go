@@ -374,8 +374,7 @@ func TestFlightInterleavings(t *testing.T) {
 				if s := c.Stats(); s.PendingBytes != 0 || s.Flights != 0 {
 					t.Errorf("left behind: %+v", s)
 				}
-				left, _ := filepath.Glob(filepath.Join(dir, "pending", "*"))
-				if len(left) != 0 {
+				if left := pendingFiles(t, dir); len(left) != 0 {
 					t.Errorf("pending files: %v", left)
 				}
 			})

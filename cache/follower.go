@@ -46,6 +46,16 @@ func (r *follower) interrupt() {
 	}
 }
 
+// wait returns when the flight has ended, or gone apart.
+func (r *follower) wait() {
+	f := r.flight
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for r.stopped == nil && (f.state == feeding || f.state == ending) {
+		f.changed.Wait()
+	}
+}
+
 func (r *follower) close() {
 	f := r.flight
 	f.mu.Lock()

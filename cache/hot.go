@@ -27,8 +27,10 @@ type hotEntry struct {
 const (
 	// maxHotObject is what is read into memory rather than sent by the kernel.
 	maxHotObject = 64 << 10
-	// maxHotBytes bounds the bodies. A cluster's manifests fit several times.
+	// maxHotBytes bounds them all. A cluster's manifests fit several times.
 	maxHotBytes = 8 << 20
+	// hotOverhead is what an entry takes besides its body, about.
+	hotOverhead = 300
 )
 
 func newHot() *hot { return &hot{entries: make(map[Key]*list.Element)} }
@@ -52,7 +54,7 @@ func (h *hot) put(k Key, body []byte) {
 		return
 	}
 	h.entries[k] = h.recent.PushFront(&hotEntry{k, body})
-	for h.bytes += len(body); h.bytes > maxHotBytes; {
+	for h.bytes += len(body) + hotOverhead; h.bytes > maxHotBytes; {
 		h.remove(h.recent.Back())
 	}
 }
@@ -71,5 +73,5 @@ func (h *hot) drop(d digest.Digest) {
 func (h *hot) remove(e *list.Element) {
 	entry := h.recent.Remove(e).(*hotEntry)
 	delete(h.entries, entry.key)
-	h.bytes -= len(entry.body)
+	h.bytes -= len(entry.body) + hotOverhead
 }

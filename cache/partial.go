@@ -32,15 +32,21 @@ type partial struct {
 	// strangers, who read it in an earlier process, nothing is known.
 	fed       map[string]int64
 	strangers bool
-	versions  map[int]string // what each source calls these bytes
-	synced    time.Time      // when it was last made durable, or begun
-	noted     int64          // how many bytes the journal knows of
-	journal   int64          // how many bytes the journal has
+	versions  map[origins]string // what each calls these bytes
+	synced    time.Time          // when it was last made durable, or begun
+	noted     int64              // how many bytes the journal knows of
+	journal   int64              // how many bytes the journal has
 	parked    time.Time
 }
 
+// origins are who names a version: one endpoint of a source.
+type origins struct {
+	source   string
+	endpoint int
+}
+
 func newPartial() partial {
-	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64), versions: make(map[int]string)}
+	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64), versions: make(map[origins]string)}
 }
 
 const (
@@ -198,8 +204,15 @@ func (f *flight) park() {
 	if other != nil {
 		c.discard(f.key, other)
 	}
+	// Of a flight that was superseded, it may be late: another one has stored
+	// the object. Its commit looks here after its row is written.
+	if _, stored := c.index.Object(f.key.Domain, f.key.Digest); stored {
+		if late := c.takeParked(f.key); late != nil {
+			c.discard(f.key, late)
+		}
+	}
 	if n > maxParked {
-		c.dropParked()
+		c.dropParked(false, 0)
 	}
 }
 
@@ -213,17 +226,27 @@ func (c *Cache) takeParked(k Key) *partial {
 	return p
 }
 
-// dropParked gives up the file that has lain longest, for its room.
-func (c *Cache) dropParked() bool {
+// dropParked gives up the file that has lain longest, for its room, but only
+// where all of them make up for what is short. Where that is the share of
+// registries that are not listed, only their own count.
+func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
 	c.mu.Lock()
 	var oldest *partial
 	var key Key
 	for k, p := range c.parked {
+		if strangersOnly && k.Domain == ListedDomain {
+			continue
+		}
+		short -= roundUp(p.claim)
 		if oldest == nil || p.parked.Before(oldest.parked) {
 			key, oldest = k, p
 		}
 	}
-	delete(c.parked, key)
+	if short > 0 {
+		oldest = nil
+	} else {
+		delete(c.parked, key)
+	}
 	c.mu.Unlock()
 	if oldest == nil {
 		return false
@@ -234,9 +257,20 @@ func (c *Cache) dropParked() bool {
 
 func (c *Cache) discard(k Key, p *partial) {
 	p.taintFed(k, c.taint)
-	p.pending.Discard()
+	c.giveUp(p.pending, len(p.fed) > 0 || p.strangers)
 	p.pending.Close()
 	c.unreserve(k.Domain, p.claim)
+}
+
+// giveUp deletes a pending file. Of one whose bytes somebody has, the name is
+// kept for as long as those readers are tainted: a start meanwhile taints them
+// again.
+func (c *Cache) giveUp(p *blobstore.Pending, fed bool) {
+	if !fed || !p.Empty() {
+		p.Discard()
+		return
+	}
+	time.AfterFunc(taintFor, p.Discard)
 }
 
 // dropPartial gives up what an earlier flight left.

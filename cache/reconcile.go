@@ -100,8 +100,11 @@ func (c *Cache) open() (strays []stray, err error) {
 func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 	for _, l := range left {
 		k, p, err := restore(l)
-		if err == nil && c.parked[k] != nil {
-			err = errors.New("there is another of the same object")
+		if _, stored := c.index.Object(k.Domain, k.Digest); err == nil && stored {
+			err = errors.New("the object is stored")
+		}
+		if err == nil && (c.parked[k] != nil || len(c.parked) >= maxParked) {
+			err = errors.New("there are others")
 		}
 		if err == nil {
 			p.claim = claimFor(p.size)

@@ -47,33 +47,35 @@ func (c *Cache) reserve(domain string, n int64) error {
 		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
 	for {
-		err := c.tryReserve(domain, roundUp(n))
-		if !errors.Is(err, errNoRoom) || !c.dropParked() {
+		short, share, err := c.tryReserve(domain, roundUp(n))
+		if short <= 0 || !c.dropParked(share, short) {
 			return err
 		}
 	}
 }
 
-func (c *Cache) tryReserve(domain string, n int64) error {
+// tryReserve returns besides by how many bytes it falls short, and whether that
+// is by the share of registries that are not listed.
+func (c *Cache) tryReserve(domain string, n int64) (short int64, share bool, err error) {
 	free, _, err := c.store.Free()
 	if err != nil {
-		return err
+		return 0, false, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// Free space on the disk has what was written of the claims already
 	// taken off; counting all of them is on the safe side.
-	if free-c.claimed-n < c.opts.MinFree {
-		return fmt.Errorf("%w: %d bytes more would leave less than %d of the filesystem free", errNoRoom, n, c.opts.MinFree)
+	if short := c.opts.MinFree - (free - c.claimed - n); short > 0 {
+		return short, false, fmt.Errorf("%w: %d bytes more would leave less than %d of the filesystem free", errNoRoom, n, c.opts.MinFree)
 	}
-	if c.used+c.indexed+c.claimed+n > c.opts.MaxSize {
-		return fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
+	if short := c.used + c.indexed + c.claimed + n - c.opts.MaxSize; short > 0 {
+		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
-	if domain != ListedDomain && c.strangers+n > c.opts.MaxSize/strangersShare {
-		return fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", errNoRoom, n)
+	if short := c.strangers + n - c.opts.MaxSize/strangersShare; short > 0 && domain != ListedDomain {
+		return short, true, fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", errNoRoom, n)
 	}
 	c.claim(domain, n)
-	return nil
+	return 0, false, nil
 }
 
 // claim is called with the lock.

@@ -51,7 +51,15 @@ func (s spans) gap(at, limit int64) (start, end int64) {
 	if i := s.after(start + 1); i < len(s) {
 		end = min(end, s[i].start)
 	}
-	return start, end
+	return start, max(start, end)
+}
+
+// end is that of the last byte.
+func (s spans) end() int64 {
+	if len(s) == 0 {
+		return 0
+	}
+	return s[len(s)-1].end
 }
 
 // total is how many bytes there are.

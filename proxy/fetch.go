@@ -42,7 +42,7 @@ type source struct {
 	mu         sync.Mutex
 	authorised bool // the other endpoints may serve the bytes
 	begun      bool
-	broken     int // bodies that broke off
+	next       int // which endpoint is asked first, counted round
 }
 
 func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, answer *yes) cache.Fetch {
@@ -57,9 +57,9 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 	s.mu.Lock()
 	begun := s.begun
 	s.begun = true
-	want := part{offset: off, length: max(n, 0), authorised: s.authorised, endpoint: s.broken}
+	want := part{offset: off, length: max(n, 0), authorised: s.authorised, endpoint: s.next}
 	s.mu.Unlock()
-	if _, ok := p.entitled(q); begun && q.hasLeft() && !ok {
+	if _, ok := p.entitled(q); (begun || want.authorised) && q.hasLeft() && !ok {
 		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errClientLeft)
 	}
 	var resp *upstream.Response
@@ -77,6 +77,10 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRange, err)
 	case err != nil:
 		return nil, cache.Info{}, refusedAlone(err)
+	}
+	if q.size > 0 && resp.Size != q.size {
+		resp.Body.Close()
+		return nil, cache.Info{}, fmt.Errorf("%w: %w: it has %d bytes, its manifest says %d", cache.ErrRefused, errManifest, resp.Size, q.size)
 	}
 	if q.kind == upstream.Manifest {
 		if schema1(resp.MediaType) {
@@ -97,7 +101,7 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		s.authorised = true
 		s.mu.Unlock()
 	}
-	return &watchedBody{resp.Body, s}, cache.Info{
+	return &watchedBody{resp.Body, s, resp.Endpoint}, cache.Info{
 		Size:    resp.Size,
 		Offset:  resp.Offset,
 		End:     resp.End,
@@ -110,14 +114,15 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 // asked for the rest.
 type watchedBody struct {
 	io.ReadCloser
-	source *source
+	source   *source
+	endpoint int
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) {
 		b.source.mu.Lock()
-		b.source.broken++
+		b.source.next = b.endpoint + 1 // however many break together
 		b.source.mu.Unlock()
 	}
 	return n, err

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"time"
 
+	"tarn/blobstore"
 	"tarn/cache"
 	"tarn/upstream"
 
@@ -33,6 +34,12 @@ const (
 	// maxAheadBytes bounds what is fetched ahead of one image: more than that
 	// is wanted by nobody in a hurry.
 	maxAheadBytes = 4 << 30
+	// maxAheadObjects bounds their number, and how deep an index may lie in
+	// another.
+	maxAheadObjects = 256
+	maxAheadDepth   = 2
+	// aheadTime is how long one object may keep others from their turn.
+	aheadTime = time.Minute
 )
 
 // fetchAhead begins with what the manifest refers to. It is asked for with the
@@ -43,10 +50,10 @@ func (p *Proxy) fetchAhead(q *request, manifest []byte) {
 	if p.prefetch == PrefetchOff || q.method != http.MethodGet || p.rules(q.upstream).GrantTTL <= 0 {
 		return
 	}
-	p.ahead.Go(func() { p.fetchImage(q, manifest) })
+	p.ahead.Go(func() { p.fetchImage(q, manifest, maxAheadDepth) })
 }
 
-func (p *Proxy) fetchImage(q *request, manifest []byte) {
+func (p *Proxy) fetchImage(q *request, manifest []byte, depth int) {
 	var m struct {
 		Manifests []v1.Descriptor `json:"manifests"`
 		Config    v1.Descriptor   `json:"config"`
@@ -55,9 +62,9 @@ func (p *Proxy) fetchImage(q *request, manifest []byte) {
 	if json.Unmarshal(manifest, &m) != nil {
 		return
 	}
-	if d, ok := ownPlatform(m.Manifests); ok {
+	if d, ok := ownPlatform(m.Manifests); ok && depth > 0 {
 		if data := p.fetchOne(q, upstream.Manifest, d); data != nil {
-			p.fetchImage(q, data)
+			p.fetchImage(q, data, depth-1)
 		}
 		return
 	}
@@ -66,8 +73,8 @@ func (p *Proxy) fetchImage(q *request, manifest []byte) {
 		wanted = append(wanted, m.Layers...)
 	}
 	left := int64(maxAheadBytes)
-	for _, d := range wanted {
-		if d.Digest.Validate() != nil || d.Size <= 0 || d.Size > left {
+	for _, d := range wanted[:min(len(wanted), maxAheadObjects)] {
+		if blobstore.CheckDigest(d.Digest) != nil || d.Size <= 0 || d.Size > left {
 			continue
 		}
 		left -= d.Size
@@ -78,7 +85,7 @@ func (p *Proxy) fetchImage(q *request, manifest []byte) {
 // ownPlatform is the entry of an index for this node.
 func ownPlatform(manifests []v1.Descriptor) (v1.Descriptor, bool) {
 	for _, d := range manifests {
-		if d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == runtime.GOARCH && d.Digest.Validate() == nil {
+		if d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == runtime.GOARCH && blobstore.CheckDigest(d.Digest) == nil {
 			return d, true
 		}
 	}
@@ -93,8 +100,14 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 		defer func() { <-p.aheadSlots }()
 	case <-p.ctx.Done():
 		return nil
+	case <-time.After(p.rules(q.upstream).GrantTTL):
+		return nil
+	}
+	if !p.hasGrant(q) { // it may have ended while others had their turn
+		return nil
 	}
 	one := *q
+	one.size = d.Size
 	one.kind, one.tag, one.digest = kind, "", d.Digest
 	one.first, one.ranged, one.resumes = 0, false, false
 	if _, here := p.cache.Size(p.key(&one, d.Digest)); here && kind == upstream.Blob {
@@ -108,6 +121,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 	}
 	defer o.Close()
 	defer context.AfterFunc(p.ctx, o.Interrupt)()
+	defer time.AfterFunc(aheadTime, o.Interrupt).Stop()
 	switch {
 	case kind == upstream.Manifest:
 		data, err := io.ReadAll(io.LimitReader(o.Content, maxManifest))
@@ -115,11 +129,8 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 			return nil
 		}
 		return data
-	case o.Source == cache.Fetched && o.Size >= 0:
-		// At its end, a read waits for all of it, and is given nothing.
-		if _, err := o.Content.Seek(0, io.SeekEnd); err == nil {
-			o.Content.Read(make([]byte, 1))
-		}
+	case o.Source == cache.Fetched:
+		o.Wait()
 	}
 	return nil
 }

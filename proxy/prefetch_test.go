@@ -104,3 +104,64 @@ func TestAnImageIsFetchedAheadOnceAndOnlyForWhoMayHaveIt(t *testing.T) {
 		})
 	}
 }
+
+// TestFetchingAheadIsBounded by number, by what the manifest says of the sizes,
+// by what can be stored, and by the client's right.
+func TestFetchingAheadIsBounded(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, prefetch: PrefetchLayers})
+	push := func(tag string, layers ...v1.Descriptor) {
+		config := []byte(`{"of":"` + tag + `"}`)
+		m := v1.Manifest{MediaType: v1.MediaTypeImageManifest, Layers: layers,
+			Config: v1.Descriptor{MediaType: v1.MediaTypeImageConfig, Digest: r.Blob("app", config), Size: int64(len(config))}}
+		m.SchemaVersion = 2
+		data, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Manifest("app", tag, m.MediaType, data)
+	}
+	pull := func(tag string) {
+		r.Reset()
+		d.get(manifestPath("app", tag)).must(t, 200)
+		d.proxy.ahead.Wait()
+		eventually(t, "nothing is on its way", func() bool { return d.cache.Stats().Flights == 0 })
+	}
+	var many []v1.Descriptor
+	for n := range 2 * maxAheadObjects {
+		b := random(uint64(n), 100)
+		many = append(many, v1.Descriptor{MediaType: v1.MediaTypeImageLayer, Digest: r.Blob("app", b), Size: int64(len(b))})
+	}
+	push("many", many...)
+	pull("many")
+	if n := r.Count("GET", "/blobs/"); n != maxAheadObjects {
+		t.Errorf("%d GETs of blobs", n)
+	}
+	lied := random(1, 5_000_000)
+	push("lie", v1.Descriptor{MediaType: v1.MediaTypeImageLayer, Digest: r.Blob("app", lied), Size: 1})
+	pull("lie")
+	if d.has(cache.ListedDomain, digest.FromBytes(lied)) {
+		t.Error("5 MB were fetched for a layer that is said to have 1 byte")
+	}
+	push("sha384", v1.Descriptor{MediaType: v1.MediaTypeImageLayer, Digest: digest.SHA384.FromString("x"), Size: 1})
+	pull("sha384")
+	if n := r.Count("GET", "/blobs/sha384"); n != 0 || d.cache.Stats().Trouble != "" {
+		t.Errorf("%d GETs of what cannot be stored; %+v", n, d.cache.Stats())
+	}
+	// What waited for its turn until the right had ended is left.
+	for range maxAhead {
+		d.proxy.aheadSlots <- struct{}{}
+	}
+	push("late", many[maxAheadObjects])
+	r.Reset()
+	d.get(manifestPath("app", "late")).must(t, 200)
+	d.advance(2 * time.Minute)
+	for range maxAhead {
+		<-d.proxy.aheadSlots
+	}
+	d.proxy.ahead.Wait()
+	if n := r.Count("GET", "/blobs/"); n != 0 {
+		t.Errorf("%d GETs after the grant had ended", n)
+	}
+}

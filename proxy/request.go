@@ -53,6 +53,7 @@ type request struct {
 	ranged        bool       // it has a Range that is honoured
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
+	size          int64      // the only one that is taken; 0 for any
 
 	// Who asks, see identify.
 	credential        credential

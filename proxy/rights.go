@@ -256,6 +256,14 @@ func (p *Proxy) entitled(q *request) (y yes, ok bool) {
 	return yes{}, false
 }
 
+// hasGrant tells whether a yes for the repository is believed still.
+func (p *Proxy) hasGrant(q *request) bool {
+	now, r := p.now(), p.rights
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return now.Before(r.grants[q.reader].until) || now.Before(r.grants[q.everybody].until)
+}
+
 // begin notes that an answer to this client is being sent, of an object of that
 // size, which it may finish with further ranges. The caller calls end after it.
 func (p *Proxy) begin(q *request, y yes, size int64) (end func()) {
@@ -611,7 +619,7 @@ func (p *Proxy) ownWords(q *request, err error) error {
 func refusedAlone(err error) error {
 	var refused *upstream.StatusError
 	var api *apiError
-	if errors.As(err, &api) || errors.As(err, &refused) && refused.Status < 500 {
+	if errors.As(err, &api) || errors.As(err, &refused) && refused.Status < 500 && refused.Status != http.StatusTooManyRequests {
 		return fmt.Errorf("%w: %w", cache.ErrRefused, err)
 	}
 	return err

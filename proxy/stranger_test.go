@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -367,5 +368,64 @@ func TestAHelperIsNotRunForEachRefusal(t *testing.T) {
 	}
 	if runs, _ := os.ReadFile(log); len(runs) != len("x\n") {
 		t.Errorf("it ran %d times", len(runs)/2)
+	}
+}
+
+// TestWhoJoinedAndLeftIsNotAskedFor once the right has ended: its credential is
+// not shown any more for those who stayed.
+func TestWhoJoinedAndLeftIsNotAskedFor(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	rules := DefaultRules()
+	rules.Parallel = 1
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, rules: &rules})
+	body := random(1, 8<<20)
+	path := blobPath("app", r.Blob("app", body))
+	stays, leaves := registrytest.Basic("stays", "canary-of-stays"), registrytest.Basic("leaves", "canary-of-leaves")
+	more := make(chan struct{})
+	var ended atomic.Bool
+	var late atomic.Int32
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		switch {
+		case req.Method != "GET":
+			return false
+		case ended.Load():
+			if req.Header.Get("Authorization") == leaves {
+				late.Add(1)
+			}
+			w.WriteHeader(403)
+			return true
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(body)))
+		w.Write(body[:2<<20])
+		http.NewResponseController(w).Flush()
+		<-more
+		panic(http.ErrAbortHandler)
+	}
+	first := make(chan answer)
+	go func() { first <- d.get(path, "Authorization", stays) }()
+	eventually(t, "the flight is on its way", func() bool { return d.cache.Stats().Flights == 1 })
+	ctx, leave := context.WithCancel(t.Context())
+	req, err := http.NewRequestWithContext(ctx, "GET", d.URL+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", leaves)
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(resp.Body, make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	resp.Body.Close()
+	eventually(t, "it has left", func() bool { return d.finished(path) == 1 })
+	d.advance(finishFor + time.Minute)
+	ended.Store(true)
+	close(more)
+	<-first
+	if n := late.Load(); n != 0 {
+		t.Errorf("%d questions with the credential of who left", n)
 	}
 }

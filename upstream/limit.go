@@ -21,8 +21,9 @@ import (
 // further request would only be refused, and some registries count them.
 
 const (
-	// defaultRetryAfter is for a 429 that does not say (RFC 6585 4).
-	defaultRetryAfter = 10 * time.Second
+	// defaultRetryAfter is for a 429 that does not say (RFC 6585 4): some
+	// only mean that there are too many connections.
+	defaultRetryAfter = time.Second
 	// maxRetryAfter bounds what one may say.
 	maxRetryAfter = time.Hour
 	// maxLimited bounds how many credentials are remembered.
