@@ -376,7 +376,8 @@ func (f *flight) landed(w *worker, err error) {
 	if f.resting {
 		return // those that break together are one failure
 	}
-	if total := f.filled.total(); total-f.reached >= goodProgress {
+	// A whole answer began at byte 0: what it brought anew cost all before it.
+	if total := f.filled.total(); total-f.reached >= goodProgress && !w.whole {
 		f.reached, f.failures = total, 0
 	}
 	if f.failures++; f.failures > maxFailures {
