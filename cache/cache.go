@@ -188,13 +188,14 @@ type Cache struct {
 	mu        sync.Mutex
 	closed    bool
 	flights   map[Key]*flight
-	parked    map[Key]*partial // files that a flight left, for the next one
-	used      int64            // allocated bytes of blobs and strangers' files under blobs/
-	claimed   int64            // reserved for pending files, written or not
-	strangers int64            // of that, by registries that are not listed
-	indexed   int64            // bytes of the index, its next growth included
-	adopt     int              // files yet to be adopted
-	trouble   error            // the disk's last refusal; nil after the next success
+	parked    map[Key]*partial       // files that a flight left, for the next one
+	used      int64                  // allocated bytes of blobs and strangers' files under blobs/
+	claimed   int64                  // reserved for pending files, written or not
+	strangers int64                  // of that, by registries that are not listed
+	indexed   int64                  // bytes of the index, its next growth included
+	adopt     int                    // files yet to be adopted
+	strays    map[digest.Digest]bool // those
+	trouble   error                  // the disk's last refusal; nil after the next success
 }
 
 // ErrInUse: another process has the data directory.
@@ -228,6 +229,7 @@ func New(opts Options) (*Cache, error) {
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
+		strays:    make(map[digest.Digest]bool),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	strays, err := c.open()
@@ -240,11 +242,7 @@ func New(opts Options) (*Cache, error) {
 	go c.commitLoop()
 	c.flying.Add(1)
 	go c.scrub()
-	if len(strays) > 0 {
-		c.adopt = len(strays)
-		c.flying.Add(1)
-		go c.adoptAll(strays)
-	}
+	c.adoptInBackground(strays)
 	return c, nil
 }
 
@@ -407,7 +405,7 @@ func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 	}
 	row, ok := c.index.Object(req.Domain, req.Digest)
 	if !ok {
-		return nil, nil, nil
+		return nil, c.strayFile(req), nil
 	}
 	small := row.Size <= maxHotObject && row.Size > 0
 	if small {

@@ -45,6 +45,7 @@ func (c *Cache) commitLoop() {
 		case f := <-c.findings:
 			c.take(f)
 		case <-notes.C:
+			c.renew()
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
 			}
@@ -83,6 +84,7 @@ func (c *Cache) gather(first *flight) []*flight {
 // commit stores the batch. A flight that cannot be stored is dropped: its
 // readers keep the open file, and the next request fetches it again.
 func (c *Cache) commit(batch []*flight) {
+	c.renew()
 	var (
 		files []*blobstore.Pending
 		rows  []index.Stored
@@ -133,10 +135,13 @@ func (c *Cache) commit(batch []*flight) {
 	}
 	if err := c.index.Apply(rows, nil); err != nil {
 		trouble = err
-		for _, f := range stored {
-			c.store.Remove(f.key.Digest) // no row, no file
+		if c.index.Broken() == nil { // else they are adopted with all others
+			for _, f := range stored {
+				c.store.Remove(f.key.Digest) // no row, no file
+			}
 		}
 		stored, grown = nil, 0
+		defer c.renew()
 	}
 	if trouble != nil {
 		c.noteTrouble(trouble)

@@ -134,11 +134,18 @@ func (c *Cache) take(f finding) {
 	}
 	row, ok := c.index.Row(f.digest)
 	info, err := os.Lstat(c.store.Path(f.digest))
-	if !ok || err == nil && blobstore.LookOf(info) != blobstore.LookOf(f.info) {
+	if err == nil && blobstore.LookOf(info) != blobstore.LookOf(f.info) {
 		return
 	}
+	domain := ""
+	if !ok { // a stray that somebody asked for before its turn
+		if err != nil {
+			return
+		}
+		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
+	}
 	if f.sound && err == nil {
-		c.apply(index.Stored{Digest: f.digest, Object: describe(row, info)})
+		c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)})
 		return
 	}
 	c.remove(f.digest, row)

@@ -131,7 +131,7 @@ const (
 // set aside before, so that however often it happens the disk holds two.
 func (c *Cache) openIndex() error {
 	path := filepath.Join(c.opts.Dir, indexName)
-	ix, err := index.Open(path)
+	ix, err := openMarked(path)
 	if errors.Is(err, index.ErrBroken) {
 		c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", err.Error(), "kept_as", brokenName)
 		if rerr := os.Rename(path, filepath.Join(c.opts.Dir, brokenName)); rerr != nil {
@@ -144,6 +144,100 @@ func (c *Cache) openIndex() error {
 	}
 	c.index = ix
 	return nil
+}
+
+// maxOpenings in a row may end with the process before an index is believed to
+// be what ends it.
+const maxOpenings = 2
+
+// openMarked opens the index, unless the last processes to do so did not
+// survive it. The marker counts them.
+func openMarked(path string) (*index.Index, error) {
+	marker := path + ".opening"
+	tries, _ := os.ReadFile(marker)
+	defer os.Remove(marker)
+	if len(tries) >= maxOpenings {
+		return nil, fmt.Errorf("%w: opening it has ended %d processes", index.ErrBroken, len(tries))
+	}
+	// Without a marker it is as it was.
+	os.WriteFile(marker, append(tries, '.'), 0o600)
+	return index.Open(path)
+}
+
+// renew replaces an index that turned out to be broken, and has the blobs
+// adopted again. It runs in the committer.
+func (c *Cache) renew() {
+	cause := c.index.Broken()
+	if cause == nil {
+		return
+	}
+	err := c.index.Renew(filepath.Join(c.opts.Dir, brokenName))
+	if err == nil {
+		c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", cause.Error(), "kept_as", brokenName)
+		err = c.adoptEverything()
+	}
+	if err != nil {
+		c.noteTrouble(err)
+	}
+}
+
+func (c *Cache) adoptEverything() error {
+	var strays []stray
+	used := int64(0)
+	err := c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
+		info, err := e.Info()
+		if err != nil {
+			return nil // it is gone
+		}
+		used += blobstore.Allocated(info)
+		if blobstore.CheckDigest(d) == nil {
+			strays = append(strays, stray{d, info})
+		}
+		return nil
+	})
+	c.mu.Lock()
+	c.used = used
+	c.mu.Unlock()
+	c.adoptInBackground(strays)
+	return err
+}
+
+func (c *Cache) adoptInBackground(strays []stray) {
+	if len(strays) == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return
+	}
+	for _, s := range strays {
+		c.strays[s.digest] = true
+	}
+	c.adopt += len(strays)
+	c.flying.Add(1)
+	go c.adoptAll(strays)
+}
+
+// strayFile opens a file that nobody has looked at yet, for who may have what
+// the listed registries deliver: they are believed to have delivered it.
+func (c *Cache) strayFile(req Request) *suspect {
+	c.mu.Lock()
+	known := c.strays[req.Digest]
+	c.mu.Unlock()
+	if !known || req.Domain != ListedDomain || !req.Authorised {
+		return nil
+	}
+	file, err := c.store.Open(req.Digest)
+	if err != nil {
+		return nil
+	}
+	info, err := file.Stat()
+	if err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
+		file.Close()
+		return nil
+	}
+	return &suspect{file, info, index.Object{Size: info.Size()}}
 }
 
 // adoption is a stray whose bytes were read.
@@ -168,6 +262,7 @@ func (c *Cache) adoptAll(strays []stray) {
 			c.log.Sugar().Warnw("could not read a file without a row", "digest", s.digest, "cause", err.Error())
 			c.mu.Lock()
 			c.adopt--
+			delete(c.strays, s.digest)
 			c.mu.Unlock()
 			continue
 		}
@@ -217,6 +312,7 @@ func (c *Cache) settle(a adoption) {
 	defer close(a.done)
 	c.mu.Lock()
 	c.adopt--
+	delete(c.strays, a.digest)
 	c.mu.Unlock()
 	if row, ok := c.index.Row(a.digest); ok {
 		// A flight of any domain has stored it meanwhile, over the stray,

@@ -13,8 +13,10 @@
 //
 // Failure model: Open fails with ErrLocked when another process has the file,
 // and with ErrBroken when it is no index or one from a newer tarn; the caller
-// sets it aside then and rebuilds it from the blobs. Any other error is the
-// disk's.
+// sets it aside then and rebuilds it from the blobs. The same may be found out
+// later, since bbolt panics on a page that is not what it should be, and a file
+// that was cut faults: from then on nothing is known and nothing can be written,
+// until Renew. Any other error is the disk's.
 //
 // It never touches a blob, and never knows HTTP.
 package index
@@ -134,7 +136,13 @@ func (k RepositoryKey) YesKey(who string) string { return string(k.bytes(who)) }
 
 // Index is an open index. It is safe for concurrent use.
 type Index struct {
-	db *bolt.DB
+	path string
+
+	// using is held for reading around each transaction; it guards what
+	// follows.
+	using  sync.RWMutex
+	db     *bolt.DB
+	broken error // why nothing is known any more; nil while all is well
 
 	// mu guards the notes, which stand before the rows of the same key until
 	// they are written. No transaction runs under it.
@@ -167,6 +175,7 @@ func Open(path string) (ix *Index, err error) {
 		return nil, err
 	}
 	ix = &Index{
+		path:        path,
 		db:          db,
 		tags:        make(map[string]Tag),
 		memberships: make(map[string]*Membership),
@@ -179,6 +188,73 @@ func Open(path string) (ix *Index, err error) {
 		return nil, err
 	}
 	return ix, nil
+}
+
+// view runs a transaction that reads.
+func (ix *Index) view(f func(*bolt.Tx) error) error {
+	return ix.guarded(func(db *bolt.DB) error { return db.View(f) })
+}
+
+// update runs one that writes.
+func (ix *Index) update(f func(*bolt.Tx) error) error {
+	return ix.guarded(func(db *bolt.DB) error { return db.Update(f) })
+}
+
+func (ix *Index) guarded(f func(*bolt.DB) error) (err error) {
+	ix.using.RLock()
+	db, broken := ix.db, ix.broken
+	ix.using.RUnlock()
+	if broken != nil {
+		return broken
+	}
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", ErrBroken, p)
+			ix.using.Lock()
+			defer ix.using.Unlock()
+			if ix.db == db {
+				ix.broken = err
+			}
+		}
+	}()
+	return f(db)
+}
+
+// Broken tells why nothing is known any more, nil while all is well.
+func (ix *Index) Broken() error {
+	ix.using.RLock()
+	defer ix.using.RUnlock()
+	return ix.broken
+}
+
+// Renew sets a broken file aside, and goes on with an empty one. The notes are
+// kept.
+func (ix *Index) Renew(aside string) error {
+	if err := os.Rename(ix.path, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("set the index aside: %w", err)
+	}
+	db, err := openDB(ix.path)
+	if err != nil {
+		return err
+	}
+	fresh := &Index{db: db}
+	if err := fresh.check(); err != nil {
+		db.Close()
+		return err
+	}
+	ix.using.Lock()
+	old := ix.db
+	ix.db, ix.broken = db, nil
+	ix.using.Unlock()
+	// Nobody waits for it: what panicked may have left its locks, and then
+	// the old map stays until the process ends.
+	go func() {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer func() { recover() }()
+		old.Close()
+	}()
+	return nil
 }
 
 func openDB(path string) (*bolt.DB, error) {
@@ -202,17 +278,9 @@ func openDB(path string) (*bolt.DB, error) {
 	}
 }
 
-// check makes the buckets and reads every row. bbolt panics on a page that is
-// not what its parent says, and a file that was cut faults in the memory map:
-// both mean broken.
-func (ix *Index) check() (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("%w: %v", ErrBroken, p)
-		}
-	}()
-	return ix.db.Update(func(tx *bolt.Tx) error {
+// check makes the buckets and reads every row.
+func (ix *Index) check() error {
+	return ix.update(func(tx *bolt.Tx) error {
 		for _, name := range allBuckets {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return fmt.Errorf("%w: %w", ErrBroken, err)
@@ -247,12 +315,15 @@ func (ix *Index) check() (err error) {
 
 // Close writes the notes and closes the file.
 func (ix *Index) Close() error {
+	if ix.Broken() != nil {
+		return nil // the next start sets it aside
+	}
 	return errors.Join(ix.write(nil, nil, true), ix.db.Close())
 }
 
 // Objects calls f for each object. f must not call the index.
 func (ix *Index) Objects(f func(digest.Digest, Object)) error {
-	return ix.db.View(func(tx *bolt.Tx) error {
+	return ix.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
 			var o Object
 			if err := o.decode(v); err != nil {
@@ -267,7 +338,7 @@ func (ix *Index) Objects(f func(digest.Digest, Object)) error {
 // Object returns the row of d if the source domain possesses it.
 func (ix *Index) Object(domain string, d digest.Digest) (o Object, ok bool) {
 	key := []byte(d)
-	err := ix.db.View(func(tx *bolt.Tx) error {
+	err := ix.view(func(tx *bolt.Tx) error {
 		v := tx.Bucket(objectBucket).Get(key)
 		if v == nil || tx.Bucket(possessionBucket).Get(possessionKey(domain, d)) == nil {
 			return nil
@@ -319,7 +390,7 @@ func (ix *Index) Membership(key string) (m Membership, ok bool) {
 }
 
 func (ix *Index) get(bucket []byte, key string, into row) (ok bool) {
-	err := ix.db.View(func(tx *bolt.Tx) error {
+	err := ix.view(func(tx *bolt.Tx) error {
 		v := tx.Bucket(bucket).Get([]byte(key))
 		if v == nil {
 			return nil
@@ -496,7 +567,7 @@ func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
 
 // LastSequence is the highest one that a tag's row ever had.
 func (ix *Index) LastSequence() (seq uint64, err error) {
-	err = ix.db.View(func(tx *bolt.Tx) error {
+	err = ix.view(func(tx *bolt.Tx) error {
 		seq = tx.Bucket(tagBucket).Sequence()
 		return nil
 	})
@@ -546,7 +617,7 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	}
 	ix.mu.Unlock()
 
-	err := ix.db.Update(func(tx *bolt.Tx) error {
+	err := ix.update(func(tx *bolt.Tx) error {
 		if err := dropObjects(tx, drop); err != nil {
 			return err
 		}
@@ -676,7 +747,7 @@ type Counts struct {
 
 // Counts counts the rows. It walks the pages and is meant for people.
 func (ix *Index) Counts() (c Counts, err error) {
-	err = ix.db.View(func(tx *bolt.Tx) error {
+	err = ix.view(func(tx *bolt.Tx) error {
 		c.Objects = tx.Bucket(objectBucket).Stats().KeyN
 		c.Tags = tx.Bucket(tagBucket).Stats().KeyN
 		c.Memberships = tx.Bucket(membershipBucket).Stats().KeyN
@@ -690,7 +761,7 @@ func (ix *Index) Counts() (c Counts, err error) {
 // grows next: bbolt doubles a small file and adds growStep to a larger one, and
 // a transaction is not asked whether there is room.
 func (ix *Index) Footprint() int64 {
-	info, err := os.Stat(ix.db.Path())
+	info, err := os.Stat(ix.path)
 	if err != nil {
 		return 0
 	}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestAnIndexThatBreaksIsRebuiltWhileRequestsAreServed: cut, zeroed or written
+// over under the running process, whose memory map it is.
+func TestAnIndexThatBreaksIsRebuiltWhileRequestsAreServed(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]func(path string, size int64) error{
+		"cut":    func(path string, _ int64) error { return os.Truncate(path, 8192) },
+		"zeroed": func(path string, size int64) error { return os.WriteFile(path, make([]byte, size), 0o600) },
+		"noise": func(path string, size int64) error {
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			_, err = f.WriteAt(randomBytes(int(size)-8192), 8192)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			c := openChaos(t, dir, 1<<30)
+			defer func() { c.Close() }()
+			var sources []*origin
+			for range 20 {
+				o := &origin{body: randomBytes(100_000)}
+				sources = append(sources, o)
+				if _, err := readAll(c, parallelRequest(o, "one")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			settle(t, "the commits", func() bool { return c.Stats().Flights == 0 })
+			path := filepath.Join(dir, indexName)
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := damage(path, info.Size()); err != nil {
+				t.Fatal(err)
+			}
+			for _, o := range sources[:5] { // while it is broken
+				if got, err := readAll(c, parallelRequest(o, "two")); err != nil || !bytes.Equal(got, o.body) {
+					t.Fatalf("%d bytes: %v", len(got), err)
+				}
+			}
+			c.Index().Counts() // somebody looks at all of it
+			settle(t, "the index", func() bool { return c.Index().Broken() == nil && c.Stats().Adopting == 0 })
+			asked := 0
+			for _, o := range sources {
+				asked -= len(o.questions())
+				if got, err := readAll(c, parallelRequest(o, "three")); err != nil || !bytes.Equal(got, o.body) {
+					t.Fatalf("%d bytes: %v", len(got), err)
+				}
+				asked += len(o.questions())
+			}
+			if asked > 0 && name != "noise" { // of a page of noise, some rows are just not there
+				t.Errorf("%d questions for what was on the disk", asked)
+			}
+			if _, err := os.Stat(filepath.Join(dir, brokenName)); err != nil {
+				t.Error(err)
+			}
+			settle(t, "the flights", func() bool { return c.Stats().Flights == 0 })
+			c.mu.Lock()
+			used := c.used
+			c.mu.Unlock()
+			if least, most := int64(20*100_000), int64(20*110_000); used < least || used > most {
+				t.Errorf("%d bytes are counted as used", used)
+			}
+		})
+	}
+}
+
+// TestAnIndexThatEndsTheProcessIsSetAside: the marker of those that did not
+// survive opening it.
+func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	o := &origin{body: randomBytes(100_000)}
+	req := parallelRequest(o, "one")
+	if _, err := readAll(c, req); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "the commit", func() bool { return c.Stats().Flights == 0 })
+	c.Close()
+	marker := filepath.Join(dir, indexName+".opening")
+	for n, aside := range []bool{false, false, true} {
+		if n > 0 {
+			if err := os.WriteFile(marker, bytes.Repeat([]byte("."), n), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := openChaos(t, dir, 1<<30)
+		if _, err := os.Stat(filepath.Join(dir, brokenName)); (err == nil) != aside {
+			t.Errorf("after %d: set aside: %v", n, err == nil)
+		}
+		if _, err := os.Stat(marker); err == nil {
+			t.Error("the marker is left")
+		}
+		settle(t, "the adoption", func() bool { _, ok := c.Has(req.Key); return ok })
+		c.Close()
+	}
+}
