@@ -242,7 +242,9 @@ func New(opts Options) (*Cache, error) {
 	go c.commitLoop()
 	c.flying.Add(1)
 	go c.scrub()
-	c.adoptInBackground(strays)
+	if len(strays) > 0 && c.expect(strays) {
+		go c.adoptAll(strays)
+	}
 	return c, nil
 }
 

@@ -109,6 +109,10 @@ func (c *Cache) commit(batch []*flight) {
 	var trouble error
 	var stored []*flight
 	var grown int64
+	replaced := make([]int64, len(fresh)) // bytes of files in their places
+	for i, f := range fresh {
+		replaced[i] = c.inPlaceOf(f.key.Digest)
+	}
 	for i, err := range c.store.Commit(files) {
 		f := fresh[i]
 		if err != nil {
@@ -121,9 +125,6 @@ func (c *Cache) commit(batch []*flight) {
 			continue
 		}
 		row := describe(index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}, info)
-		if old, ok := c.index.Row(f.key.Digest); ok {
-			grown -= old.Alloc // its file was not as it says, and is replaced
-		}
 		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row})
 		for _, t := range twins {
 			if t.key.Digest == f.key.Digest {
@@ -131,7 +132,7 @@ func (c *Cache) commit(batch []*flight) {
 			}
 		}
 		stored = append(stored, f)
-		grown += row.Alloc
+		grown += row.Alloc - replaced[i]
 	}
 	if err := c.index.Apply(rows, nil); err != nil {
 		trouble = err
@@ -160,6 +161,26 @@ func (c *Cache) commit(batch []*flight) {
 			c.discard(f.key, p)
 		}
 	}
+}
+
+// inPlaceOf is how many bytes are counted of a file that a commit will replace:
+// one that was not as its row said, or that has none. Of a stray, the adopter
+// finds that out.
+func (c *Cache) inPlaceOf(d digest.Digest) int64 {
+	c.mu.Lock()
+	isStray := c.strays[d]
+	c.mu.Unlock()
+	if isStray {
+		return 0
+	}
+	if row, ok := c.index.Row(d); ok {
+		return row.Alloc
+	}
+	info, err := os.Lstat(c.store.Path(d))
+	if err != nil {
+		return 0
+	}
+	return blobstore.Allocated(info)
 }
 
 // measureIndex takes what the index takes on disk now.

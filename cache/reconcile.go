@@ -171,20 +171,34 @@ func (c *Cache) renew() {
 	if cause == nil {
 		return
 	}
-	err := c.index.Renew(filepath.Join(c.opts.Dir, brokenName))
-	if err == nil {
-		c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", cause.Error(), "kept_as", brokenName)
-		err = c.adoptEverything()
-	}
+	// First they are strays, so that who asks meanwhile finds them as that.
+	strays, used, err := c.everything()
 	if err != nil {
 		c.noteTrouble(err)
+		return
 	}
+	if !c.expect(strays) {
+		return // it is being closed
+	}
+	if err := c.index.Renew(filepath.Join(c.opts.Dir, brokenName)); err != nil {
+		c.noteTrouble(err)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.adopt -= len(strays)
+		clear(c.strays)
+		c.flying.Done() // the next commit tries again
+		return
+	}
+	c.mu.Lock()
+	c.used = used
+	c.mu.Unlock()
+	c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", cause.Error(), "kept_as", brokenName)
+	go c.adoptAll(strays)
 }
 
-func (c *Cache) adoptEverything() error {
-	var strays []stray
-	used := int64(0)
-	err := c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
+// everything is what lies under blobs/, and how much that takes.
+func (c *Cache) everything() (strays []stray, used int64, err error) {
+	err = c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
 		info, err := e.Info()
 		if err != nil {
 			return nil // it is gone
@@ -195,28 +209,23 @@ func (c *Cache) adoptEverything() error {
 		}
 		return nil
 	})
-	c.mu.Lock()
-	c.used = used
-	c.mu.Unlock()
-	c.adoptInBackground(strays)
-	return err
+	return strays, used, err
 }
 
-func (c *Cache) adoptInBackground(strays []stray) {
-	if len(strays) == 0 {
-		return
-	}
+// expect enters strays that adoptAll is to be started with, unless the cache is
+// being closed.
+func (c *Cache) expect(strays []stray) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return
+		return false
 	}
 	for _, s := range strays {
 		c.strays[s.digest] = true
 	}
 	c.adopt += len(strays)
 	c.flying.Add(1)
-	go c.adoptAll(strays)
+	return true
 }
 
 // strayFile opens a file that nobody has looked at yet, for who may have what
@@ -310,10 +319,12 @@ func (c *Cache) hashes(d digest.Digest, rate int64) (bool, error) {
 // since nobody knows any more who delivered it, and removes another.
 func (c *Cache) settle(a adoption) {
 	defer close(a.done)
-	c.mu.Lock()
-	c.adopt--
-	delete(c.strays, a.digest)
-	c.mu.Unlock()
+	defer func() { // only then, so that who asks meanwhile finds the one or the other
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.adopt--
+		delete(c.strays, a.digest)
+	}()
 	if row, ok := c.index.Row(a.digest); ok {
 		// A flight of any domain has stored it meanwhile, over the stray,
 		// whose bytes are counted still.
