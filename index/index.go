@@ -439,10 +439,6 @@ func (ix *Index) readThenLock(read func()) {
 	}
 }
 
-// membershipRenewal is how much newer a confirmation must be to be worth a row:
-// a burst writes one.
-const membershipRenewal = time.Second
-
 // NoteMembership takes what an authority said; what is known already and newer
 // stays.
 func (ix *Index) NoteMembership(key string, m Membership) {
@@ -452,8 +448,7 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 	// read before it.
 	ix.readThenLock(func() { old, ok = ix.Membership(key) })
 	defer ix.mu.Unlock()
-	if ok && old.MediaType == m.MediaType &&
-		m.Time.Sub(old.Time) < membershipRenewal && m.Anonymous.Sub(old.Anonymous) < membershipRenewal {
+	if ok && old.MediaType == m.MediaType && !newer(m.Time, old.Time) && (m.Anonymous.IsZero() || !newer(m.Anonymous, old.Anonymous)) {
 		return
 	}
 	if note, noted := ix.memberships[key]; noted {
@@ -464,10 +459,10 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 		return
 	}
 	if ok {
-		if old.Time.After(m.Time) {
+		if old.Time.After(m.Time) && !newer(m.Time, old.Time) {
 			m.Time, m.MediaType = old.Time, old.MediaType
 		}
-		if old.Anonymous.After(m.Anonymous) {
+		if m.Anonymous.IsZero() || old.Anonymous.After(m.Anonymous) && !newer(m.Anonymous, old.Anonymous) {
 			m.Anonymous = old.Anonymous
 		}
 	}
@@ -484,7 +479,8 @@ func (ix *Index) DeleteMembership(key string) {
 	ix.memberships[key] = nil
 }
 
-// renewal is how much newer a yes or a challenge must be to be worth a row.
+// renewal is how much newer what an authority said must be to be worth a row: a
+// burst writes one.
 const renewal = time.Second
 
 // Yes returns when the authority was asked that last said yes, zero when it

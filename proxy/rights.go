@@ -233,7 +233,9 @@ func (p *Proxy) entitled(q *request) (y yes, ok bool) {
 	m, _ := p.cache.Index().Membership(key)
 	y = yes{mediaType: m.MediaType, size: -1}
 	lives := func(confirmed time.Time) bool {
-		return !confirmed.IsZero() && now.Sub(confirmed) < rules.MembershipTTL
+		age := now.Sub(confirmed)
+		// What is from the future is from before the clock was set back.
+		return !confirmed.IsZero() && age < rules.MembershipTTL && age > -crossing
 	}
 
 	r := p.rights

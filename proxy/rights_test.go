@@ -1002,3 +1002,34 @@ func TestOnlyStrictRangesResume(t *testing.T) {
 		}
 	}
 }
+
+// TestAClockThatIsSetMakesNothingLastForEver: what is from the future, after the
+// clock was set back, is asked about once, and then is of now.
+func TestAClockThatIsSetMakesNothingLastForEver(t *testing.T) {
+	t.Parallel()
+	const years = 10 * 365 * 24 * time.Hour
+	for _, set := range []time.Duration{-years, years} {
+		r, d := one(t)
+		layer := random(1, 200_000)
+		img := r.Image("app", "v1", layer)
+		blob := blobPath("app", img.Layers[0])
+		d.get(manifestPath("app", "v1")).mustBe(t, img.Body)
+		d.get(blob).mustBe(t, layer)
+		d.stored(cache.ListedDomain, img.Layers[0])
+		s := d.options
+		d.stop()
+		d = start(t, s)
+		d.advance(set)
+		r.Reset()
+		d.get(manifestPath("app", "v1")).mustBe(t, img.Body)
+		for range 3 {
+			d.get(blob).mustBe(t, layer)
+		}
+		if n := r.Count("HEAD", "/blobs/"); n != 1 || r.Count("GET", "") != 0 {
+			t.Errorf("%v: %d HEADs of the blob, %d GETs", set, n, r.Count("GET", ""))
+		}
+		r.Delete("app", "blobs", img.Layers[0])
+		d.advance(25 * time.Hour)
+		d.get(blob).must(t, 404)
+	}
+}
