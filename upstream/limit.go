@@ -4,10 +4,8 @@ package upstream
 
 import (
 	"context"
-	"crypto/hmac"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -29,15 +27,6 @@ const (
 	// maxLimited bounds how many credentials are remembered.
 	maxLimited = 1024
 )
-
-// limitKey names the credential at this endpoint, in a form that is worth
-// nothing elsewhere.
-func (c *Client) limitKey(e Endpoint, req Request) (sum [sha256.Size]byte) {
-	h := hmac.New(sha256.New, c.key[:])
-	fmt.Fprintf(h, "%q %d %q", e.URL.Host, req.As, req.Authorization)
-	h.Sum(sum[:0])
-	return sum
-}
 
 // limited is the refusal that stands for this credential, nil when there is
 // none.
@@ -158,7 +147,7 @@ func (r *Registry) health() Health {
 
 // askLimited is askHead, unless a 429 stands in the way.
 func (r *Registry) askLimited(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := r.client.limitKey(e, req)
+	key := r.client.asker(e.URL.Host, req)
 	if err := r.limited(key); err != nil {
 		return nil, err
 	}

@@ -158,7 +158,7 @@ func movesOn(err error) bool {
 // credential that may GET): those are asked with a GET that is closed after
 // its headers.
 func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := r.client.asker(req)
+	key := r.client.asker(req.Repository, req)
 	isObject := (req.Kind == Blob || req.Kind == Manifest) && strings.Contains(req.Reference, ":")
 	if !isObject || !authority {
 		return r.ask(ctx, e, timeout, req)
@@ -210,11 +210,11 @@ func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, time
 	return resp, nil
 }
 
-// asker names repository and credential, in a form that is worth nothing
-// elsewhere.
-func (c *Client) asker(req Request) (sum [sha256.Size]byte) {
+// asker names a credential at a place, a repository or a host, in a form that is
+// worth nothing elsewhere.
+func (c *Client) asker(place string, req Request) (sum [sha256.Size]byte) {
 	h := hmac.New(sha256.New, c.key[:])
-	fmt.Fprintf(h, "%q %d %q", req.Repository, req.As, req.Authorization)
+	fmt.Fprintf(h, "%q %d %q", place, req.As, req.Authorization)
 	h.Sum(sum[:0])
 	return sum
 }
