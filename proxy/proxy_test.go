@@ -789,7 +789,7 @@ func TestABodyWithoutALengthIsNotSentToHTTP10(t *testing.T) {
 // TestAClientThatStallsIsCut, and one that is slow is not.
 func TestAClientThatStallsIsCut(t *testing.T) {
 	t.Parallel()
-	const timeout = 500 * time.Millisecond
+	const timeout = time.Second
 	r := registrytest.New(t)
 	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, writeTimeout: timeout})
 	var layer []byte
@@ -824,7 +824,7 @@ func TestAClientThatStallsIsCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	tick := time.NewTicker(timeout / 16)
+	tick := time.NewTicker(timeout / 24)
 	defer tick.Stop()
 	begun := time.Now()
 	got := 0
