@@ -28,6 +28,8 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"tarn/internal/fault"
+
 	"github.com/opencontainers/go-digest"
 )
 
@@ -51,7 +53,8 @@ func CheckDigest(d digest.Digest) error {
 // Store is a directory of blobs. It is safe for concurrent use, but see the
 // package on Commit and Remove.
 type Store struct {
-	dir string
+	dir   string
+	steps fault.Steps
 }
 
 const (
@@ -61,11 +64,12 @@ const (
 	fileMode = 0o600
 )
 
-// Open makes the directories that are missing and returns the store.
-func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir}
+// Open makes the directories that are missing and returns the store. Outside of
+// tests, steps is nil.
+func Open(dir string, steps fault.Steps) (*Store, error) {
+	s := &Store{dir, steps}
 	for _, sub := range []string{s.algDir(digest.SHA256), s.algDir(digest.SHA512), s.pendingDir()} {
-		if err := os.MkdirAll(sub, dirMode); err != nil {
+		if err := steps.Do("make directory", func() error { return os.MkdirAll(sub, dirMode) }); err != nil {
 			return nil, fmt.Errorf("open the blob store: %w", err)
 		}
 	}
@@ -83,7 +87,9 @@ func (s *Store) Path(d digest.Digest) string {
 // Open opens a blob for reading. The error wraps fs.ErrNotExist when there is
 // none.
 func (s *Store) Open(d digest.Digest) (*os.File, error) {
-	return os.Open(s.Path(d))
+	var f *os.File
+	err := s.steps.Do("open blob", func() (err error) { f, err = os.Open(s.Path(d)); return err })
+	return f, err
 }
 
 // Read returns a small blob whole, in as few system calls as there can be. One
@@ -107,10 +113,21 @@ func (s *Store) Read(d digest.Digest, size int64) ([]byte, error) {
 
 // Remove deletes a blob. Readers that have it open keep it.
 func (s *Store) Remove(d digest.Digest) error {
-	if err := os.Remove(s.Path(d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(s.steps, "remove blob", s.Path(d)); err != nil {
 		return fmt.Errorf("remove blob: %w", err)
 	}
 	return nil
+}
+
+// remove deletes a file. Only one that is there afterwards is an error.
+func remove(steps fault.Steps, step, path string) error {
+	err := steps.Do(step, func() error { return os.Remove(path) })
+	if err != nil {
+		if _, gone := os.Lstat(path); errors.Is(gone, fs.ErrNotExist) {
+			return nil
+		}
+	}
+	return err
 }
 
 // Walk calls f for each regular file under blobs/ with what its name would be
@@ -118,7 +135,8 @@ func (s *Store) Remove(d digest.Digest) error {
 // other entry with an empty digest; in no order. It stops at f's first error.
 func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
 	for _, a := range Algorithms {
-		entries, err := readDir(s.algDir(a))
+		var entries []fs.DirEntry
+		err := s.steps.Do("list blobs", func() (err error) { entries, err = readDir(s.algDir(a)); return err })
 		if err != nil {
 			return fmt.Errorf("walk the blobs: %w", err)
 		}

@@ -35,7 +35,7 @@ func (s *Store) Commit(files []*Pending) (errs []error) {
 	syncing.SetLimit(maxSyncs)
 	for i, p := range files {
 		syncing.Go(func() error {
-			if err := p.File.Sync(); err != nil {
+			if err := s.steps.Do("fsync blob", p.File.Sync); err != nil {
 				errs[i] = fmt.Errorf("fsync blob: %w", err)
 				p.Discard()
 			}
@@ -48,7 +48,7 @@ func (s *Store) Commit(files []*Pending) (errs []error) {
 		if errs[i] != nil {
 			continue
 		}
-		if err := os.Rename(p.path, s.Path(p.Digest)); err != nil {
+		if err := s.steps.Do("rename blob", func() error { return os.Rename(p.path, s.Path(p.Digest)) }); err != nil {
 			errs[i] = fmt.Errorf("rename blob: %w", err)
 			p.Discard()
 			continue
@@ -58,7 +58,7 @@ func (s *Store) Commit(files []*Pending) (errs []error) {
 		renamed[p.Digest.Algorithm()] = append(renamed[p.Digest.Algorithm()], i)
 	}
 	for alg, indexes := range renamed {
-		if err := syncDir(s.algDir(alg)); err != nil {
+		if err := s.steps.Do("fsync directory", func() error { return syncDir(s.algDir(alg)) }); err != nil {
 			for _, i := range indexes {
 				errs[i] = errors.Join(fmt.Errorf("fsync blob directory: %w", err), s.Remove(files[i].Digest))
 			}

@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"tarn/internal/fault"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -26,6 +29,8 @@ type Pending struct {
 
 	path    string   // "" after Commit or Discard
 	journal *os.File // nil before the first Note
+	dropped bool     // the journal was removed
+	steps   fault.Steps
 }
 
 const journalSuffix = ".journal"
@@ -36,11 +41,12 @@ func (s *Store) Create(d digest.Digest) (*Pending, error) {
 		return nil, fmt.Errorf("create a pending file: %w", err)
 	}
 	name := strings.Replace(d.String(), ":", "-", 1) + ".*"
-	f, err := os.CreateTemp(s.pendingDir(), name) // mode 0600
+	var f *os.File
+	err := s.steps.Do("create pending", func() (err error) { f, err = os.CreateTemp(s.pendingDir(), name); return err }) // mode 0600
 	if err != nil {
 		return nil, fmt.Errorf("create a pending file: %w", err)
 	}
-	return &Pending{File: f, Digest: d, path: f.Name()}, nil
+	return &Pending{File: f, Digest: d, path: f.Name(), steps: s.steps}, nil
 }
 
 // Reopen opens the file once more, for reading, wherever it lies by now, or
@@ -49,11 +55,20 @@ func (p *Pending) Reopen() (*os.File, error) {
 	return os.Open(fmt.Sprintf("/proc/self/fd/%d", p.File.Fd()))
 }
 
+// WriteAt implements io.WriterAt.
+func (p *Pending) WriteAt(b []byte, off int64) (n int, err error) {
+	if p.steps == nil { // a function for each piece would be waste
+		return p.File.WriteAt(b, off)
+	}
+	err = p.steps.Do("write pending", func() (err error) { n, err = p.File.WriteAt(b, off); return err })
+	return n, err
+}
+
 // Sync makes what was written to the file durable, so that a record may be
 // noted of which a power cut takes nothing. The record itself may be lost in
 // one: the journal is advisory.
 func (p *Pending) Sync() error {
-	if err := p.File.Sync(); err != nil {
+	if err := p.steps.Do("fsync pending", p.File.Sync); err != nil {
 		return fmt.Errorf("fsync a pending file: %w", err)
 	}
 	return nil
@@ -62,13 +77,16 @@ func (p *Pending) Sync() error {
 // Note appends a record to the journal. A record has no line feed.
 func (p *Pending) Note(record []byte) error {
 	if p.journal == nil {
-		f, err := os.OpenFile(p.path+journalSuffix, os.O_CREATE|os.O_WRONLY|os.O_APPEND, fileMode)
+		err := p.steps.Do("create journal", func() (err error) {
+			p.journal, err = os.OpenFile(p.path+journalSuffix, os.O_CREATE|os.O_WRONLY|os.O_APPEND, fileMode)
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("open a journal: %w", err)
 		}
-		p.journal = f
 	}
-	if _, err := p.journal.Write(frame(record)); err != nil {
+	err := p.steps.Do("write journal", func() error { _, err := p.journal.Write(frame(record)); return err })
+	if err != nil {
 		return fmt.Errorf("write a journal: %w", err)
 	}
 	return nil
@@ -79,29 +97,39 @@ func frame(record []byte) []byte {
 	return fmt.Appendf(nil, "%08x %s\n", crc32.ChecksumIEEE(record), record)
 }
 
-// Discard deletes the pending file. Readers that have it open keep it.
-func (p *Pending) Discard() {
+// Discard deletes the pending file. Readers that have it open keep it. After an
+// error it may be called again, also on one that is closed; what is left in the
+// end is found at the next start.
+func (p *Pending) Discard() error {
 	if p.path != "" {
-		os.Remove(p.path) // left behind, it is found at the next start
+		if err := remove(p.steps, "remove pending", p.path); err != nil {
+			return fmt.Errorf("remove a pending file: %w", err)
+		}
 		p.path = ""
-		p.dropJournal()
 	}
+	return p.dropJournal()
 }
+
+// Gone tells whether nothing is left to Discard.
+func (p *Pending) Gone() bool { return p.path == "" && (p.journal == nil || p.dropped) }
 
 // Empty gives the room back and leaves the name, for Left to find. It tells
 // whether there is one.
 func (p *Pending) Empty() bool {
-	if p.path == "" || p.File.Truncate(0) != nil {
+	if p.path == "" || p.steps.Do("empty pending", func() error { return p.File.Truncate(0) }) != nil {
 		return false
 	}
-	p.dropJournal()
-	return true
+	return p.dropJournal() == nil
 }
 
-func (p *Pending) dropJournal() {
-	if p.journal != nil {
-		os.Remove(p.journal.Name())
+func (p *Pending) dropJournal() error {
+	if p.journal != nil && !p.dropped {
+		if err := remove(p.steps, "remove journal", p.journal.Name()); err != nil {
+			return fmt.Errorf("remove a journal: %w", err)
+		}
+		p.dropped = true
 	}
+	return nil
 }
 
 // Close closes what is open of it, and deletes nothing.
@@ -117,7 +145,8 @@ func (p *Pending) Close() error {
 // say. Those without a journal cannot be continued: they are deleted, and only
 // what they were meant to become is returned besides.
 func (s *Store) Left() (left []*Pending, deleted []digest.Digest, err error) {
-	entries, err := os.ReadDir(s.pendingDir())
+	var entries []fs.DirEntry
+	err = s.steps.Do("list pending", func() (err error) { entries, err = os.ReadDir(s.pendingDir()); return err })
 	if err != nil {
 		return nil, nil, fmt.Errorf("look for pending files: %w", err)
 	}
@@ -128,7 +157,7 @@ func (s *Store) Left() (left []*Pending, deleted []digest.Digest, err error) {
 		if !ok || !e.Type().IsRegular() {
 			continue
 		}
-		p := openLeft(path, d)
+		p := s.openLeft(path, d)
 		if p == nil {
 			deleted = append(deleted, d)
 			continue
@@ -140,7 +169,7 @@ func (s *Store) Left() (left []*Pending, deleted []digest.Digest, err error) {
 		if kept[e.Name()] {
 			continue
 		}
-		if err := os.RemoveAll(filepath.Join(s.pendingDir(), e.Name())); err != nil {
+		if err := s.steps.Do("sweep pending", func() error { return os.RemoveAll(filepath.Join(s.pendingDir(), e.Name())) }); err != nil {
 			for _, p := range left {
 				p.Close()
 			}
@@ -159,8 +188,9 @@ func pendingDigest(name string) (digest.Digest, bool) {
 }
 
 // openLeft returns nil when there is nothing to continue from.
-func openLeft(path string, d digest.Digest) *Pending {
-	data, err := os.ReadFile(path + journalSuffix)
+func (s *Store) openLeft(path string, d digest.Digest) *Pending {
+	var data []byte
+	err := s.steps.Do("read journal", func() (err error) { data, err = os.ReadFile(path + journalSuffix); return err })
 	if err != nil {
 		return nil
 	}
@@ -168,14 +198,15 @@ func openLeft(path string, d digest.Digest) *Pending {
 	if len(notes) == 0 {
 		return nil
 	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	var f *os.File
+	err = s.steps.Do("open pending", func() (err error) { f, err = os.OpenFile(path, os.O_RDWR, 0); return err })
 	if err != nil {
 		return nil
 	}
-	p := &Pending{File: f, Digest: d, Notes: notes, path: path}
+	p := &Pending{File: f, Digest: d, Notes: notes, path: path, steps: s.steps}
 	// What a crash tore must not be glued to the next record.
 	if p.journal, err = os.OpenFile(path+journalSuffix, os.O_WRONLY|os.O_APPEND, 0); err == nil {
-		err = p.journal.Truncate(int64(whole))
+		err = s.steps.Do("cut journal", func() error { return p.journal.Truncate(int64(whole)) })
 	}
 	if err != nil {
 		p.Close()

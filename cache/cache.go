@@ -44,6 +44,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/fault"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
@@ -160,6 +161,8 @@ type Options struct {
 	MinFree int64
 	// Logger is for what happens in the background. nil logs nothing.
 	Logger *zap.Logger
+	// Steps is for tests, which have some of them fail.
+	Steps fault.Steps
 }
 
 // Cache is an open data directory. It is safe for concurrent use.
@@ -192,6 +195,7 @@ type Cache struct {
 	used      int64                  // allocated bytes of blobs and strangers' files under blobs/
 	claimed   int64                  // reserved for pending files, written or not
 	strangers int64                  // of that, by registries that are not listed
+	removals  []removal              // to be tried again
 	indexed   int64                  // bytes of the index, its next growth included
 	adopt     int                    // files yet to be adopted
 	strays    map[digest.Digest]bool // those

@@ -4,6 +4,7 @@ package cache
 
 import (
 	"os"
+	"slices"
 	"time"
 
 	"tarn/blobstore"
@@ -46,6 +47,7 @@ func (c *Cache) commitLoop() {
 			c.take(f)
 		case <-notes.C:
 			c.renew()
+			c.retryRemovals()
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
 			}
@@ -109,7 +111,8 @@ func (c *Cache) commit(batch []*flight) {
 	var trouble error
 	var stored []*flight
 	var grown int64
-	replaced := make([]int64, len(fresh)) // bytes of files in their places
+	// Bytes that count of what lies in their places, before and after.
+	replaced, placed := make([]int64, len(fresh)), make(map[*flight]int64)
 	for i, f := range fresh {
 		replaced[i] = c.inPlaceOf(f.key.Digest)
 	}
@@ -131,28 +134,37 @@ func (c *Cache) commit(batch []*flight) {
 				rows = append(rows, index.Stored{Digest: t.key.Digest, Domain: t.key.Domain, Object: row})
 			}
 		}
+		placed[f] = row.Alloc
 		stored = append(stored, f)
-		grown += row.Alloc - replaced[i]
 	}
 	if err := c.index.Apply(rows, nil); err != nil {
 		trouble = err
 		if c.index.Broken() == nil { // else they are adopted with all others
-			for _, f := range stored {
-				c.store.Remove(f.key.Digest) // no row, no file
-			}
+			stored = slices.DeleteFunc(stored, c.withoutRow)
 		}
-		stored, grown = nil, 0
+		clear(placed)
 		defer c.renew()
 	}
 	if trouble != nil {
 		c.noteTrouble(trouble)
 	}
 	c.measureIndex()
+	for i, f := range fresh {
+		now, ok := placed[f]
+		if !ok { // a disk that failed may have left anything there
+			now = c.inPlaceOf(f.key.Digest)
+		}
+		grown += now - replaced[i]
+	}
 	c.mu.Lock()
 	c.used += grown
 	for _, f := range stored {
 		c.claim(f.key.Domain, -roundUp(f.claim)) // its bytes are counted as used now
 		f.claim = 0                              // nobody else looks at it before the table's reference is back
+		if !f.pending.Gone() {
+			f.claim = journalRoom
+			c.claim(f.key.Domain, roundUp(f.claim))
+		}
 	}
 	c.mu.Unlock()
 	for _, f := range batch {
@@ -163,9 +175,20 @@ func (c *Cache) commit(batch []*flight) {
 	}
 }
 
-// inPlaceOf is how many bytes are counted of a file that a commit will replace:
-// one that was not as its row said, or that has none. Of a stray, the adopter
-// finds that out.
+// withoutRow tells whether the flight's object has no row, and then removes its
+// file. A transaction that failed may have taken effect.
+func (c *Cache) withoutRow(f *flight) bool {
+	if _, ok := c.index.Row(f.key.Digest); ok {
+		return false
+	}
+	if err := c.store.Remove(f.key.Digest); err != nil {
+		c.noteTrouble(err)
+	}
+	return true
+}
+
+// inPlaceOf is how many bytes are counted of what lies, or should lie, under a
+// digest. Of a stray, the adopter finds that out.
 func (c *Cache) inPlaceOf(d digest.Digest) int64 {
 	c.mu.Lock()
 	isStray := c.strays[d]

@@ -575,7 +575,7 @@ func (f *flight) write(piece []byte, at int64) error {
 		f.claim += unknownStep
 		f.mu.Unlock()
 	}
-	_, err := f.pending.File.WriteAt(piece, at)
+	_, err := f.pending.WriteAt(piece, at)
 	return err
 }
 

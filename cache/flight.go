@@ -229,13 +229,12 @@ func (f *flight) release() {
 		// What was fed when the cache was closed is left to the next start,
 		// which taints it: the taints of this process end with it.
 		if !unverified || f.cache.ctx.Err() == nil {
-			f.cache.giveUp(f.pending, unverified) // nothing to give up after a commit
+			f.cache.giveUp(f.key.Domain, f.pending, f.claim, unverified) // after a commit there is nothing
 		}
 		f.pending.Close()
+		return
 	}
-	if f.claim > 0 {
-		f.cache.unreserve(f.key.Domain, f.claim)
-	}
+	f.cache.unreserve(f.key.Domain, f.claim)
 }
 
 // run is the life of a flight.

@@ -257,20 +257,53 @@ func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
 
 func (c *Cache) discard(k Key, p *partial) {
 	p.taintFed(k, c.taint)
-	c.giveUp(p.pending, len(p.fed) > 0 || p.strangers)
+	c.giveUp(k.Domain, p.pending, p.claim, len(p.fed) > 0 || p.strangers)
 	p.pending.Close()
-	c.unreserve(k.Domain, p.claim)
 }
 
-// giveUp deletes a pending file. Of one whose bytes somebody has, the name is
-// kept for as long as those readers are tainted: a start meanwhile taints them
-// again.
-func (c *Cache) giveUp(p *blobstore.Pending, fed bool) {
-	if !fed || !p.Empty() {
-		p.Discard()
+// giveUp deletes a pending file and gives back what was claimed for it. Of one
+// whose bytes somebody has, the name is kept for as long as those readers are
+// tainted: a start meanwhile taints them again.
+func (c *Cache) giveUp(domain string, p *blobstore.Pending, claim int64, fed bool) {
+	if fed && p.Empty() {
+		time.AfterFunc(taintFor, func() { p.Discard() })
+		c.unreserve(domain, claim)
 		return
 	}
-	time.AfterFunc(taintFor, p.Discard)
+	r := removal{domain, p, claim}
+	if err := r.try(c); err != nil {
+		c.noteTrouble(err)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.removals = append(c.removals, r)
+	}
+}
+
+// removal is a pending file that the disk did not let go of.
+type removal struct {
+	domain  string
+	pending *blobstore.Pending
+	claim   int64 // its bytes count until it is gone
+}
+
+func (r removal) try(c *Cache) error {
+	err := r.pending.Discard()
+	if err == nil {
+		c.unreserve(r.domain, r.claim)
+	}
+	return err
+}
+
+// retryRemovals runs in the committer.
+func (c *Cache) retryRemovals() {
+	c.mu.Lock()
+	due := c.removals
+	c.removals = nil
+	c.mu.Unlock()
+	due = slices.DeleteFunc(due, func(r removal) bool { return r.try(c) == nil })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.removals = append(c.removals, due...)
 }
 
 // dropPartial gives up what an earlier flight left.

@@ -29,7 +29,7 @@ type stray struct {
 // would take most of the start. It returns the files
 // without a row, which count as used from now on.
 func (c *Cache) open() (strays []stray, err error) {
-	if c.store, err = blobstore.Open(c.opts.Dir); err != nil {
+	if c.store, err = blobstore.Open(c.opts.Dir, c.opts.Steps); err != nil {
 		return nil, err
 	}
 	left, deleted, err := c.store.Left()
@@ -82,7 +82,13 @@ func (c *Cache) open() (strays []stray, err error) {
 	}
 	if len(gone) > 0 {
 		if err := c.index.Apply(nil, gone); err != nil {
-			return nil, errors.Join(err, c.index.Close())
+			// They go when they are asked for, and count until then.
+			c.noteTrouble(err)
+			for d, row := range rows {
+				if _, ok := c.index.Row(d); ok {
+					c.used += row.Alloc
+				}
+			}
 		}
 	}
 	c.indexed = c.index.Footprint()
@@ -131,13 +137,15 @@ const (
 // set aside before, so that however often it happens the disk holds two.
 func (c *Cache) openIndex() error {
 	path := filepath.Join(c.opts.Dir, indexName)
-	ix, err := openMarked(path)
-	if errors.Is(err, index.ErrBroken) {
+	ix, err := c.openMarked(path)
+	// The directory is ours, so nobody who has it locked is a tarn.
+	if errors.Is(err, index.ErrBroken) || errors.Is(err, index.ErrLocked) {
 		c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", err.Error(), "kept_as", brokenName)
-		if rerr := os.Rename(path, filepath.Join(c.opts.Dir, brokenName)); rerr != nil {
+		rerr := c.opts.Steps.Do("set index aside", func() error { return os.Rename(path, filepath.Join(c.opts.Dir, brokenName)) })
+		if rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
 			return errors.Join(err, rerr)
 		}
-		ix, err = index.Open(path)
+		ix, err = index.Open(path, c.opts.Steps)
 	}
 	if err != nil {
 		return err
@@ -152,16 +160,16 @@ const maxOpenings = 2
 
 // openMarked opens the index, unless the last processes to do so did not
 // survive it. The marker counts them.
-func openMarked(path string) (*index.Index, error) {
+func (c *Cache) openMarked(path string) (*index.Index, error) {
 	marker := path + ".opening"
 	tries, _ := os.ReadFile(marker)
-	defer os.Remove(marker)
+	defer c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })
 	if len(tries) >= maxOpenings {
 		return nil, fmt.Errorf("%w: opening it has ended %d processes", index.ErrBroken, len(tries))
 	}
 	// Without a marker it is as it was.
-	os.WriteFile(marker, append(tries, '.'), 0o600)
-	return index.Open(path)
+	c.opts.Steps.Do("write marker", func() error { return os.WriteFile(marker, append(tries, '.'), 0o600) })
+	return index.Open(path, c.opts.Steps)
 }
 
 // renew replaces an index that turned out to be broken, and has the blobs

@@ -29,8 +29,12 @@ import (
 	"maps"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
+	"syscall"
 	"time"
+
+	"tarn/internal/fault"
 
 	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
@@ -136,7 +140,8 @@ func (k RepositoryKey) YesKey(who string) string { return string(k.bytes(who)) }
 
 // Index is an open index. It is safe for concurrent use.
 type Index struct {
-	path string
+	path  string
+	steps fault.Steps
 
 	// using is held for reading around each transaction; it guards what
 	// follows.
@@ -169,13 +174,15 @@ const openTimeout = time.Second
 
 // Open opens the index or makes a new one. Each row is read once, so that a
 // file that is damaged inside is found now and not in the middle of a request.
-func Open(path string) (ix *Index, err error) {
-	db, err := openDB(path)
+// Outside of tests, steps is nil.
+func Open(path string, steps fault.Steps) (ix *Index, err error) {
+	db, err := openDB(path, steps)
 	if err != nil {
 		return nil, err
 	}
 	ix = &Index{
 		path:        path,
+		steps:       steps,
 		db:          db,
 		tags:        make(map[string]Tag),
 		memberships: make(map[string]*Membership),
@@ -197,7 +204,9 @@ func (ix *Index) view(f func(*bolt.Tx) error) error {
 
 // update runs one that writes.
 func (ix *Index) update(f func(*bolt.Tx) error) error {
-	return ix.guarded(func(db *bolt.DB) error { return db.Update(f) })
+	return ix.guarded(func(db *bolt.DB) error {
+		return ix.steps.Do("write index", func() error { return db.Update(f) })
+	})
 }
 
 func (ix *Index) guarded(f func(*bolt.DB) error) (err error) {
@@ -231,14 +240,15 @@ func (ix *Index) Broken() error {
 // Renew sets a broken file aside, and goes on with an empty one. The notes are
 // kept.
 func (ix *Index) Renew(aside string) error {
-	if err := os.Rename(ix.path, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := ix.steps.Do("set index aside", func() error { return os.Rename(ix.path, aside) })
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the index aside: %w", err)
 	}
-	db, err := openDB(ix.path)
+	db, err := openDB(ix.path, ix.steps)
 	if err != nil {
 		return err
 	}
-	fresh := &Index{db: db}
+	fresh := &Index{db: db, steps: ix.steps}
 	if err := fresh.check(); err != nil {
 		db.Close()
 		return err
@@ -249,19 +259,27 @@ func (ix *Index) Renew(aside string) error {
 	ix.using.Unlock()
 	// Nobody waits for it: what panicked may have left its locks, and then
 	// the old map stays until the process ends.
-	go func() {
-		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-		defer func() { recover() }()
-		old.Close()
-	}()
+	go closeBroken(old)
 	return nil
 }
 
-func openDB(path string) (*bolt.DB, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{
-		Timeout:      openTimeout,
-		FreelistType: bolt.FreelistMapType,
+func closeBroken(db *bolt.DB) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() { recover() }()
+	db.Close()
+}
+
+func openDB(path string, steps fault.Steps) (db *bolt.DB, err error) {
+	err = steps.Do("open index", func() (err error) {
+		db, err = bolt.Open(path, 0o600, &bolt.Options{
+			Timeout:      openTimeout,
+			FreelistType: bolt.FreelistMapType,
+		})
+		return err
 	})
+	if err != nil && db != nil {
+		db.Close()
+	}
 	switch {
 	case err == nil:
 		db.AllocSize = growStep
@@ -270,7 +288,7 @@ func openDB(path string) (*bolt.DB, error) {
 		return nil, ErrLocked
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
 		return nil, fmt.Errorf("%w: %w", ErrBroken, err)
-	case errors.Is(err, os.ErrPermission), errors.Is(err, os.ErrNotExist):
+	case slices.ContainsFunc(notTheFile, func(no error) bool { return errors.Is(err, no) }):
 		return nil, fmt.Errorf("open the index: %w", err)
 	default:
 		// bbolt has no sentinel for a file that is too short or cut.
@@ -278,20 +296,32 @@ func openDB(path string) (*bolt.DB, error) {
 	}
 }
 
-// check makes the buckets and reads every row.
+// notTheFile are errors that say nothing of the index itself.
+var notTheFile = []error{
+	os.ErrPermission, os.ErrNotExist, syscall.EROFS, syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM,
+}
+
+// check makes the buckets of a new file, or reads every row. It writes only
+// where it must: a disk may be full.
 func (ix *Index) check() error {
-	return ix.update(func(tx *bolt.Tx) error {
+	fresh := false
+	err := ix.view(func(tx *bolt.Tx) error {
+		fresh = tx.Bucket(metaBucket) == nil
+		return nil
+	})
+	if err == nil && fresh {
+		err = ix.update(create)
+	}
+	if err != nil {
+		return err
+	}
+	return ix.view(func(tx *bolt.Tx) error {
 		for _, name := range allBuckets {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-				return fmt.Errorf("%w: %w", ErrBroken, err)
+			if tx.Bucket(name) == nil {
+				return fmt.Errorf("%w: it has no bucket %s", ErrBroken, name)
 			}
 		}
-		meta := tx.Bucket(metaBucket)
-		if v := meta.Get(versionKey); v == nil {
-			if err := meta.Put(versionKey, binary.BigEndian.AppendUint64(nil, version)); err != nil {
-				return err
-			}
-		} else if len(v) != 8 || binary.BigEndian.Uint64(v) != version {
+		if v := tx.Bucket(metaBucket).Get(versionKey); len(v) != 8 || binary.BigEndian.Uint64(v) != version {
 			return fmt.Errorf("%w: %w", ErrBroken, errInvalidVersion)
 		}
 		for _, name := range allBuckets {
@@ -311,6 +341,15 @@ func (ix *Index) check() error {
 		}
 		return nil
 	})
+}
+
+func create(tx *bolt.Tx) error {
+	for _, name := range allBuckets {
+		if _, err := tx.CreateBucket(name); err != nil {
+			return fmt.Errorf("%w: %w", ErrBroken, err)
+		}
+	}
+	return tx.Bucket(metaBucket).Put(versionKey, binary.BigEndian.AppendUint64(nil, version))
 }
 
 // Close writes the notes and closes the file.

@@ -17,7 +17,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func open(t *testing.T, path string) *Index {
 	t.Helper()
-	ix, err := Open(path)
+	ix, err := Open(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +104,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 	if err := ix.Apply([]Stored{{d1, "*", Object{Size: 1}}}, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(good); !errors.Is(err, ErrLocked) {
+	if _, err := Open(good, nil); !errors.Is(err, ErrLocked) {
 		t.Errorf("a second opening: %v", err)
 	}
 	ix.Close()
@@ -122,7 +122,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if ix, err := Open(path); !errors.Is(err, ErrBroken) {
+		if ix, err := Open(path, nil); !errors.Is(err, ErrBroken) {
 			t.Errorf("%s: %v", name, err)
 			if err == nil {
 				ix.Close()

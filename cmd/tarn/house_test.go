@@ -17,9 +17,10 @@ import (
 // house lists the floors: what each package may import of ours. No package
 // below proxy knows HTTP serving, and none below cmd the configuration.
 var house = map[string][]string{
-	"blobstore":             {},
-	"index":                 {},
-	"cache":                 {"blobstore", "index"},
+	"internal/fault":        {},
+	"blobstore":             {"internal/fault"},
+	"index":                 {"internal/fault"},
+	"cache":                 {"blobstore", "index", "internal/fault"},
 	"upstream":              {},
 	"proxy":                 {"blobstore", "cache", "index", "upstream"},
 	"admin":                 {"proxy", "cache", "index"},
