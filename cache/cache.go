@@ -57,6 +57,9 @@ var (
 	// ErrRefused is what a Fetch wraps when the refusal concerns its own
 	// credential only, so that others who wait must ask for themselves.
 	ErrRefused = errors.New("refused")
+	// ErrLimited is what a Fetch wraps when its own credential is to wait:
+	// others may ask for themselves, and it may ask again.
+	ErrLimited = errors.New("limited")
 	// ErrBroken: the source sent something else than what the digest names,
 	// or stopped in the middle.
 	ErrBroken = errors.New("broken body")
@@ -394,7 +397,7 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 			}
 		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrTainted):
 			return o, err
-		case errors.Is(err, ErrRefused), req.Source != f.source:
+		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), req.Source != f.source:
 			// It was somebody else's affair.
 		default:
 			return o, err

@@ -508,14 +508,16 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 	ix.memberships[key] = &m
 }
 
-// DeleteMembership forgets what the authority took back.
-func (ix *Index) DeleteMembership(key string) {
+// DeleteMembership forgets what the authority took back. It tells whether there
+// was something to forget; only what is flushed is forgotten for good.
+func (ix *Index) DeleteMembership(key string) bool {
 	if _, ok := ix.Membership(key); !ok {
-		return
+		return false
 	}
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	ix.memberships[key] = nil
+	return true
 }
 
 // renewal is how much newer what an authority said must be to be worth a row: a
@@ -554,14 +556,54 @@ func (ix *Index) NoteYes(key string, asked time.Time) {
 	ix.yeses[key] = stamp{asked}
 }
 
-// DeleteYes forgets what the authority took back.
-func (ix *Index) DeleteYes(key string) {
+// DeleteYes forgets what the authority took back, like DeleteMembership.
+func (ix *Index) DeleteYes(key string) bool {
 	if ix.Yes(key).IsZero() {
-		return
+		return false
 	}
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	ix.yeses[key] = stamp{}
+	return true
+}
+
+// Prune drops yeses and challenges from before a moment.
+func (ix *Index) Prune(before time.Time) error {
+	old := make(map[string][][]byte)
+	find := func(name []byte, when func(v []byte) (time.Time, error)) func(tx *bolt.Tx) error {
+		return func(tx *bolt.Tx) error {
+			return tx.Bucket(name).ForEach(func(k, v []byte) error {
+				if t, err := when(v); err == nil && t.Before(before) {
+					old[string(name)] = append(old[string(name)], bytes.Clone(k))
+				}
+				return nil
+			})
+		}
+	}
+	err := errors.Join(
+		ix.view(find(yesBucket, func(v []byte) (time.Time, error) {
+			var s stamp
+			err := s.decode(v)
+			return s.Time, err
+		})),
+		ix.view(find(challengeBucket, func(v []byte) (time.Time, error) {
+			var c Challenge
+			err := c.decode(v)
+			return c.Time, err
+		})))
+	if err != nil || len(old) == 0 {
+		return err
+	}
+	return ix.update(func(tx *bolt.Tx) error {
+		for name, keys := range old {
+			for _, k := range keys {
+				if err := tx.Bucket([]byte(name)).Delete(k); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // Challenge returns the last one of a repository.

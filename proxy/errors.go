@@ -135,7 +135,7 @@ func serveError(w http.ResponseWriter, q *request, err error) {
 	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", fmt.Sprint(len(body)))
-	for _, name := range []string{"ETag", "Docker-Content-Digest", "Content-Range", "Accept-Ranges", "Link"} {
+	for _, name := range []string{"ETag", "Docker-Content-Digest", "Content-Range", "Accept-Ranges", "Link", "Age"} {
 		h.Del(name)
 	}
 	w.WriteHeader(status)

@@ -53,6 +53,7 @@ type freshness struct {
 
 type headQueue struct {
 	inFlight  int
+	answered  int        // HEADs that were not in vain
 	gathering *headBatch // nil: nobody waits for the next
 }
 
@@ -79,9 +80,22 @@ const (
 )
 
 // confirm returns what the authority says now, and whether the HEAD was shared.
-// It returns early with the context's error; the HEAD goes on for the others.
-func (f *freshness) confirm(ctx context.Context, life context.Context, key headKey) (c *confirmation, shared bool, err error) {
-	b := f.enter(life, key)
+// It returns early with the context's error; the HEAD goes on for the others. It
+// returns when asking ends, too, unless it is its turn that the request waits
+// for, with an authority that answers.
+func (f *freshness) confirm(asking, ctx, life context.Context, key headKey) (c *confirmation, shared bool, err error) {
+	q, b, answered := f.enter(life, key)
+	select {
+	case <-b.done:
+		return b.answer, b.size > 1, b.err
+	case <-asking.Done():
+	}
+	f.mu.Lock()
+	answers := q.answered > answered
+	f.mu.Unlock()
+	if !answers {
+		return nil, false, context.Cause(asking)
+	}
 	select {
 	case <-b.done:
 		return b.answer, b.size > 1, b.err
@@ -90,27 +104,28 @@ func (f *freshness) confirm(ctx context.Context, life context.Context, key headK
 	}
 }
 
-// enter puts the request into the batch that gathers.
-func (f *freshness) enter(life context.Context, key headKey) *headBatch {
+// enter puts the request into the batch that gathers, and returns how many
+// answers there were before.
+func (f *freshness) enter(life context.Context, key headKey) (q *headQueue, b *headBatch, answered int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	q := f.queues[key]
+	q = f.queues[key]
 	if q == nil {
 		q = &headQueue{}
 		f.queues[key] = q
 	}
 	if b := q.gathering; b != nil {
 		b.size++
-		return b
+		return q, b, q.answered
 	}
-	b := &headBatch{done: make(chan struct{}), size: 1}
+	b = &headBatch{done: make(chan struct{}), size: 1}
 	q.gathering = b
 	if _, crowded := f.crowds[key]; q.inFlight == 0 && !crowded {
 		f.send(life, key, q)
 	} else if q.inFlight < maxHeads {
 		f.sendLater(life, key, q)
 	}
-	return b
+	return q, b, q.answered
 }
 
 // sendLater closes the batch that gathers in a little while. Called with the
@@ -147,6 +162,9 @@ func (f *freshness) send(life context.Context, key headKey, q *headQueue) {
 		f.pace(key, b.size, time.Since(sent))
 		close(b.done)
 		q.inFlight--
+		if b.err == nil {
+			q.answered++
+		}
 		_, crowded := f.crowds[key]
 		switch {
 		case q.gathering != nil && q.gathering.timer == nil && !crowded:

@@ -262,7 +262,7 @@ func TestGroupCommit(t *testing.T) {
 	read := func(ctx context.Context, f *freshness) reader {
 		r := reader{make(chan int64, 1)}
 		go func() {
-			c, _, err := f.confirm(ctx, context.Background(), headKey{tag: "v1"})
+			c, _, err := f.confirm(ctx, ctx, context.Background(), headKey{tag: "v1"})
 			if err != nil {
 				r.got <- -1
 				return

@@ -98,6 +98,9 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 	}
 	req.Check = p.check(q, func() string { return y.mediaType })
 	o, err := p.cache.Open(ctx, req)
+	if y.stale != nil && errors.Is(err, errGone) {
+		err = y.stale.err // nobody has it now
+	}
 	return o, y, err
 }
 
@@ -162,6 +165,9 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 				return err
 			}
 		}
+	}
+	if y.stale != nil {
+		return y.stale.err // it went just now, or was not what it should be
 	}
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	switch {

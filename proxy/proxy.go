@@ -118,6 +118,7 @@ type Proxy struct {
 	prefetch   Prefetch
 	ahead      sync.WaitGroup // what is fetched ahead
 	aheadSlots chan struct{}
+	pruning    sync.WaitGroup
 
 	nodeTrouble sync.Map // upstream.Name to what ails the node's credential, "" for nothing
 
@@ -164,6 +165,8 @@ func New(opts Options) (*Proxy, error) {
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), crowds: make(map[headKey]time.Duration), sequence: sequence}
 
+	p.prune()
+	p.pruning.Go(p.pruneLoop)
 	p.router = newRouter(p.serveAPI)
 	if p.brokers {
 		p.router.MatcherFunc(isToken).Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
@@ -204,6 +207,7 @@ func (p *Proxy) Close() {
 	p.cancel()
 	p.fresh.asking.Wait()
 	p.ahead.Wait()
+	p.pruning.Wait()
 }
 
 func failing(err error) http.Handler {

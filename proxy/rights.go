@@ -395,20 +395,24 @@ func (p *Proxy) said(k index.RepositoryKey, kind upstream.Kind, d digest.Digest,
 	now := p.now()
 	reader, r := p.reader(k, c), p.rights
 	switch refused.Status {
-	case http.StatusUnauthorized, http.StatusForbidden:
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusUnavailableForLegalReasons:
 		defer p.forget(k, c) // without the lock
 		if refused.Status == http.StatusUnauthorized && c.anonymous() {
 			defer p.rememberChallenge(k, refused, now)
 		}
-	case http.StatusNotFound:
-		if d != "" {
+	case http.StatusNotFound, http.StatusGone:
+		if d == "" {
+			defer p.forget(k, c)
+		} else {
 			// Some registries say it also where they mean 403, and then it
 			// costs those who have the object a question.
 			key := k.MembershipKey(string(kind), d)
 			r.mu.Lock()
 			r.refuse(key, now)
 			r.mu.Unlock()
-			p.cache.Index().DeleteMembership(key)
+			if p.cache.Index().DeleteMembership(key) {
+				p.keepForgotten()
+			}
 			return
 		}
 	default:
@@ -517,7 +521,9 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 		return nil, asked, errAnotherThing
 	case resp.Authority:
 		p.granted(k, c, asked)
-		p.remember(k, c, asked)
+		if resp.Digest == d || d == "" || p.isHere(q, d, resp) {
+			p.remember(k, c, asked)
+		}
 		if d != "" {
 			p.member(k, q.kind, d, c, asked, resp.MediaType)
 		}
@@ -543,6 +549,14 @@ func (p *Proxy) speaksOf(q *request, d digest.Digest, resp *upstream.Response) b
 	return !here || resp.Size == size || resp.Size < 0 && resp.Digest == d
 }
 
+// isHere tells whether the answer has the size of an object that is here. A yes
+// to a question about something that nobody knows, in an answer that does not
+// name it, may be anybody's.
+func (p *Proxy) isHere(q *request, d digest.Digest, resp *upstream.Response) bool {
+	size, here := p.cache.Size(p.key(q, d))
+	return here && resp.Size == size
+}
+
 // retract takes back what a yes made whose bytes were another thing's.
 func (p *Proxy) retract(k index.RepositoryKey, kind upstream.Kind, d digest.Digest, c credential) {
 	reader, key, now := p.reader(k, c), k.MembershipKey(string(kind), d), p.now()
@@ -552,7 +566,10 @@ func (p *Proxy) retract(k index.RepositoryKey, kind upstream.Kind, d digest.Dige
 	r.refuse(key, now)
 	delete(r.grants, reader)
 	r.mu.Unlock()
-	p.cache.Index().DeleteMembership(key)
+	p.forget(k, c)
+	if p.cache.Index().DeleteMembership(key) {
+		p.keepForgotten()
+	}
 }
 
 // do is the request itself.
@@ -621,10 +638,14 @@ func (p *Proxy) ownWords(q *request, err error) error {
 func refusedAlone(err error) error {
 	var refused *upstream.StatusError
 	var api *apiError
-	if errors.As(err, &api) || errors.As(err, &refused) && refused.Status < 500 && refused.Status != http.StatusTooManyRequests {
-		return fmt.Errorf("%w: %w", cache.ErrRefused, err)
+	switch {
+	case errors.As(err, &api):
+	case !errors.As(err, &refused), refused.Status >= 500:
+		return err
+	case refused.Status == http.StatusTooManyRequests:
+		return fmt.Errorf("%w: %w", cache.ErrLimited, err)
 	}
-	return err
+	return fmt.Errorf("%w: %w", cache.ErrRefused, err)
 }
 
 // lendsNode tells whether bytes may be fetched with the node's credential for

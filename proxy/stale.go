@@ -16,6 +16,8 @@ import (
 	"tarn/cache"
 	"tarn/index"
 	"tarn/upstream"
+
+	"go.uber.org/zap"
 )
 
 // While a registry cannot be asked, and only where the operator allows it
@@ -55,6 +57,7 @@ func staleCause(err error) string {
 type staleness struct {
 	cause string
 	age   time.Duration
+	err   error // what there is to say where it cannot be served after all
 }
 
 // who names a credential in the index, as far as its yes may be remembered
@@ -102,8 +105,58 @@ func (p *Proxy) crossed(k index.RepositoryKey, c credential, asked time.Time) bo
 
 // forget takes a refusal.
 func (p *Proxy) forget(k index.RepositoryKey, c credential) {
-	if who, ok := p.who(k, c); ok {
-		p.cache.Index().DeleteYes(k.YesKey(who))
+	if who, ok := p.who(k, c); ok && p.cache.Index().DeleteYes(k.YesKey(who)) {
+		p.keepForgotten()
+	}
+}
+
+// forgetTag takes a tag's 404, when somebody hears it who had a yes: whom the
+// repository is hidden from hears the same.
+func (p *Proxy) forgetTag(k index.RepositoryKey, tag string, c credential, sequence uint64, err error) {
+	var refused *upstream.StatusError
+	who, ok := p.who(k, c)
+	if !ok || !errors.As(err, &refused) || refused.Status != http.StatusNotFound && refused.Status != http.StatusGone {
+		return
+	}
+	if ix := p.cache.Index(); !ix.Yes(k.YesKey(who)).IsZero() {
+		ix.NoteTag(k.TagKey(tag), index.Tag{Sequence: sequence})
+		p.keepForgotten()
+	}
+}
+
+// keepForgotten writes what was taken back before the answer says so: a crash
+// must not bring it back.
+func (p *Proxy) keepForgotten() {
+	if err := p.cache.Index().Flush(); err != nil {
+		p.log.Error("what a registry took back is known to this process only", zap.Error(err))
+	}
+}
+
+// pruneEvery is how often what is too old for any outage is dropped.
+const pruneEvery = time.Hour
+
+// prune drops what stale_if_error does not reach back to.
+func (p *Proxy) prune() {
+	most := p.defaults.StaleIfError
+	for _, r := range p.ruleOf {
+		most = max(most, r.StaleIfError)
+	}
+	if err := p.cache.Index().Prune(p.now().Add(-most)); err != nil {
+		p.log.Warn("could not drop what is out of date", zap.Error(err))
+	}
+}
+
+// pruneLoop ends with the proxy.
+func (p *Proxy) pruneLoop() {
+	tick := time.NewTicker(pruneEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-tick.C:
+			p.prune()
+		}
 	}
 }
 
@@ -135,7 +188,7 @@ func (p *Proxy) stale(q *request, err error) (yes, error) {
 		return d, !t.IsZero() && d >= 0 && d < limit
 	}
 	m, _ := ix.Membership(q.membershipKey(q.digest))
-	s := staleness{cause: cause}
+	s := staleness{cause: cause, err: err}
 	may := func(c credential, served time.Time) bool {
 		who, ok := p.who(k, c)
 		if !ok {
@@ -152,7 +205,7 @@ func (p *Proxy) stale(q *request, err error) (yes, error) {
 	case !q.credential.anonymous() && may(q.credential, m.Time):
 	default:
 		if challenge, ok := ix.Challenge(k); ok && q.credential.anonymous() {
-			if _, ok := age(challenge.Time); ok {
+			if _, ok := age(challenge.Time); ok && challenge.Time.After(ix.Yes(k.YesKey(""))) {
 				return yes{}, &upstream.StatusError{Status: http.StatusUnauthorized, Challenge: []string{challenge.Text}}
 			}
 		}

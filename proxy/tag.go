@@ -47,9 +47,9 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 
 // confirmInTime leaves time for a stale answer, where one is allowed.
 func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*confirmation, bool, error) {
-	ctx, cancel := p.askingTime(ctx, w, q)
+	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
-	return p.confirmTag(ctx, q)
+	return p.confirmTag(asking, ctx, q)
 }
 
 // askingTime is how long the authority may be asked on this request's behalf:
@@ -65,11 +65,11 @@ func (p *Proxy) askingTime(ctx context.Context, w *response, q *request) (contex
 
 const askingGrace = 50 * time.Millisecond
 
-func (p *Proxy) confirmTag(ctx context.Context, q *request) (*confirmation, bool, error) {
+func (p *Proxy) confirmTag(asking, ctx context.Context, q *request) (*confirmation, bool, error) {
 	if err := p.recall(q.repositoryKey(), q.credential); err != nil {
 		return nil, false, err
 	}
-	return p.fresh.confirm(ctx, p.ctx, headKey{
+	return p.fresh.confirm(asking, ctx, p.ctx, headKey{
 		upstream:   string(q.upstream),
 		repository: q.repository,
 		tag:        q.tag,
@@ -87,6 +87,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	asked := p.now()
 	c, err := p.headOrReadTag(ctx, key)
 	if err != nil {
+		p.forgetTag(repository, key.tag, key.credential, sequence, err)
 		p.said(repository, upstream.Manifest, "", key.credential, err)
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -45,6 +46,8 @@ type breaker struct {
 	mu      sync.Mutex
 	refused bool // the last failure was to connect
 	probing bool
+	dropped bool      // others took its place, and nobody asks it any more
+	silent  string    // the last question that timed out, to be probed with; "" for /v2/
 	asked   time.Time // when it was last wanted
 	since   time.Time // when it opened; zero when it is closed
 	cause   error     // of the last failure: ErrUnreachable or ErrTimeout
@@ -61,12 +64,26 @@ func (r *Registry) breaker(u *url.URL) *breaker {
 	b := r.breakers[key]
 	if b == nil {
 		if len(r.breakers) >= maxBreakers {
-			clear(r.breakers) // they open again if they have to
+			r.dropBreaker()
 		}
 		b = r.newBreaker(key)
 		r.breakers[key] = b
 	}
 	return b
+}
+
+// dropBreaker drops one of a token service: it opens again if it has to. Called
+// with the lock.
+func (r *Registry) dropBreaker() {
+	for key, b := range r.breakers {
+		if !slices.ContainsFunc(r.endpoints, func(e Endpoint) bool { return e.URL.Scheme+"://"+e.URL.Host == key }) {
+			b.mu.Lock()
+			b.dropped = true
+			b.mu.Unlock()
+			delete(r.breakers, key)
+			return
+		}
+	}
 }
 
 func (r *Registry) newBreaker(origin string) *breaker {
@@ -84,9 +101,9 @@ func (r *Registry) newBreaker(origin string) *breaker {
 			return b.refused || c.ConsecutiveFailures >= 2
 		},
 		IsSuccessful: func(err error) bool { return err == nil || !refusedConnection(err) && !errors.Is(err, ErrTimeout) },
-		// Who leaves says nothing about the host.
+		// Who leaves says nothing about the host, nor who gave it little time.
 		IsExcluded: func(err error) bool {
-			return errors.Is(err, ErrGuard) || errors.Is(err, context.Canceled) && !errors.Is(err, ErrTimeout)
+			return errors.Is(err, ErrGuard) || errors.Is(err, errHasty) || errors.Is(err, context.Canceled) && !errors.Is(err, ErrTimeout)
 		},
 		OnStateChange: func(_ string, _, to gobreaker.State) {
 			b.mu.Lock()
@@ -106,8 +123,13 @@ func (r *Registry) newBreaker(origin string) *breaker {
 	return b
 }
 
-// do sends a request through the breaker.
-func (b *breaker) do(ctx context.Context, far reach, home bool, send func() (*http.Response, error)) (*http.Response, error) {
+// errHasty marks a timeout that came before the host had its time.
+var errHasty = errors.New("it had little time")
+
+// do sends a request through the breaker. A host that was silent for less than
+// patience is not held to be down.
+func (b *breaker) do(req *http.Request, patience time.Duration, far reach, home bool, send func() (*http.Response, error)) (*http.Response, error) {
+	ctx, sent := req.Context(), time.Now()
 	b.mu.Lock()
 	b.asked, b.far, b.home = time.Now(), far, home
 	probing, open := b.probing, fmt.Errorf("%w: %w", b.cause, errOpen)
@@ -119,25 +141,36 @@ func (b *breaker) do(ctx context.Context, far reach, home bool, send func() (*ht
 		resp, err := send()
 		if cause := context.Cause(ctx); err != nil && (errors.Is(cause, ErrTimeout) || errors.Is(cause, context.DeadlineExceeded)) {
 			err = fmt.Errorf("%w: %w", ErrTimeout, err)
+			if time.Since(sent) < patience {
+				return nil, fmt.Errorf("%w: %w", errHasty, err)
+			}
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		b.refused = refusedConnection(err) && !errors.Is(err, ErrTimeout)
 		switch {
 		case errors.Is(err, ErrTimeout):
-			b.cause = ErrTimeout
+			b.cause, b.silent = ErrTimeout, ""
+			if req.Method == http.MethodGet || req.Method == http.MethodHead {
+				b.silent = req.URL.String()
+			}
 		case err != nil:
+			b.silent = ""
 			b.cause = ErrUnreachable
 		}
 		return resp, err
 	})
-	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+	switch {
+	case errors.Is(err, gobreaker.ErrOpenState):
 		return nil, open
+	case errors.Is(err, gobreaker.ErrTooManyRequests):
+		return send() // another finds out now, and who comes meanwhile is not refused for it
 	}
 	return resp, err
 }
 
-// probe asks the host's /v2/ until it answers, or nobody wants it any more.
+// probe asks the host until it answers, or nobody wants it any more: for what it
+// was silent about, since some are silent about that only, or else for /v2/.
 // Probes overlap: one that hangs must not delay the one that would be answered.
 func (r *Registry) probe(b *breaker, origin string) {
 	ctx, cancel := context.WithCancel(r.client.life)
@@ -148,7 +181,7 @@ func (r *Registry) probe(b *breaker, origin string) {
 		probes.Wait()
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		b.probing = false
+		b.probing, b.since = false, time.Time{} // from now on nothing is known
 	}()
 	tick := time.NewTicker(probeEvery)
 	defer tick.Stop()
@@ -156,13 +189,16 @@ func (r *Registry) probe(b *breaker, origin string) {
 		probes.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, r.headTimeout)
 			defer cancel()
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, origin+"/v2/", nil)
+			b.mu.Lock()
+			far, home, method, url := b.far, b.home, http.MethodHead, b.silent
+			b.mu.Unlock()
+			if url == "" {
+				method, url = http.MethodGet, origin+"/v2/"
+			}
+			req, err := http.NewRequestWithContext(ctx, method, url, nil)
 			if err != nil {
 				return
 			}
-			b.mu.Lock()
-			far, home := b.far, b.home
-			b.mu.Unlock()
 			resp, _, err := r.roundTrip(req, far, home)
 			if err != nil {
 				return
@@ -182,7 +218,7 @@ func (r *Registry) probe(b *breaker, origin string) {
 		case <-tick.C:
 		}
 		b.mu.Lock()
-		unwanted := time.Since(b.asked) > probeFor
+		unwanted := b.dropped || time.Since(b.asked) > probeFor
 		b.mu.Unlock()
 		if unwanted {
 			return

@@ -22,7 +22,8 @@ const (
 	// defaultRetryAfter is for a 429 that does not say (RFC 6585 4): some
 	// only mean that there are too many connections.
 	defaultRetryAfter = time.Second
-	// maxRetryAfter bounds what one may say.
+	// These bound what one may say.
+	minRetryAfter = time.Second
 	maxRetryAfter = time.Hour
 	// maxLimited bounds how many credentials are remembered.
 	maxLimited = 1024
@@ -57,7 +58,9 @@ func (r *Registry) noteLimit(key [sha256.Size]byte, err error) {
 	if len(r.limits) >= maxLimited {
 		clear(r.limits)
 	}
-	r.limits[key] = until
+	if until.After(r.limits[key]) { // of several that were on their way, the longest holds
+		r.limits[key] = until
+	}
 }
 
 // retryAfter reads the header: seconds, or a date (RFC 9110 10.2.3).
@@ -65,10 +68,12 @@ func retryAfter(header string, now time.Time) time.Duration {
 	d := defaultRetryAfter
 	if seconds, err := parseDecimal(strings.TrimSpace(header)); err == nil {
 		d = time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
+	} else if errors.Is(err, strconv.ErrRange) {
+		d = maxRetryAfter
 	} else if date, err := http.ParseTime(header); err == nil {
 		d = date.Sub(now)
 	}
-	return min(max(d, 0), maxRetryAfter)
+	return min(max(d, minRetryAfter), maxRetryAfter)
 }
 
 // RateLimit is what a registry said last of the requests that it grants, in
@@ -145,13 +150,29 @@ func (r *Registry) health() Health {
 	return h
 }
 
-// askLimited is askHead, unless a 429 stands in the way.
+// askLimited is askHead, unless a 429 stands in the way. Lists are limited apart
+// from what a pull needs: many registries count them so.
 func (r *Registry) askLimited(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := r.client.asker(e.URL.Host, req)
+	what := e.URL.Host
+	if req.Kind != Manifest && req.Kind != Blob {
+		what += " " + string(req.Kind)
+	}
+	key := r.client.asker(what, req)
 	if err := r.limited(key); err != nil {
 		return nil, err
 	}
 	resp, err := r.askHead(ctx, e, authority, timeout, req)
+	return resp, r.orLimited(key, err)
+}
+
+// orLimited takes err, and is what tarn makes of it when that is a 429.
+func (r *Registry) orLimited(key [sha256.Size]byte, err error) error {
 	r.noteLimit(key, err)
-	return resp, err
+	var status *StatusError
+	if errors.As(err, &status) && status.Status == http.StatusTooManyRequests {
+		if limited := r.limited(key); limited != nil {
+			return limited
+		}
+	}
+	return err
 }

@@ -134,7 +134,7 @@ func drain(body io.ReadCloser) {
 // guarded is a roundTrip through the host's breaker.
 func (r *Registry) guarded(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
 	at := zoneNever
-	resp, err := r.breaker(hreq.URL).do(hreq.Context(), far, home, func() (resp *http.Response, err error) {
+	resp, err := r.breaker(hreq.URL).do(hreq, r.headTimeout*3/4, far, home, func() (resp *http.Response, err error) {
 		resp, at, err = r.roundTrip(hreq, far, home)
 		return resp, err
 	})

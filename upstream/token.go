@@ -173,11 +173,15 @@ func (r *Registry) ClientToken(ctx context.Context, repositories []string, autho
 	for _, repository := range repositories {
 		ask.scopes = append(ask.scopes, "repository:"+repository+":pull")
 	}
+	key := r.client.asker("token of "+realm.Host, Request{Authorization: authorization + "\n" + refreshToken})
+	if err := r.limited(key); err != nil {
+		return Token{}, err
+	}
 	t, err := r.fetchToken(ctx, e, ask, far)
 	if errors.Is(err, errTokenRefused) {
 		return Token{}, &StatusError{Status: http.StatusUnauthorized}
 	}
-	return t, err
+	return t, r.orLimited(key, err)
 }
 
 // pinned tells whether this realm may see a password that was given to tarn:
