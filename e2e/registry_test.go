@@ -75,6 +75,7 @@ type registry struct {
 	refuseBlobs bool
 	brake       *brake
 	refused     bool // everybody, of everything
+	gate        *gate
 }
 
 // The registry logs each request; our record is what counts.
@@ -91,7 +92,7 @@ func newRegistry(t *testing.T, protect configuration.Auth) *registry {
 		r.app = newApp(t, storage, protect)
 	}
 	serve(t, pushAddr, open)
-	serve(t, forTarnAddr, r.recorded(byTarn))
+	r.gate = newGate(t, forTarnAddr, r.recorded(byTarn))
 	serve(t, forOthersAddr, r.recorded(pastTarn))
 	return r
 }
