@@ -3,7 +3,7 @@
 
 FUZZTIME ?= 30s
 
-.PHONY: test race lint e2e e2e-clients bench fuzz ci
+.PHONY: test race lint e2e e2e-clients soak nightly bench fuzz ci
 
 test:
 	go test ./...
@@ -29,6 +29,18 @@ e2e:
 e2e-clients:
 	e2e/install.sh clients
 	cd e2e && TARN_E2E_CLIENTS=1 go test -count=1 ./...
+
+# Everything going wrong at once, at random, for SOAK. CI has two minutes of it.
+SOAK ?= 10m
+
+soak:
+	e2e/install.sh
+	cd e2e && TARN_E2E_SOAK=$(SOAK) go test -count=1 -timeout 0 -run TestSoak -v .
+
+# What CI has samples of: each fault at each step, each system call up to the 200th, more rounds. Takes some hours.
+nightly: soak
+	TARN_TEST_FAULTS=all TARN_TEST_ROUNDS=2000 go test -count=1 -timeout 0 ./cache
+	cd e2e && TARN_E2E_FAULTS=200 TARN_E2E_ROUNDS=10 go test -count=1 -timeout 0 -run 'FailingDisk|LargerThan' -v .
 
 # tarn beside other systems, in turns on one machine; see docs/PERFORMANCE.md. BENCH are its flags. Wants two cores.
 BENCH ?=

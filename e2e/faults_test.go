@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -29,9 +30,20 @@ func TestAFailingDiskOrASuddenEndCostsNoRightByte(t *testing.T) {
 	blobs := i.objects[len(i.objects)-2:]
 	registry.take()
 	injected := make(map[string]int) // by call
+	whens := []string{"1", "2", "4+"}
+	if text := os.Getenv("TARN_E2E_FAULTS"); text != "" { // each call up to that many, one by one
+		most, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whens = nil
+		for n := range most {
+			whens = append(whens, strconv.Itoa(n+1))
+		}
+	}
 	for _, fault := range []string{"error=EIO", "error=ENOSPC", "signal=SIGKILL"} {
 		for _, call := range []string{"pwrite64", "fsync", "fdatasync", "renameat", "unlinkat"} {
-			for _, when := range []string{"1", "2", "4+"} {
+			for _, when := range whens {
 				t.Run(fault+" at "+call+" "+when, func(t *testing.T) {
 					dir := folder(t, work(), "tarn")
 					trace := filepath.Join(t.TempDir(), "strace.txt")
@@ -89,7 +101,7 @@ func TestAFailingDiskOrASuddenEndCostsNoRightByte(t *testing.T) {
 	t.Logf("cases in which the fault struck: %v", injected)
 	for _, call := range []string{"pwrite64", "fsync", "fdatasync", "renameat"} { // nothing has to be unlinked
 		if least := 3; injected[call] < least { // each first call, at the least
-			t.Errorf("of 9 cases with %s, the fault struck in %d", call, injected[call])
+			t.Errorf("of %d cases with %s, the fault struck in %d", 3*len(whens), call, injected[call])
 		}
 	}
 }

@@ -17,6 +17,10 @@ type gate struct {
 	server *http.Server
 	app    http.Handler
 
+	// chaos sees each request first that is let through, and tells whether it
+	// has answered. It is set before the first.
+	chaos func(w http.ResponseWriter, r *http.Request) bool
+
 	mu      sync.Mutex
 	mode    string
 	over    chan struct{} // closed when the mode ends
@@ -96,6 +100,8 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case says429:
 		w.WriteHeader(http.StatusTooManyRequests)
 	default:
-		g.app.ServeHTTP(w, r)
+		if g.chaos == nil || !g.chaos(w, r) {
+			g.app.ServeHTTP(w, r)
+		}
 	}
 }
