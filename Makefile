@@ -30,7 +30,7 @@ e2e-clients:
 	e2e/install.sh clients
 	cd e2e && TARN_E2E_CLIENTS=1 go test -count=1 ./...
 
-# Everything going wrong at once, at random, for SOAK. CI has two minutes of it.
+# Everything going wrong at once, at random, for SOAK.
 SOAK ?= 10m
 
 soak:

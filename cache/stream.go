@@ -9,6 +9,9 @@ import (
 	"hash"
 	"io"
 	"sync"
+	"time"
+
+	"tarn/blobstore"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -43,6 +46,9 @@ type stream struct {
 	ledger *ledger
 	ranged bool
 	seen   map[int64]bool // promises off the steps that were compared
+	// name is a pending file without a byte: a start meanwhile, or soon after,
+	// finds it, and taints who has read.
+	name *blobstore.Pending
 }
 
 // newStream starts from the state h that the hash has at info.Offset. It fails
@@ -64,6 +70,8 @@ func newStream(c *Cache, req Request, h hash.Hash, info Info) (*stream, error) {
 			return nil, ErrTainted
 		}
 	}
+	// A disk that refuses even that has nothing else to keep either.
+	s.name, _ = c.store.Create(req.Digest)
 	return s, nil
 }
 
@@ -107,6 +115,14 @@ func (s *stream) Close() {
 			s.body.Close()
 		}
 		unverified := s.gave && !s.verified
+		if s.name != nil {
+			s.name.Close()
+			if unverified {
+				time.AfterFunc(taintFor, func() { s.name.Discard() })
+			} else {
+				s.name.Discard()
+			}
+		}
 		if s.ranged {
 			if unverified && s.wrong {
 				s.ledger.spoil()

@@ -5,6 +5,7 @@ package cache
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -156,5 +157,31 @@ func TestWholeAPartThatWasVerifiedHoldsOthersToIt(t *testing.T) {
 		if err := c.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestWholeWhatPassedThroughIsRememberedInACrash: the next process knows that
+// somebody holds a bad beginning.
+func TestWholeWhatPassedThroughIsRememberedInACrash(t *testing.T) {
+	t.Parallel()
+	dir, left := t.TempDir(), t.TempDir()
+	c := openChaos(t, dir, 1<<20)
+	defer c.Close()
+	body := randomBytes(3 << 20)
+	bad := bytes.Clone(body)
+	bad[100] ^= 1
+	lying, honest := &origin{body: bad}, &origin{body: body}
+	req := parallelRequest(honest, "a")
+	req.Fetch = lying.fetch
+	got, err := readAll(c, req)
+	if err == nil || len(got) != len(body)-tailHold {
+		t.Fatalf("%d bytes: %v", len(got), err)
+	}
+	copyAll(t, dir, left) // as a kill leaves it
+	next := openChaos(t, left, 1<<20)
+	defer next.Close()
+	req.Fetch, req.Offset, req.Ranged = honest.fetch, int64(len(got)), true
+	if tail, err := readAll(next, req); !errors.Is(err, ErrTainted) {
+		t.Errorf("%d bytes were joined to %d bad ones: %v", len(tail), len(got), err)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -146,6 +147,56 @@ func TestNoPullFailsWhileTarnIsRestarted(t *testing.T) {
 	<-done
 	past, by := n.registry.fallbacks()
 	t.Logf("%d pulls, %d failed; %d requests went past tarn, %d by it", pulls.Load(), failed.Load(), past, by)
+}
+
+// TestResetsInTheMiddleOfABlobFailNoPull: neither of clients that resume, nor of
+// those that know no way back from a blob.
+func TestResetsInTheMiddleOfABlobFailNoPull(t *testing.T) {
+	eachPathClient(t, func(t *testing.T, c pathClient) {
+		r := newRegistry(t, nil)
+		i := pushSaying(t, "app/resets", "v1", "hello", noise("a", 300_000, 1), noise("b", 3<<20, 2), noise("c", 12<<20, 3))
+		var mu sync.Mutex
+		answers, resets := make(map[string]int), 0
+		r.gate.chaos = func(w http.ResponseWriter, q *http.Request) bool {
+			if !strings.Contains(q.URL.Path, "/blobs/") || q.Method != http.MethodGet {
+				return false
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if answers[q.URL.Path]++; answers[q.URL.Path] > 3 {
+				return false
+			}
+			resets++
+			r.gate.app.ServeHTTP(&cutting{ResponseWriter: w, left: 100_000}, q)
+			return true
+		}
+		pull := c.start(t)
+		startTarn(t, folder(t, work(), "tarn"), "")
+		if err := pull(tarnAddr+"/"+i.ref(), ""); err != nil {
+			t.Error(err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if t.Logf("%d bodies were cut", resets); resets < 9 {
+			t.Errorf("only %d bodies were cut", resets)
+		}
+	})
+}
+
+// cutting breaks the connection after so many bytes.
+type cutting struct {
+	http.ResponseWriter
+	left int
+}
+
+func (c *cutting) Write(p []byte) (int, error) {
+	n := min(len(p), c.left)
+	c.ResponseWriter.Write(p[:n])
+	if c.left -= n; c.left == 0 {
+		http.NewResponseController(c.ResponseWriter).Flush()
+		panic(http.ErrAbortHandler)
+	}
+	return n, nil
 }
 
 // TestStaleAnswersKeepTheirTime: with stale_if_error and head_timeout set, a
