@@ -513,8 +513,10 @@ func (f *flight) take(w *worker, piece []byte) error {
 	}
 	for len(piece) > 0 {
 		f.mu.Lock()
-		known := f.filled.reach(w.pos) - w.pos
+		known := max(f.filled.reach(w.pos), f.ghosts.reach(w.pos)) - w.pos
 		_, end := f.filled.gap(w.pos, math.MaxInt64)
+		_, ghost := f.ghosts.gap(w.pos, end)
+		end = min(end, ghost)
 		f.mu.Unlock()
 		var n int64
 		if known > 0 {

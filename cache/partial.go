@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,11 +12,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"tarn/blobstore"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // partial is a pending file and what is known of it. It is a flight's, which
@@ -25,6 +28,7 @@ type partial struct {
 	size    int64              // of the object; -1: not known yet
 	claim   int64              // bytes reserved
 	filled  spans              // in the file
+	ghosts  spans              // in the file, but nobody knows from where; see restore
 	hashed  int64              // all before it went through the hash
 	hash    hash.Hash          // nil: before the first byte
 	sums    []string           // the hash at each ledgerStep
@@ -100,7 +104,7 @@ func (p *partial) note(k Key, filled spans, total int64, last bool) error {
 		if err := p.pending.Sync(); err != nil {
 			return err
 		}
-		pr = progress{Synced: true}
+		pr.Synced = true
 		p.synced = time.Now()
 	}
 	for _, s := range filled {
@@ -123,26 +127,33 @@ func (p *partial) record(v any) error {
 
 // restore reads a journal. A wrong one costs a refetch and never a wrong byte:
 // all that is there is hashed again, and the last bytes are always fetched.
-func restore(left *blobstore.Pending) (Key, partial, error) {
-	p := newPartial()
+//
+// Bytes that the journal does not speak of are fetched again. Somebody may have
+// had them, though: they are ghosts, and what comes in their place must be the
+// same. Where they cannot be told any more, known is false.
+func restore(left *blobstore.Pending) (k Key, p partial, known bool, err error) {
+	p = newPartial()
 	p.pending, p.strangers = left, true
 	var h header
 	if err := json.Unmarshal(left.Notes[0], &h); err != nil {
-		return Key{}, p, fmt.Errorf("journal's header: %w", err)
+		return k, p, false, fmt.Errorf("journal's header: %w", err)
 	}
-	k := Key{h.Domain, h.Digest}
+	k = Key{h.Domain, h.Digest}
 	if h.Digest != left.Digest || h.Domain == "" || h.Size <= tailHold {
-		return k, p, errors.New("journal is of another object")
+		return k, p, false, errors.New("journal is of another object")
 	}
 	info, err := left.File.Stat()
 	if err != nil {
-		return k, p, err
+		return k, p, false, err
 	}
-	var pr progress
-	for _, n := range slices.Backward(left.Notes[1:]) {
+	var pr, last progress
+	for i, n := range slices.Backward(left.Notes[1:]) {
 		pr = progress{}
 		if err := json.Unmarshal(n, &pr); err != nil {
-			return k, p, fmt.Errorf("journal's record: %w", err)
+			return k, p, false, fmt.Errorf("journal's record: %w", err)
+		}
+		if i == len(left.Notes)-2 {
+			last = pr
 		}
 		if pr.Synced || pr.Booted != "" && pr.Booted == bootID() {
 			break
@@ -151,19 +162,58 @@ func restore(left *blobstore.Pending) (Key, partial, error) {
 	}
 	for _, s := range pr.Filled {
 		if s[0] < 0 || s[0] >= s[1] || s[1] > h.Size || s[1] > info.Size() {
-			return k, p, errors.New("journal speaks of bytes that are not there")
+			return k, p, false, errors.New("journal speaks of bytes that are not there")
 		}
 		p.filled = p.filled.add(s[0], min(s[1], h.Size-tailHold))
 	}
 	if len(p.filled) == 0 {
-		return k, p, errors.New("nothing was fetched")
+		return k, p, false, errors.New("nothing was fetched")
 	}
 	for _, n := range left.Notes {
 		p.journal += int64(len(n)) + frameSize
 	}
 	left.Notes = nil
 	p.size, p.noted = h.Size, p.filled.total()
-	return k, p, nil
+	if last.Booted == "" || last.Booted != bootID() {
+		return k, p, false, nil // what was in memory only is lost
+	}
+	return k, p, p.findGhosts() == nil, nil
+}
+
+// findGhosts looks for what is in the file where the journal speaks of nothing.
+// A block's zeros next to bytes that were never written are not told from them.
+func (p *partial) findGhosts() error {
+	file, limit := p.pending.File, p.size-tailHold // what lies behind was given to nobody, or was right
+	block := int64(os.Getpagesize())
+	for at := int64(0); at < limit; {
+		start, err := file.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, syscall.ENXIO) {
+			return nil // no more
+		}
+		if err != nil {
+			return err
+		}
+		end, err := file.Seek(start, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		for start = max(start, at); start < min(end, limit); {
+			from, to := p.filled.gap(start, min(end, limit))
+			start = to
+			first, last := make([]byte, min(block, to-from)), make([]byte, min(block, to-from))
+			if _, err := file.ReadAt(first, from); err != nil {
+				return err
+			}
+			if _, err := file.ReadAt(last, to-int64(len(last))); err != nil {
+				return err
+			}
+			from += int64(len(first) - len(bytes.TrimLeft(first, "\x00")))
+			to -= int64(len(last) - len(bytes.TrimRight(last, "\x00")))
+			p.ghosts = p.ghosts.add(from, to)
+		}
+		at = end
+	}
+	return nil
 }
 
 // taintFed marks the readers that hold bytes of a file which nobody will go on

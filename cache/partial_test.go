@@ -30,7 +30,7 @@ func FuzzRestore(f *testing.F) {
 		if err := file.Truncate(int64(length)); err != nil {
 			t.Fatal(err)
 		}
-		k, p, err := restore(&blobstore.Pending{File: file, Digest: d, Notes: [][]byte{header, progress}})
+		k, p, _, err := restore(&blobstore.Pending{File: file, Digest: d, Notes: [][]byte{header, progress}})
 		if err != nil {
 			return
 		}

@@ -105,7 +105,7 @@ func (c *Cache) open() (strays []stray, err error) {
 // is room, and returns how many files that is.
 func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 	for _, l := range left {
-		k, p, err := restore(l)
+		k, p, known, err := restore(l)
 		if _, stored := c.index.Object(k.Domain, k.Digest); err == nil && stored {
 			err = errors.New("the object is stored")
 		}
@@ -122,6 +122,9 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 			l.Discard()
 			l.Close()
 			continue
+		}
+		if !known {
+			c.taint.addLeft(l.Digest)
 		}
 		c.parked[k] = &p
 	}

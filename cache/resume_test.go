@@ -227,3 +227,68 @@ func TestABodyThatWasLongerThanItsSizeEnds(t *testing.T) {
 		t.Errorf("%d questions", n)
 	}
 }
+
+// TestWholeWhatTheJournalHadNotYetIsCompared: tarn ends suddenly while somebody
+// has more of a file than its journal speaks of. What comes in its place must be
+// the same, or nobody may join it to that.
+func TestWholeWhatTheJournalHadNotYetIsCompared(t *testing.T) {
+	t.Parallel()
+	body := randomBytes(noteStep + 6<<20)
+	const wrongAt = noteStep + 1<<20
+	for name, flip := range map[string]byte{"wrong": 1, "zero": body[wrongAt], "right": 0} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, left := t.TempDir(), t.TempDir()
+			c := openChaos(t, dir, 1<<30)
+			defer c.Close()
+			bad := bytes.Clone(body)
+			bad[wrongAt] ^= flip
+			first, honest := &origin{body: bad}, &origin{body: body}
+			noted := make(chan struct{})
+			wait := readerFunc(func([]byte) (int, error) { <-noted; return 0, io.EOF })
+			hang := readerFunc(func([]byte) (int, error) { <-c.ctx.Done(); return 0, c.ctx.Err() })
+			first.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+				const end = wrongAt + 1<<20 + 100
+				size := int64(len(body))
+				return io.NopCloser(io.MultiReader(first.part(off, noteStep), wait, first.part(noteStep, end), hang)), Info{Size: size, Offset: off, End: size, Version: "v1"}, nil
+			}
+			req := parallelRequest(honest, "a")
+			req.Fetch, req.Parallel = first.fetch, 1
+			o, err := c.Open(t.Context(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			settle(t, "the journal", func() bool {
+				f := c.flights[req.Key]
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				return f.noted > 0 && !f.noting
+			})
+			close(noted)
+			got := make([]byte, wrongAt+1<<20)
+			if _, err := io.ReadFull(o.Content, got); err != nil {
+				t.Fatal(err)
+			}
+			copyAll(t, dir, left) // as a kill leaves it
+			next := openChaos(t, left, 1<<30)
+			defer next.Close()
+			req.Fetch, req.Offset, req.Ranged = honest.fetch, int64(len(got)), true
+			tail, err := readAll(next, req)
+			switch {
+			case flip == 0 && (err != nil || !bytes.Equal(append(got, tail...), body)):
+				t.Errorf("%d and %d bytes: %v", len(got), len(tail), err)
+			case flip == 0 && honest.sent() > int64(len(body))-noteStep:
+				t.Errorf("%d bytes were fetched again", honest.sent())
+			case flip != 0 && (err == nil || len(got)+len(tail) == len(body)):
+				t.Errorf("%d bytes were joined to %d, of which one is wrong", len(tail), len(got))
+			}
+			if req.Offset, req.Ranged = 0, false; flip != 0 {
+				if all, err := readAll(next, req); err != nil || !bytes.Equal(all, body) {
+					t.Errorf("from the start: %d bytes: %v", len(all), err)
+				}
+			}
+			o.Interrupt()
+			o.Close()
+		})
+	}
+}
