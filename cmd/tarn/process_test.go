@@ -102,10 +102,17 @@ func run(t testing.TB, dir string, args ...string) *process {
 // runWith adds these lines to its configuration.
 func runWith(t testing.TB, dir, settings string, args ...string) *process {
 	t.Helper()
+	return runPrepared(t, dir, settings, func(*exec.Cmd) {}, args...)
+}
+
+// runPrepared lets the caller change how it is started.
+func runPrepared(t testing.TB, dir, settings string, prepare func(*exec.Cmd), args ...string) *process {
+	t.Helper()
 	listen, admin := freePort(t), freePort(t)
 	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, exited: make(chan struct{})}
 	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t, settings), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
+	prepare(p.Cmd)
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
