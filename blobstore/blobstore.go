@@ -55,6 +55,9 @@ func CheckDigest(d digest.Digest) error {
 type Store struct {
 	dir   string
 	steps fault.Steps
+	// blobs are the open directories: to make a commit durable takes no
+	// descriptor, of which there may be none left but by commits.
+	blobs map[digest.Algorithm]*os.File
 }
 
 const (
@@ -67,13 +70,30 @@ const (
 // Open makes the directories that are missing and returns the store. Outside of
 // tests, steps is nil.
 func Open(dir string, steps fault.Steps) (*Store, error) {
-	s := &Store{dir, steps}
+	s := &Store{dir, steps, make(map[digest.Algorithm]*os.File)}
 	for _, sub := range []string{s.algDir(digest.SHA256), s.algDir(digest.SHA512), s.pendingDir()} {
 		if err := steps.Do("make directory", func() error { return os.MkdirAll(sub, dirMode) }); err != nil {
 			return nil, fmt.Errorf("open the blob store: %w", err)
 		}
 	}
+	for _, a := range Algorithms {
+		d, err := os.Open(s.algDir(a))
+		if err != nil {
+			s.Close()
+			return nil, fmt.Errorf("open the blob store: %w", err)
+		}
+		s.blobs[a] = d
+	}
 	return s, nil
+}
+
+// Close lets go of the directories. Nothing is committed after it.
+func (s *Store) Close() error {
+	var errs []error
+	for _, d := range s.blobs {
+		errs = append(errs, d.Close())
+	}
+	return errors.Join(errs...)
 }
 
 func (s *Store) algDir(a digest.Algorithm) string { return filepath.Join(s.dir, "blobs", a.String()) }

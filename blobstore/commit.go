@@ -58,20 +58,11 @@ func (s *Store) Commit(files []*Pending) (errs []error) {
 		renamed[p.Digest.Algorithm()] = append(renamed[p.Digest.Algorithm()], i)
 	}
 	for alg, indexes := range renamed {
-		if err := s.steps.Do("fsync directory", func() error { return syncDir(s.algDir(alg)) }); err != nil {
+		if err := s.steps.Do("fsync directory", s.blobs[alg].Sync); err != nil {
 			for _, i := range indexes {
 				errs[i] = errors.Join(fmt.Errorf("fsync blob directory: %w", err), s.Remove(files[i].Digest))
 			}
 		}
 	}
 	return errs
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

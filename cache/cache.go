@@ -287,7 +287,7 @@ func (c *Cache) Close() error {
 	c.closeParked()
 	close(c.done)
 	c.committing.Wait()
-	return errors.Join(c.index.Close(), c.lock.Close())
+	return errors.Join(c.index.Close(), c.store.Close(), c.lock.Close())
 }
 
 // Index is where tags and memberships are noted. Objects are the cache's.

@@ -32,6 +32,12 @@ func (c *Cache) open() (strays []stray, err error) {
 	if c.store, err = blobstore.Open(c.opts.Dir, c.opts.Steps); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			c.closeParked()
+			c.store.Close()
+		}
+	}()
 	left, deleted, err := c.store.Left()
 	if err != nil {
 		return nil, err
@@ -39,11 +45,6 @@ func (c *Cache) open() (strays []stray, err error) {
 	for _, d := range deleted {
 		c.taint.addLeft(d)
 	}
-	defer func() {
-		if err != nil {
-			c.closeParked()
-		}
-	}()
 	if err := c.openIndex(); err != nil {
 		return nil, err
 	}

@@ -262,7 +262,7 @@ func TestWholeWhatTheJournalHadNotYetIsCompared(t *testing.T) {
 				f := c.flights[req.Key]
 				f.mu.Lock()
 				defer f.mu.Unlock()
-				return f.noted > 0 && !f.noting
+				return !f.noting && f.noted > 0
 			})
 			close(noted)
 			got := make([]byte, wrongAt+1<<20)

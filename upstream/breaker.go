@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sony/gobreaker/v2"
@@ -101,9 +102,10 @@ func (r *Registry) newBreaker(origin string) *breaker {
 			return b.refused || c.ConsecutiveFailures >= 2
 		},
 		IsSuccessful: func(err error) bool { return err == nil || !refusedConnection(err) && !errors.Is(err, ErrTimeout) },
-		// Who leaves says nothing about the host, nor who gave it little time.
+		// Who leaves says nothing about the host, nor who gave it little time,
+		// nor what this process is short of.
 		IsExcluded: func(err error) bool {
-			return errors.Is(err, ErrGuard) || errors.Is(err, errHasty) || errors.Is(err, context.Canceled) && !errors.Is(err, ErrTimeout)
+			return errors.Is(err, ErrGuard) || errors.Is(err, errHasty) || lacking(err) || errors.Is(err, context.Canceled) && !errors.Is(err, ErrTimeout)
 		},
 		OnStateChange: func(_ string, _, to gobreaker.State) {
 			b.mu.Lock()
@@ -226,6 +228,13 @@ func (r *Registry) probe(b *breaker, origin string) {
 	}
 }
 
+// lacking tells whether there is no connection for want of something here.
+func lacking(err error) bool {
+	return slices.ContainsFunc([]error{
+		syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL,
+	}, func(own error) bool { return errors.Is(err, own) })
+}
+
 // refusedConnection tells whether there was no connection to send a request on:
 // name resolution, connect or TLS failed.
 func refusedConnection(err error) bool {
@@ -234,6 +243,9 @@ func refusedConnection(err error) bool {
 	var cert *tls.CertificateVerificationError
 	var record tls.RecordHeaderError
 	var alert tls.AlertError
+	if lacking(err) {
+		return false
+	}
 	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &dns) ||
 		errors.As(err, &cert) || errors.As(err, &record) || errors.As(err, &alert)
 }

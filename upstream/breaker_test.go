@@ -10,8 +10,10 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +23,41 @@ import (
 )
 
 var errRefusedHere = &net.OpError{Op: "dial", Err: errors.New("connection refused")}
+
+// TestWantOfDescriptorsIsNoOutage: that a connection cannot be opened for want
+// of something here says nothing of the registry.
+func TestWantOfDescriptorsIsNoOutage(t *testing.T) {
+	t.Parallel()
+	reg := registrytest.New(t)
+	d := reg.Blob("app", []byte("bytes"))
+	var short atomic.Bool
+	c, err := New(Options{
+		Listed: []Config{{Name: lab, Endpoints: []Endpoint{endpoint(reg)}}},
+		Connect: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if short.Load() {
+				return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)}
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, reg.Address())
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	r := c.Registry(lab)
+	short.Store(true)
+	for range 3 {
+		if _, err := r.Do(t.Context(), blobRequest("HEAD", d)); !errors.Is(err, syscall.EMFILE) {
+			t.Errorf("%v", err)
+		}
+	}
+	short.Store(false)
+	resp, err := r.Do(t.Context(), blobRequest("HEAD", d))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+}
 
 // TestARegistryThatIsBackIsRefusedToNobody: many ask at once, the first time
 // since it went away.

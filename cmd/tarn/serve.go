@@ -206,7 +206,7 @@ func limitConnections(most int64) func(net.Conn, http.ConnState) {
 // maxConnections leaves three of four descriptors to files and registries: a
 // client's download may take a file and several connections.
 func maxConnections() int64 {
-	const share, least, most = 4, 64, 1 << 14
+	const share, least, most = 4, 16, 1 << 14
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > share*most {
 		return most
