@@ -18,9 +18,11 @@ import (
 // below proxy knows HTTP serving, and none below cmd the configuration.
 var house = map[string][]string{
 	"internal/fault":        {},
+	"internal/evict":        {},
+	"internal/evictsim":     {"internal/evict"},
 	"blobstore":             {"internal/fault"},
 	"index":                 {"internal/fault"},
-	"cache":                 {"blobstore", "index", "internal/fault"},
+	"cache":                 {"blobstore", "index", "internal/evict", "internal/fault"},
 	"upstream":              {},
 	"proxy":                 {"blobstore", "cache", "index", "upstream"},
 	"admin":                 {"proxy", "cache", "index"},
