@@ -99,6 +99,15 @@ func (s *Store) Close() error {
 func (s *Store) algDir(a digest.Algorithm) string { return filepath.Join(s.dir, "blobs", a.String()) }
 func (s *Store) pendingDir() string               { return filepath.Join(s.dir, "pending") }
 
+// Directories are all that the store has, its own first.
+func (s *Store) Directories() []string {
+	dirs := []string{s.dir, filepath.Join(s.dir, "blobs"), s.pendingDir()}
+	for _, a := range Algorithms {
+		dirs = append(dirs, s.algDir(a))
+	}
+	return dirs
+}
+
 // Path is where the blob lies, or would.
 func (s *Store) Path(d digest.Digest) string {
 	return filepath.Join(s.algDir(d.Algorithm()), d.Encoded())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package cache owns the agreement of row and file: hits, flights, space,
-// commits, and reconciling at start.
+// eviction, commits, and reconciling at start.
 //
 // These hold at every moment, a crash included:
 //
@@ -40,7 +40,6 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
-	"time"
 
 	"tarn/blobstore"
 	"tarn/index"
@@ -177,6 +176,7 @@ type Cache struct {
 	index *index.Index
 	taint *taints
 	hot   *hot
+	order *order
 
 	ctx        context.Context // ends with Close: flights live on it, not on a request's
 	cancel     context.CancelFunc
@@ -188,18 +188,20 @@ type Cache struct {
 	drops     chan digest.Digest // to the committer: a row whose file is not as it says
 	adoptions chan adoption      // to the committer
 	findings  chan finding       // to the committer
+	shortages chan shortage      // to the committer
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
 	mu        sync.Mutex
 	closed    bool
 	flights   map[Key]*flight
-	parked    map[Key]*partial       // files that a flight left, for the next one
-	used      int64                  // allocated bytes of blobs and strangers' files under blobs/
-	claimed   int64                  // reserved for pending files, written or not
-	strangers int64                  // of that, by registries that are not listed
-	removals  []removal              // to be tried again
-	indexed   int64                  // bytes of the index, its next growth included
+	parked    map[Key]*partial // files that a flight left, for the next one
+	used      int64            // allocated bytes of blobs and strangers' files under blobs/
+	claimed   int64            // reserved for pending files, written or not
+	strangers int64            // of that, by registries that are not listed
+	removals  []removal        // to be tried again
+	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
+	evicted   Evicted
 	adopt     int                    // files yet to be adopted
 	strays    map[digest.Digest]bool // those
 	trouble   error                  // the disk's last refusal; nil after the next success
@@ -229,10 +231,12 @@ func New(opts Options) (*Cache, error) {
 		lock:      lock,
 		taint:     newTaints(),
 		hot:       newHot(),
+		order:     newOrder(),
 		verified:  make(chan *flight, maxBatch),
 		drops:     make(chan digest.Digest, maxBatch),
 		adoptions: make(chan adoption),
 		findings:  make(chan finding),
+		shortages: make(chan shortage),
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
@@ -406,14 +410,15 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 }
 
 // openStored returns the object when it is stored, or a file that must be hashed
-// again, for the flight that does, or neither.
+// again, for the flight that does, or neither. What it returns is held, so that
+// it is not evicted meanwhile.
 func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 	if body := c.hot.get(req.Key); body != nil {
 		o, err := c.hit(req, int64(len(body)), bytes.NewReader(body), func() {})
 		return o, nil, err
 	}
-	row, ok := c.index.Object(req.Domain, req.Digest)
-	if !ok {
+	row, held := c.holdStored(req.Key)
+	if held == nil {
 		return nil, c.strayFile(req), nil
 	}
 	small := row.Size <= maxHotObject && row.Size > 0
@@ -422,26 +427,30 @@ func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 		body, err := c.store.Read(req.Digest, row.Size)
 		if err == nil && req.Digest.Algorithm().FromBytes(body) == req.Digest {
 			c.hot.put(req.Key, body)
+			c.letGo(held)
 			o, err := c.hit(req, row.Size, bytes.NewReader(body), func() {})
 			return o, nil, err
 		}
 	}
 	file, info, err := c.openFile(req.Digest, row)
-	switch {
-	case err != nil:
+	if err != nil {
+		c.letGo(held)
 		select {
 		case c.drops <- req.Digest:
 		default: // the next reader finds it again
 		}
 		return nil, nil, nil
+	}
+	s := &suspect{file, info, row, held}
+	switch {
 	case !small && vouched(row, info):
-		o, err := c.hit(req, row.Size, file, func() { file.Close() })
+		o, err := c.hit(req, row.Size, file, func() { c.forgo(s) })
 		return o, nil, err
 	case !req.Authorised:
-		file.Close()
+		c.forgo(s)
 		return nil, nil, ErrAuthorise
 	}
-	return nil, &suspect{file, info, row}, nil
+	return nil, s, nil
 }
 
 // hit is what is stored, for who may have it.
@@ -457,7 +466,9 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 		close()
 		return nil, err
 	}
-	c.index.NoteUse(req.Digest, time.Now())
+	if req.Offset == 0 { // the other parts of it are the same use
+		c.noteUse(req.Digest)
+	}
 	return &Object{Size: size, Source: Hit, Content: content, close: close}, nil
 }
 
@@ -479,12 +490,13 @@ func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, os.FileIn
 
 // Stats are for people and metrics.
 type Stats struct {
-	UsedBytes    int64 `json:"usedBytes"`    // blobs and index, the index's next growth included
-	PendingBytes int64 `json:"pendingBytes"` // reserved for flights, and for what they left to go on with
-	MaxBytes     int64 `json:"maxBytes"`
-	Flights      int   `json:"flights"`
-	Parked       int   `json:"parked"`   // downloads that broke off, and go on when they are asked for
-	Adopting     int   `json:"adopting"` // files without a row, being hashed
+	UsedBytes    int64   `json:"usedBytes"`    // all but what is pending, the index's next growth included
+	PendingBytes int64   `json:"pendingBytes"` // reserved for flights, and for what they left to go on with
+	MaxBytes     int64   `json:"maxBytes"`
+	Flights      int     `json:"flights"`
+	Parked       int     `json:"parked"`   // downloads that broke off, and go on when they are asked for
+	Adopting     int     `json:"adopting"` // files without a row, being hashed
+	Evicted      Evicted `json:"evicted"`
 	// Trouble is why the disk last refused to store something, "" when the
 	// last attempt went well.
 	Trouble string `json:"trouble,omitempty"`
@@ -495,12 +507,13 @@ func (c *Cache) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := Stats{
-		UsedBytes:    c.used + c.indexed,
+		UsedBytes:    c.used + c.overhead,
 		PendingBytes: c.claimed,
 		MaxBytes:     c.opts.MaxSize,
 		Flights:      len(c.flights),
 		Parked:       len(c.parked),
 		Adopting:     c.adopt,
+		Evicted:      c.evicted,
 	}
 	if c.trouble != nil {
 		s.Trouble = c.trouble.Error()

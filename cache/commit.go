@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"cmp"
 	"os"
 	"slices"
 	"time"
@@ -35,6 +36,7 @@ func (c *Cache) commitLoop() {
 	defer c.committing.Done()
 	notes := time.NewTicker(noteInterval)
 	defer notes.Stop()
+	c.keepBounds() // which may have been others for the last process
 	for {
 		select {
 		case f := <-c.verified:
@@ -45,13 +47,16 @@ func (c *Cache) commitLoop() {
 			c.settle(a)
 		case f := <-c.findings:
 			c.take(f)
+		case s := <-c.shortages:
+			c.provide(s)
 		case <-notes.C:
 			c.renew()
 			c.retryRemovals()
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
 			}
-			c.measureIndex()
+			c.measureOverhead()
+			c.keepBounds()
 		case <-c.done:
 			for { // what was verified before the last flight landed
 				select {
@@ -74,6 +79,8 @@ func (c *Cache) gather(first *flight) []*flight {
 		select {
 		case f := <-c.verified:
 			batch = append(batch, f)
+		case s := <-c.shortages:
+			c.provide(s) // a download waits for it
 		case <-window.C:
 			return batch
 		case <-c.ctx.Done():
@@ -128,7 +135,7 @@ func (c *Cache) commit(batch []*flight) {
 			continue
 		}
 		row := describe(index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}, info)
-		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row})
+		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row, Children: f.children})
 		for _, t := range twins {
 			if t.key.Digest == f.key.Digest {
 				rows = append(rows, index.Stored{Digest: t.key.Digest, Domain: t.key.Domain, Object: row})
@@ -148,13 +155,19 @@ func (c *Cache) commit(batch []*flight) {
 	if trouble != nil {
 		c.noteTrouble(trouble)
 	}
-	c.measureIndex()
+	c.measureOverhead()
 	for i, f := range fresh {
 		now, ok := placed[f]
 		if !ok { // a disk that failed may have left anything there
 			now = c.inPlaceOf(f.key.Digest)
 		}
 		grown += now - replaced[i]
+	}
+	if c.index.Broken() == nil { // else who adopts them enters them
+		for _, f := range stored {
+			c.enter(f.key.Digest, cmp.Or(placed[f], roundUp(f.size)), f.children)
+			f.held = c.hold(f.key.Digest) // for its readers, until the last has gone
+		}
 	}
 	c.mu.Lock()
 	c.used += grown
@@ -206,14 +219,6 @@ func (c *Cache) inPlaceOf(d digest.Digest) int64 {
 	return blobstore.Allocated(info)
 }
 
-// measureIndex takes what the index takes on disk now.
-func (c *Cache) measureIndex() {
-	indexed := c.index.Footprint()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.indexed = indexed
-}
-
 // stored tells whether the digest has a row, of whichever domain, and a file
 // to it.
 func (c *Cache) stored(d digest.Digest) (index.Object, bool) {
@@ -246,5 +251,5 @@ func (c *Cache) remove(d digest.Digest, row index.Object) {
 		c.noteTrouble(err)
 		return
 	}
-	c.addUsed(-row.Alloc)
+	c.forget(d, row.Alloc)
 }

@@ -680,6 +680,7 @@ func (f *flight) verify() error {
 	if _, err := io.Copy(&body, io.NewSectionReader(f.pending.File, 0, f.size)); err != nil {
 		return err
 	}
+	f.children = childrenOf(body.Bytes())
 	return f.check(body.Bytes())
 }
 

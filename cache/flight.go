@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 
 	"tarn/blobstore"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // A flight is one object being downloaded now, for one source domain, with any
@@ -63,6 +65,8 @@ type flight struct {
 	answered bool         // guarded by the cache's mutex
 	most     int          // how many answers may be open at the source at once
 	check    func([]byte) error
+	children []digest.Digest // of a manifest that was checked
+	held     lease           // its file under blobs/, once it has one
 
 	// mu guards what follows. The cache's mutex is never taken under it.
 	mu       sync.Mutex
@@ -120,12 +124,14 @@ var ErrClosed = errors.New("cache is closed")
 // A stored file that is suspect is the source of the flight, and nothing is
 // fetched.
 func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error) {
+	defer func() {
+		if s != nil && !leader {
+			c.forgo(s)
+		}
+	}()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f = c.flights[req.Key]
-	if s != nil && (f != nil || c.closed) {
-		s.file.Close()
-	}
 	if f != nil {
 		f.refs.Add(1) // it is in the table, so it has the table's reference
 		return f, false, nil
@@ -142,7 +148,7 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 	}
 	if s != nil {
 		f.stored, f.answered, f.size, f.filled = true, true, s.row.Size, spans{{0, s.row.Size}}
-		f.hash = req.Digest.Algorithm().Hash()
+		f.hash, f.held = req.Digest.Algorithm().Hash(), s.held
 		f.pending = &blobstore.Pending{File: s.file, Digest: req.Digest} // it has a place already
 	}
 	if !req.Authorised {
@@ -232,6 +238,7 @@ func (f *flight) release() {
 			f.cache.giveUp(f.key.Domain, f.pending, f.claim, unverified) // after a commit there is nothing
 		}
 		f.pending.Close()
+		f.cache.letGo(f.held)
 		return
 	}
 	f.cache.unreserve(f.key.Domain, f.claim)
@@ -243,8 +250,10 @@ func (f *flight) run(lead Request) {
 	defer c.flying.Done()
 	// Look again: between the caller's look at the store and its joining, an
 	// earlier flight may have been committed.
-	if row, ok := c.index.Object(f.key.Domain, f.key.Digest); ok {
-		if file, _, err := c.openFile(f.key.Digest, row); err == nil {
+	if row, held := c.holdStored(f.key); held != nil {
+		file, _, err := c.openFile(f.key.Digest, row)
+		c.letGo(held)
+		if err == nil {
 			file.Close()
 			f.dropPartial()
 			f.end(gone, nil)

@@ -59,12 +59,16 @@ func (h *hot) put(k Key, body []byte) {
 	}
 }
 
-// drop forgets an object, whoever delivered it.
-func (h *hot) drop(d digest.Digest) {
+// drop forgets objects, whoever delivered them.
+func (h *hot) drop(ds ...digest.Digest) {
+	those := make(map[digest.Digest]bool, len(ds))
+	for _, d := range ds {
+		those[d] = true
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for k, e := range h.entries {
-		if k.Digest == d {
+		if those[k.Digest] {
 			h.remove(e)
 		}
 	}

@@ -63,6 +63,13 @@ type suspect struct {
 	file *os.File
 	info fs.FileInfo
 	row  index.Object
+	held lease // nil: it has no row
+}
+
+// forgo closes a stored file.
+func (c *Cache) forgo(s *suspect) {
+	s.file.Close()
+	c.letGo(s.held)
 }
 
 // recheck is the life of a flight whose source is its file.
@@ -146,6 +153,9 @@ func (c *Cache) take(f finding) {
 	}
 	if f.sound && err == nil {
 		c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)})
+		if !ok {
+			c.enter(f.digest, row.Alloc, nil)
+		}
 		return
 	}
 	c.remove(f.digest, row)

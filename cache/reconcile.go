@@ -52,10 +52,11 @@ func (c *Cache) open() (strays []stray, err error) {
 	if err := c.index.Objects(func(d digest.Digest, o index.Object) { rows[d] = o }); err != nil {
 		return nil, errors.Join(err, c.index.Close())
 	}
-	foreign := 0
+	foreign, stored := 0, make(map[digest.Digest]int64, len(rows))
 	err = c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
 		if row, ok := rows[d]; ok {
 			c.used += row.Alloc
+			stored[d] = row.Alloc
 			delete(rows, d)
 			return nil
 		}
@@ -92,7 +93,10 @@ func (c *Cache) open() (strays []stray, err error) {
 			}
 		}
 	}
-	c.indexed = c.index.Footprint()
+	if err := c.restoreOrder(stored); err != nil {
+		return nil, errors.Join(err, c.index.Close())
+	}
+	c.measureOverhead()
 	parked := c.restoreAll(left)
 	swept := len(deleted) + len(left) - parked
 	if parked+swept+len(gone)+len(strays)+foreign > 0 {
@@ -115,7 +119,7 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 		}
 		if err == nil {
 			p.claim = claimFor(p.size)
-			err = c.reserve(k.Domain, p.claim)
+			_, _, err = c.reserveFree(k.Domain, p.claim)
 		}
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
@@ -258,14 +262,15 @@ func (c *Cache) strayFile(req Request) *suspect {
 		file.Close()
 		return nil
 	}
-	return &suspect{file, info, index.Object{Size: info.Size()}}
+	return &suspect{file, info, index.Object{Size: info.Size()}, nil}
 }
 
 // adoption is a stray whose bytes were read.
 type adoption struct {
 	stray
-	sound bool // they are what the name says
-	done  chan struct{}
+	sound    bool            // they are what the name says
+	children []digest.Digest // if it is a manifest
+	done     chan struct{}
 }
 
 // adoptAll hashes the strays, one after the other, and has the committer take
@@ -288,6 +293,10 @@ func (c *Cache) adoptAll(strays []stray) {
 			continue
 		}
 		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
+		if sound && s.info.Size() <= maxManifest {
+			body, _ := c.store.Read(s.digest, s.info.Size()) // without it, it leads nowhere
+			a.children = childrenOf(body)
+		}
 		select {
 		case c.adoptions <- a:
 			<-a.done
@@ -345,14 +354,17 @@ func (c *Cache) settle(a adoption) {
 			c.addUsed(-blobstore.Allocated(a.info))
 		}
 		if err == nil && a.sound {
-			c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row})
+			c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children})
+			c.enter(a.digest, row.Alloc, a.children)
 		}
 		return
 	}
 	if a.sound {
-		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: describe(index.Object{
-			Size: a.info.Size(), Alloc: blobstore.Allocated(a.info), Created: time.Now(),
+		alloc := blobstore.Allocated(a.info)
+		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Children: a.children, Object: describe(index.Object{
+			Size: a.info.Size(), Alloc: alloc, Created: time.Now(),
 		}, a.info)})
+		c.enter(a.digest, alloc, a.children)
 		return
 	}
 	if err := c.store.Remove(a.digest); err != nil {

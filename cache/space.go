@@ -41,15 +41,26 @@ const strangersShare = 4
 
 // reserve claims room for n more bytes of a pending file before any of them is
 // written. The caller gives the claim back with unreserve, or has the
-// committer turn it into a stored file's bytes. Parked files make room.
+// committer turn it into a stored file's bytes. Parked files make room, and then
+// what is stored.
 func (c *Cache) reserve(domain string, n int64) error {
+	short, share, err := c.reserveFree(domain, n)
+	if short > 0 && !share && n <= c.opts.MaxSize {
+		return c.reserveByEvicting(domain, roundUp(n))
+	}
+	return err
+}
+
+// reserveFree is reserve with nothing evicted. It returns besides what tryReserve
+// does.
+func (c *Cache) reserveFree(domain string, n int64) (short int64, share bool, err error) {
 	if n < 0 || n > c.opts.MaxSize { // before any sum: it may be as large as a number gets
-		return fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
+		return n, false, fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
 	for {
 		short, share, err := c.tryReserve(domain, roundUp(n))
 		if short <= 0 || !c.dropParked(share, short) {
-			return err
+			return short, share, err
 		}
 	}
 }
@@ -68,7 +79,7 @@ func (c *Cache) tryReserve(domain string, n int64) (short int64, share bool, err
 	if short := c.opts.MinFree - (free - c.claimed - n); short > 0 {
 		return short, false, fmt.Errorf("%w: %d bytes more would leave less than %d of the filesystem free", errNoRoom, n, c.opts.MinFree)
 	}
-	if short := c.used + c.indexed + c.claimed + n - c.opts.MaxSize; short > 0 {
+	if short := c.used + c.overhead + c.claimed + n - c.opts.MaxSize; short > 0 {
 		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
 	if short := c.strangers + n - c.opts.MaxSize/strangersShare; short > 0 && domain != ListedDomain {

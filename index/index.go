@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package index is the bbolt file that remembers what the blobs are: objects,
-// tags, memberships, possessions, yeses, challenges and last uses.
+// what they lead to, tags, memberships, possessions, yeses, challenges and uses.
 //
 // Contract: objects and possessions are written at once, by Apply. Tags,
-// memberships, yeses, challenges and last uses are notes: they are read back at once, but written
-// with the next Apply or Flush, last uses with one a minute, so that answering
-// a request costs no transaction; a crash loses at most the notes since then,
+// memberships, yeses, challenges and uses are notes: they are read back at once,
+// but written with the next Apply or Flush, uses with one a minute, so that
+// answering a request costs no transaction; a crash loses at most the notes since then,
 // and each of them is only a reason not to ask a registry again, or to keep
 // one object rather than another. Values are copied out of bbolt's memory map
 // before a transaction ends.
@@ -30,6 +30,7 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -49,7 +50,7 @@ var (
 )
 
 // version of the rows' format. A higher one is not read.
-const version = 3
+const version = 4
 
 var (
 	metaBucket        = []byte("meta")
@@ -57,11 +58,12 @@ var (
 	tagBucket         = []byte("tags")
 	membershipBucket  = []byte("memberships")
 	possessionBucket  = []byte("possessions")
-	lastUseBucket     = []byte("lastuse")
+	useBucket         = []byte("uses")
+	childrenBucket    = []byte("children")
 	yesBucket         = []byte("yeses")
 	challengeBucket   = []byte("challenges")
 	versionKey        = []byte("version")
-	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, lastUseBucket, yesBucket, challengeBucket}
+	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, useBucket, childrenBucket, yesBucket, challengeBucket}
 	errInvalidVersion = errors.New("version of the rows is not known to this tarn")
 )
 
@@ -102,6 +104,13 @@ type Membership struct {
 type Challenge struct {
 	Time time.Time
 	Text string // the WWW-Authenticate header
+}
+
+// Use is when an object was used last, and how it ranked then.
+type Use struct {
+	Time     time.Time
+	Uses     int
+	Priority float64
 }
 
 // stamp is the row of a yes: when the authority was asked.
@@ -156,12 +165,12 @@ type Index struct {
 	memberships map[string]*Membership // nil: deleted
 	yeses       map[string]stamp       // zero: deleted
 	challenges  map[string]Challenge
-	lastUse     map[digest.Digest]time.Time
-	usesFrom    time.Time // the first of lastUse, about
+	uses        map[digest.Digest]Use
+	usesFrom    time.Time // the first of uses, about
 	applied     uint64    // how often notes were written and forgotten
 }
 
-// useInterval is for how long last uses are gathered: each hit makes one, and
+// useInterval is for how long uses are gathered: each hit makes one, and
 // writing those of many objects takes as long as serving them.
 const useInterval = time.Minute
 
@@ -188,7 +197,7 @@ func Open(path string, steps fault.Steps) (ix *Index, err error) {
 		memberships: make(map[string]*Membership),
 		yeses:       make(map[string]stamp),
 		challenges:  make(map[string]Challenge),
-		lastUse:     make(map[digest.Digest]time.Time),
+		uses:        make(map[digest.Digest]Use),
 	}
 	if err := ix.check(); err != nil {
 		db.Close()
@@ -327,7 +336,7 @@ func (ix *Index) check() error {
 		for _, name := range allBuckets {
 			into := map[string]row{
 				string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{},
-				string(yesBucket): &stamp{}, string(challengeBucket): &Challenge{},
+				string(yesBucket): &stamp{}, string(challengeBucket): &Challenge{}, string(useBucket): &Use{},
 			}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
 				if into != nil && into.decode(v) != nil {
@@ -369,6 +378,48 @@ func (ix *Index) Objects(f func(digest.Digest, Object)) error {
 				return fmt.Errorf("row of object %q: %w", k, err)
 			}
 			f(digest.Digest(k), o)
+			return nil
+		})
+	})
+}
+
+// Uses calls f for each object whose use was written. f must not call the index.
+func (ix *Index) Uses(f func(digest.Digest, Use)) error {
+	return ix.view(func(tx *bolt.Tx) error {
+		return tx.Bucket(useBucket).ForEach(func(k, v []byte) error {
+			var u Use
+			if err := u.decode(v); err != nil {
+				return fmt.Errorf("row of use %q: %w", k, err)
+			}
+			f(digest.Digest(k), u)
+			return nil
+		})
+	})
+}
+
+// Children calls f for each object that leads to others. f must not call the
+// index.
+func (ix *Index) Children(f func(digest.Digest, []digest.Digest)) error {
+	return ix.view(func(tx *bolt.Tx) error {
+		return tx.Bucket(childrenBucket).ForEach(func(k, v []byte) error {
+			f(digest.Digest(k), decodeChildren(v))
+			return nil
+		})
+	})
+}
+
+// Tags calls f for each tag that was written, with the key's parts. f must not
+// call the index.
+func (ix *Index) Tags(f func(k RepositoryKey, tag string, t Tag)) error {
+	return ix.view(func(tx *bolt.Tx) error {
+		return tx.Bucket(tagBucket).ForEach(func(k, v []byte) error {
+			var t Tag
+			if err := t.decode(v); err != nil {
+				return fmt.Errorf("row of tag %q: %w", k, err)
+			}
+			if parts := strings.Split(string(k), "\x00"); len(parts) == 3 {
+				f(RepositoryKey{parts[0], parts[1]}, parts[2], t)
+			}
 			return nil
 		})
 	})
@@ -444,8 +495,9 @@ func (ix *Index) get(bucket []byte, key string, into row) (ok bool) {
 // refuses all writes. Past it, what is not noted costs a question.
 const maxNotes = 1 << 17
 
-// NoteTag takes the confirmation unless one with a higher sequence is known.
-func (ix *Index) NoteTag(key string, t Tag) {
+// NoteTag takes the confirmation unless one with a higher sequence is known. It
+// returns what the tag meant before, and whether it was taken.
+func (ix *Index) NoteTag(key string, t Tag) (before digest.Digest, taken bool) {
 	var old Tag
 	var ok bool
 	ix.readThenLock(func() { old, ok = ix.Tag(key) })
@@ -453,12 +505,13 @@ func (ix *Index) NoteTag(key string, t Tag) {
 	if note, noted := ix.tags[key]; noted {
 		old, ok = note, true // another one came in between
 	} else if len(ix.tags) >= maxNotes {
-		return
+		return "", false
 	}
 	if ok && old.Sequence >= t.Sequence {
-		return
+		return "", false
 	}
 	ix.tags[key] = t
+	return old.Digest, true
 }
 
 // readThenLock reads what is known, notes and rows, and returns with the lock:
@@ -630,15 +683,15 @@ func (ix *Index) NoteChallenge(k RepositoryKey, c Challenge) {
 	}
 }
 
-// NoteUse remembers that an object was asked for.
-func (ix *Index) NoteUse(d digest.Digest, t time.Time) {
+// NoteUse remembers that an object was used.
+func (ix *Index) NoteUse(d digest.Digest, u Use) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	if len(ix.lastUse) == 0 {
-		ix.usesFrom = t
+	if len(ix.uses) == 0 {
+		ix.usesFrom = u.Time
 	}
-	if len(ix.lastUse) < maxNotes {
-		ix.lastUse[d] = t
+	if len(ix.uses) < maxNotes {
+		ix.uses[d] = u
 	}
 }
 
@@ -657,6 +710,8 @@ type Stored struct {
 	Digest digest.Digest
 	Domain string
 	Object Object
+	// Children are what a manifest leads to. nil: what is known stays.
+	Children []digest.Digest
 }
 
 // Apply writes objects and their possessions, drops objects with theirs, and
@@ -668,7 +723,7 @@ func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
 // usesDue is called with the lock.
 func (ix *Index) usesDue() bool {
 	age := time.Since(ix.usesFrom)
-	return len(ix.lastUse) > maxNotes/2 || len(ix.lastUse) > 0 && (age >= useInterval || age < 0)
+	return len(ix.uses) > maxNotes/2 || len(ix.uses) > 0 && (age >= useInterval || age < 0)
 }
 
 // notes are what waits to be written, copied.
@@ -677,7 +732,7 @@ type notes struct {
 	memberships map[string]*Membership
 	yeses       map[string]stamp
 	challenges  map[string]Challenge
-	lastUse     map[digest.Digest]time.Time
+	uses        map[digest.Digest]Use
 }
 
 func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
@@ -689,7 +744,7 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 		challenges:  maps.Clone(ix.challenges),
 	}
 	if all || ix.usesDue() {
-		n.lastUse = maps.Clone(ix.lastUse)
+		n.uses = maps.Clone(ix.uses)
 		ix.usesFrom = time.Now()
 	}
 	ix.mu.Unlock()
@@ -702,6 +757,11 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 		for _, s := range put {
 			if err := objects.Put([]byte(s.Digest), s.Object.encode()); err != nil {
 				return err
+			}
+			if s.Children != nil {
+				if err := tx.Bucket(childrenBucket).Put([]byte(s.Digest), encodeChildren(s.Children)); err != nil {
+					return err
+				}
 			}
 			if s.Domain == "" {
 				continue
@@ -724,18 +784,17 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	forget(ix.memberships, n.memberships)
 	forget(ix.yeses, n.yeses)
 	forget(ix.challenges, n.challenges)
-	forget(ix.lastUse, n.lastUse)
+	forget(ix.uses, n.uses)
 	return nil
 }
 
 func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
-	objects, uses, possessions := tx.Bucket(objectBucket), tx.Bucket(lastUseBucket), tx.Bucket(possessionBucket).Cursor()
+	possessions := tx.Bucket(possessionBucket).Cursor()
 	for _, d := range drop {
-		if err := objects.Delete([]byte(d)); err != nil {
-			return err
-		}
-		if err := uses.Delete([]byte(d)); err != nil {
-			return err
+		for _, bucket := range [][]byte{objectBucket, useBucket, childrenBucket} {
+			if err := tx.Bucket(bucket).Delete([]byte(d)); err != nil {
+				return err
+			}
 		}
 		prefix := append([]byte(d), 0)
 		for k, _ := possessions.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = possessions.Seek(prefix) {
@@ -785,12 +844,12 @@ func (n notes) write(tx *bolt.Tx) error {
 			return err
 		}
 	}
-	objects, ub := tx.Bucket(objectBucket), tx.Bucket(lastUseBucket)
-	for d, t := range n.lastUse {
+	objects, ub := tx.Bucket(objectBucket), tx.Bucket(useBucket)
+	for d, u := range n.uses {
 		if objects.Get([]byte(d)) == nil {
 			continue // dropped meanwhile
 		}
-		if err := ub.Put([]byte(d), appendTime(t)); err != nil {
+		if err := ub.Put([]byte(d), u.encode()); err != nil {
 			return err
 		}
 	}

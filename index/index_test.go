@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -74,7 +75,7 @@ func TestAnObjectIsItsPossessorsOnly(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
 	defer ix.Close()
 	o := Object{Size: 7, Alloc: 4096, Created: at}
-	if err := ix.Apply([]Stored{{d1, "*", o}, {d1, "evil.example", o}, {d2, "*", o}}, nil); err != nil {
+	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: o}, {Digest: d1, Domain: "evil.example", Object: o}, {Digest: d2, Domain: "*", Object: o}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	for domain, want := range map[string]bool{"*": true, "evil.example": true, "other.example": false, "": false} {
@@ -86,7 +87,7 @@ func TestAnObjectIsItsPossessorsOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Possessions go with the object: stored again by one, it is not the other's.
-	if err := ix.Apply([]Stored{{d1, "*", o}}, nil); err != nil {
+	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: o}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := ix.Object("evil.example", d1); ok {
@@ -101,7 +102,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
 	ix := open(t, good)
-	if err := ix.Apply([]Stored{{d1, "*", Object{Size: 1}}}, nil); err != nil {
+	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(good, nil); !errors.Is(err, ErrLocked) {
@@ -128,5 +129,54 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 				ix.Close()
 			}
 		}
+	}
+}
+
+func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index.db")
+	ix := open(t, path)
+	use := Use{Time: at, Uses: 7, Priority: 1234.5}
+	leads := []digest.Digest{d1, d2}
+	manifest := digest.FromString("manifest")
+	if err := ix.Apply([]Stored{{Digest: manifest, Domain: "*", Object: Object{Size: 1}, Children: leads}, {Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	ix.NoteUse(d1, Use{Time: at, Uses: 6})
+	ix.NoteUse(d1, use)
+	ix.NoteUse(d2, use) // which is not stored
+	repository := RepositoryKey{"docker.io", "library/busybox"}
+	if before, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d1, Sequence: 1}); before != "" || !taken {
+		t.Error(before, taken)
+	}
+	if before, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d2, Sequence: 3}); before != d1 || !taken {
+		t.Error(before, taken)
+	}
+	if _, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d1, Sequence: 2}); taken {
+		t.Error("an older one is taken")
+	}
+	if err := ix.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	ix = open(t, path)
+	defer ix.Close()
+	uses, children, tags := make(map[digest.Digest]Use), make(map[digest.Digest][]digest.Digest), 0
+	err := errors.Join(
+		ix.Uses(func(d digest.Digest, u Use) { uses[d] = u }),
+		ix.Children(func(d digest.Digest, c []digest.Digest) { children[d] = c }),
+		ix.Tags(func(k RepositoryKey, tag string, tg Tag) {
+			if k != repository || tag != "1" || tg.Digest != d2 {
+				t.Errorf("%v %s %v", k, tag, tg)
+			}
+			tags++
+		}))
+	if err != nil || len(uses) != 1 || !uses[d1].Time.Equal(at) || uses[d1].Uses != 7 || uses[d1].Priority != 1234.5 || len(children) != 1 || !slices.Equal(children[manifest], leads) || tags != 1 {
+		t.Errorf("%v %v %d tags: %v", uses, children, tags, err)
+	}
+	if err := ix.Apply(nil, []digest.Digest{manifest}); err != nil {
+		t.Fatal(err)
+	}
+	if err := ix.Children(func(d digest.Digest, _ []digest.Digest) { t.Errorf("%s still leads somewhere", d) }); err != nil {
+		t.Fatal(err)
 	}
 }

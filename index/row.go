@@ -3,8 +3,10 @@
 package index
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
+	"math"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -67,6 +69,36 @@ func (s *stamp) decode(b []byte) error {
 		err = errRow
 	}
 	return err
+}
+
+func (u *Use) encode() []byte {
+	return encodeRow([]int64{nanos(u.Time), int64(u.Uses), int64(math.Float64bits(u.Priority))}, "")
+}
+
+func (u *Use) decode(b []byte) error {
+	var when, uses, priority int64
+	rest, err := decodeRow(b, &when, &uses, &priority)
+	u.Time, u.Uses, u.Priority = moment(when), int(uses), math.Float64frombits(uint64(priority))
+	if err == nil && (rest != "" || math.IsNaN(u.Priority)) {
+		err = errRow
+	}
+	return err
+}
+
+// encodeChildren joins digests by what none of them has.
+func encodeChildren(ds []digest.Digest) []byte {
+	var b []byte
+	for _, d := range ds {
+		b = append(append(b, d...), 0)
+	}
+	return b
+}
+
+func decodeChildren(b []byte) (ds []digest.Digest) {
+	for part := range bytes.SplitSeq(bytes.TrimSuffix(b, []byte{0}), []byte{0}) {
+		ds = append(ds, digest.Digest(part))
+	}
+	return ds
 }
 
 func (c *Challenge) encode() []byte { return encodeRow([]int64{nanos(c.Time)}, c.Text) }

@@ -16,13 +16,14 @@ func FuzzRow(f *testing.F) {
 		&Object{Size: 5, Alloc: 4096, Created: now, Inode: 1 << 63, Modified: 1, Changed: 2, Verified: now},
 		&Tag{Digest: "sha256:x", Confirmed: now, Sequence: 1 << 63},
 		&Membership{Time: now, MediaType: "a/b"},
+		&Use{Time: now, Uses: 3, Priority: 1.5},
 	} {
 		f.Add(r.encode())
 	}
 	f.Add([]byte{0x80})
 	f.Add(bytes.Repeat([]byte{0xff}, 11))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		for _, pair := range [][2]row{{new(Object), new(Object)}, {new(Tag), new(Tag)}, {new(Membership), new(Membership)}, {new(stamp), new(stamp)}, {new(Challenge), new(Challenge)}} {
+		for _, pair := range [][2]row{{new(Object), new(Object)}, {new(Tag), new(Tag)}, {new(Membership), new(Membership)}, {new(stamp), new(stamp)}, {new(Challenge), new(Challenge)}, {new(Use), new(Use)}} {
 			if pair[0].decode(data) != nil {
 				continue
 			}

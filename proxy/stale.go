@@ -119,7 +119,7 @@ func (p *Proxy) forgetTag(k index.RepositoryKey, tag string, c credential, seque
 		return
 	}
 	if ix := p.cache.Index(); !ix.Yes(k.YesKey(who)).IsZero() {
-		ix.NoteTag(k.TagKey(tag), index.Tag{Sequence: sequence})
+		p.cache.NoteTag(k.TagKey(tag), index.Tag{Sequence: sequence})
 		p.keepForgotten()
 	}
 }

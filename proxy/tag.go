@@ -91,7 +91,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		p.said(repository, upstream.Manifest, "", key.credential, err)
 		return nil, err
 	}
-	p.cache.Index().NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
+	p.cache.NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
 	p.granted(repository, key.credential, asked)
 	p.remember(repository, key.credential, asked)
 	p.member(repository, upstream.Manifest, c.digest, key.credential, asked, c.mediaType)

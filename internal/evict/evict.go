@@ -36,21 +36,25 @@ type Rank struct {
 
 // Queue orders entries by how much they would be missed.
 type Queue[K comparable] struct {
-	entries   map[K]*entry[K]
+	entries   map[K]*Entry[K]
 	order     order[K] // those that may go
 	inflation float64
 	links     map[K]*link[K]
 	turn      int // of the last use
+	free      int64
 }
 
-type entry[K comparable] struct {
+// An Entry is what Hold has held.
+type Entry[K comparable] struct {
 	key    K
 	size   int64
 	rank   Rank
 	turn   int
 	orphan bool
 	held   int
-	at     int // in the order; -1: it is held
+	going  bool // it was taken
+	gone   bool // it was removed
+	at     int  // in the order; -1: it is held, going or gone
 }
 
 // link is what leads to a key, stored or not, and where it leads.
@@ -63,17 +67,26 @@ type link[K comparable] struct {
 
 // New returns an empty Queue.
 func New[K comparable]() *Queue[K] {
-	return &Queue[K]{entries: make(map[K]*entry[K]), links: make(map[K]*link[K])}
+	return &Queue[K]{entries: make(map[K]*Entry[K]), links: make(map[K]*link[K])}
 }
 
 // Len is how many entries there are.
 func (q *Queue[K]) Len() int { return len(q.entries) }
 
+// Free is the size in bytes of all entries that may go.
+func (q *Queue[K]) Free() int64 { return q.free }
+
 // Add enters what was stored for a use, with its size on disk in bytes. An entry
-// that is there already is used once more.
+// that is there already has that size now, and is used once more.
 func (q *Queue[K]) Add(k K, size int64) {
-	if q.entries[k] == nil {
+	if e := q.entries[k]; e == nil {
 		q.insert(k, size, Rank{})
+	} else {
+		q.PutBack(k)
+		if e.at >= 0 {
+			q.free += size - e.size
+		}
+		e.size = size
 	}
 	q.Use(k)
 }
@@ -92,9 +105,22 @@ func (q *Queue[K]) Restore(k K, size int64, r Rank) {
 
 func (q *Queue[K]) insert(k K, size int64, r Rank) {
 	q.turn++
-	e := &entry[K]{key: k, size: size, rank: r, turn: q.turn, orphan: q.isLost(k)}
+	e := &Entry[K]{key: k, size: size, rank: r, turn: q.turn, orphan: q.isLost(k)}
 	q.entries[k] = e
+	q.enter(e)
+}
+
+// enter and leave are for an entry that may go, or may not any more.
+func (q *Queue[K]) enter(e *Entry[K]) {
 	heap.Push(&q.order, e)
+	q.free += e.size
+}
+
+func (q *Queue[K]) leave(e *Entry[K]) {
+	if e.at >= 0 {
+		heap.Remove(&q.order, e.at)
+		q.free -= e.size
+	}
 }
 
 // Rank returns the rank of an entry.
@@ -124,7 +150,7 @@ func (q *Queue[K]) Use(k K) {
 
 func weight(size int64) float64 { return 1 + requestCost/float64(max(size, 1)) }
 
-func (q *Queue[K]) fix(e *entry[K]) {
+func (q *Queue[K]) fix(e *Entry[K]) {
 	if e.at >= 0 {
 		heap.Fix(&q.order, e.at)
 	}
@@ -146,17 +172,19 @@ func (q *Queue[K]) Lead(k K, children []K) {
 	}
 }
 
-// Tag says that a tag, stored or not, means the key.
-func (q *Queue[K]) Tag(k K) {
-	q.link(k).tags++
-	q.setLost(k, false)
-}
+// Tag says that a tag means the key, which may be stored or not.
+func (q *Queue[K]) Tag(k K) { q.tag(k, 1) }
 
-// Untag says that a tag means something else now.
-func (q *Queue[K]) Untag(k K) {
+// Untag says that a tag means something else now. It may come before its Tag.
+func (q *Queue[K]) Untag(k K) { q.tag(k, -1) }
+
+func (q *Queue[K]) tag(k K, n int) {
 	l := q.link(k)
-	l.tags--
-	q.lose(k, l)
+	if l.tags += n; l.tags > 0 {
+		q.setLost(k, false)
+	} else {
+		q.lose(k, l)
+	}
 }
 
 func (q *Queue[K]) link(k K) *link[K] {
@@ -175,7 +203,7 @@ func (q *Queue[K]) isLost(k K) bool {
 
 // lose is for a link of which a tag or a parent has gone.
 func (q *Queue[K]) lose(k K, l *link[K]) {
-	if l.tags > 0 || l.parents > 0 {
+	if l.tags != 0 || l.parents != 0 {
 		return
 	}
 	if q.entries[k] == nil {
@@ -214,74 +242,91 @@ func (q *Queue[K]) follow(l *link[K], parents int) {
 	}
 }
 
-// Hold keeps an entry from going until as many Releases. It tells whether there
-// is one.
-func (q *Queue[K]) Hold(k K) bool {
+// Hold keeps an entry from going until its Release. nil: there is none, or it
+// goes just now.
+func (q *Queue[K]) Hold(k K) *Entry[K] {
 	e := q.entries[k]
-	if e == nil {
-		return false
+	if e == nil || e.going {
+		return nil
 	}
-	if e.held++; e.at >= 0 {
-		heap.Remove(&q.order, e.at)
-	}
-	return true
+	q.leave(e)
+	e.held++
+	return e
 }
 
-// Release ends a Hold. Of an entry that was removed meanwhile, it does nothing.
-func (q *Queue[K]) Release(k K) {
-	e := q.entries[k]
-	if e == nil || e.held == 0 {
-		return
+// Release ends a Hold. Of an entry that was removed meanwhile, the last one
+// returns its size: its room is free only now.
+func (q *Queue[K]) Release(e *Entry[K]) (freed int64) {
+	e.held--
+	switch {
+	case e.held > 0:
+	case e.gone:
+		return e.size
+	default:
+		q.enter(e)
 	}
-	if e.held--; e.held == 0 {
-		heap.Push(&q.order, e)
-	}
+	return 0
 }
 
-// Victim is the entry that would be missed least; ok is false when all are held.
-func (q *Queue[K]) Victim() (k K, ok bool) {
+// Take takes the entry that would be missed least: until Evict, Remove or
+// PutBack nobody can hold it. ok is false when all are held.
+func (q *Queue[K]) Take() (k K, ok bool) {
 	if len(q.order) == 0 {
 		return k, false
 	}
-	return q.order[0].key, true
+	e := q.order[0]
+	q.leave(e)
+	e.going = true
+	return e.key, true
+}
+
+// PutBack is for one that was taken and stays.
+func (q *Queue[K]) PutBack(k K) {
+	if e := q.entries[k]; e != nil && e.going {
+		e.going = false
+		q.enter(e)
+	}
 }
 
 // Evict removes an entry to make room: what is used from now on ranks above it.
-func (q *Queue[K]) Evict(k K) {
+// It returns what Remove does.
+func (q *Queue[K]) Evict(k K) (freed int64) {
 	e := q.entries[k]
 	if e == nil {
-		return
+		return 0
 	}
 	if !e.orphan {
 		q.inflation = max(q.inflation, e.rank.Priority)
 	}
-	q.Remove(k)
+	return q.Remove(k)
 }
 
-// Remove forgets an entry that is gone for another reason.
-func (q *Queue[K]) Remove(k K) {
+// Remove forgets an entry. It returns its size, or 0 when it is held: the room
+// is free when the last Release is there.
+func (q *Queue[K]) Remove(k K) (freed int64) {
 	e := q.entries[k]
 	if e == nil {
-		return
+		return 0
 	}
 	delete(q.entries, k)
-	if e.at >= 0 {
-		heap.Remove(&q.order, e.at)
+	q.leave(e)
+	e.gone = true
+	if l := q.links[k]; l != nil {
+		if !l.lost {
+			q.follow(l, -1)
+		}
+		if l.children, l.lost = nil, false; l.tags == 0 && l.parents == 0 {
+			delete(q.links, k)
+		}
 	}
-	l := q.links[k]
-	if l == nil {
-		return
+	if e.held > 0 {
+		return 0
 	}
-	if !l.lost {
-		q.follow(l, -1)
-	}
-	if l.children, l.lost = nil, false; l.tags <= 0 && l.parents <= 0 {
-		delete(q.links, k)
-	}
+	return e.size
 }
 
 // order is a heap, the next victim first.
-type order[K comparable] []*entry[K]
+type order[K comparable] []*Entry[K]
 
 func (o order[K]) Len() int { return len(o) }
 
@@ -301,7 +346,7 @@ func (o order[K]) Swap(i, j int) {
 }
 
 func (o *order[K]) Push(x any) {
-	e := x.(*entry[K])
+	e := x.(*Entry[K])
 	e.at = len(*o)
 	*o = append(*o, e)
 }

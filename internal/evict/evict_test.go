@@ -11,7 +11,7 @@ import (
 // drain evicts everything, in order.
 func drain(q *Queue[string]) (order []string) {
 	for {
-		k, ok := q.Victim()
+		k, ok := q.Take()
 		if !ok {
 			return order
 		}
@@ -45,7 +45,7 @@ func TestWhatWasPopularAges(t *testing.T) {
 	}
 	for n := 0; ; n++ {
 		q.Add("new", 1<<30)
-		k, _ := q.Victim()
+		k, _ := q.Take()
 		q.Evict(k)
 		if k == "once" {
 			if n < maxUses/2 || n > 2*maxUses {
@@ -134,17 +134,42 @@ func TestWhatIsHeldStays(t *testing.T) {
 	q := New[string]()
 	q.Add("a", 1<<20)
 	q.Add("b", 2<<20)
-	q.Hold("a")
+	a := q.Hold("a")
 	q.Hold("a")
 	q.Use("a")
-	q.Release("a")
+	q.Release(a)
 	mustGo(t, q, "b")
-	q.Release("a")
+	q.Release(a)
 	mustGo(t, q, "a")
-	if q.Hold("a") {
+	if q.Hold("a") != nil {
 		t.Error("it is gone")
 	}
-	q.Release("a")
+}
+
+func TestTheRoomOfWhatIsHeldIsFreeAfterwards(t *testing.T) {
+	q := New[string]()
+	q.Add("a", 1<<20)
+	first, second := q.Hold("a"), q.Hold("a")
+	if n := q.Remove("a"); n != 0 || q.Free() != 0 {
+		t.Error(n, q.Free())
+	}
+	q.Add("a", 3<<20) // another one, which who held the first does not hold
+	third := q.Hold("a")
+	if n := q.Release(first); n != 0 {
+		t.Error(n)
+	}
+	if n := q.Release(second); n != 1<<20 {
+		t.Error(n)
+	}
+	if _, ok := q.Take(); ok {
+		t.Error("a held one goes")
+	}
+	if n := q.Release(third); n != 0 || q.Free() != 3<<20 {
+		t.Error(n, q.Free())
+	}
+	if n := q.Evict("a"); n != 3<<20 || q.Free() != 0 {
+		t.Error(n, q.Free())
+	}
 }
 
 func TestARestartKeepsTheOrder(t *testing.T) {
@@ -155,7 +180,7 @@ func TestARestartKeepsTheOrder(t *testing.T) {
 		k := keys[r.IntN(len(keys))]
 		one.Add(k, 1<<20+r.Int64N(10<<20))
 		if r.IntN(4) == 0 {
-			k, _ := one.Victim()
+			k, _ := one.Take()
 			one.Evict(k)
 		}
 	}
@@ -176,7 +201,7 @@ func TestARestartKeepsTheOrder(t *testing.T) {
 func TestInvariants(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	q := New[int]()
-	held, tags := make(map[int]int), make(map[int]int)
+	held, tags := make(map[int][]*Entry[int]), make(map[int]int)
 	const n = 60
 	for range 100_000 {
 		k := r.IntN(n)
@@ -193,29 +218,36 @@ func TestInvariants(t *testing.T) {
 			q.Tag(k)
 			tags[k]++
 		case 5:
-			if tags[k] > 0 {
+			if tags[k] > -1 {
 				q.Untag(k)
 				tags[k]--
 			}
 		case 6:
-			if q.Hold(k) {
-				held[k]++
+			if e := q.Hold(k); e != nil {
+				held[k] = append(held[k], e)
 			}
 		case 7:
-			if held[k] > 0 {
-				q.Release(k)
-				held[k]--
+			if es := held[k]; len(es) > 0 {
+				q.Release(es[0])
+				held[k] = es[1:]
 			}
 		case 8:
-			if v, ok := q.Victim(); ok {
-				if held[v] > 0 {
+			if v, ok := q.Take(); ok {
+				if q.Hold(v) != nil {
+					t.Fatal("one that goes is held")
+				}
+				if slices.ContainsFunc(held[v], func(e *Entry[int]) bool { return !e.gone }) {
 					t.Fatal("a held one goes")
 				}
-				q.Evict(v)
+				if r.IntN(2) == 0 {
+					q.PutBack(v)
+				}
+				if r.IntN(2) == 0 { // or put back, used, or let lie
+					q.Evict(v)
+				}
 			}
 		case 9:
 			q.Remove(k)
-			held[k] = 0
 		}
 		mustHold(t, q, tags)
 	}
@@ -249,14 +281,19 @@ func mustHold(t *testing.T, q *Queue[int], tags map[int]int) {
 		}
 	}
 	for _, e := range q.entries {
-		if e.orphan != q.isLost(e.key) || (e.at < 0) != (e.held > 0) {
+		if e.orphan != q.isLost(e.key) || (e.at < 0) != (e.held > 0 || e.going) {
 			t.Fatalf("%+v", e)
 		}
 	}
+	free := int64(0)
 	for i, e := range q.order {
+		free += e.size
 		if e.at != i || i > 0 && q.order.Less(i, (i-1)/2) {
 			t.Fatal("no heap")
 		}
+	}
+	if free != q.free {
+		t.Fatalf("%d bytes are free, not %d", free, q.free)
 	}
 }
 
@@ -268,7 +305,7 @@ func BenchmarkDecision(b *testing.B) {
 	}
 	k := 100_000
 	for b.Loop() {
-		v, _ := q.Victim()
+		v, _ := q.Take()
 		q.Evict(v)
 		q.Add(k, int64(k%1000)<<8)
 		k++

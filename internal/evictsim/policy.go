@@ -235,7 +235,12 @@ func (o *gdsfOrder) Pop() any {
 }
 
 // NewTarn returns what tarn does.
-func NewTarn(int64) Policy { return evict.New[int]() }
+func NewTarn(int64) Policy { return tarn{evict.New[int]()} }
+
+type tarn struct{ *evict.Queue[int] }
+
+func (t tarn) Victim() (int, bool) { return t.Take() }
+func (t tarn) Evict(k int)         { t.Queue.Evict(k) }
 
 // guide is a Policy that wants to know what leads to what.
 type guide interface {

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+	"tarn/internal/evict"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// What is stored goes when there is no room for what is to be stored, before the
+// first byte of that is written. The order is evict.Queue's; this is what has it
+// agree with rows and files.
+//
+// Who reads a stored object holds it, and so does a flight that was committed, for
+// its readers. What is held is not chosen. The choice and the removal from the
+// order are one step under the order's lock, so from then on nobody can hold
+// it; then the row goes, then the file. Only the committer does that, so it
+// never meets a commit of the same object.
+
+// order is the queue of what is stored, and its lock, under which nothing else
+// is taken or waited for.
+type order struct {
+	mu    sync.Mutex
+	queue *evict.Queue[digest.Digest]
+}
+
+func newOrder() *order { return &order{queue: evict.New[digest.Digest]()} }
+
+type lease = *evict.Entry[digest.Digest]
+
+// holdStored returns the row of an object that the domain possesses, and holds
+// its file. nil: it is not stored, or goes just now.
+func (c *Cache) holdStored(k Key) (index.Object, lease) {
+	row, ok := c.index.Object(k.Domain, k.Digest)
+	if !ok {
+		return row, nil
+	}
+	return row, c.hold(k.Digest)
+}
+
+func (c *Cache) hold(d digest.Digest) lease {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	return c.order.queue.Hold(d)
+}
+
+// letGo ends a hold. The bytes of a file that was removed meanwhile are free
+// only now.
+func (c *Cache) letGo(h lease) {
+	if h == nil {
+		return
+	}
+	c.order.mu.Lock()
+	freed := c.order.queue.Release(h)
+	c.order.mu.Unlock()
+	if freed > 0 {
+		c.addUsed(-freed)
+	}
+}
+
+// noteUse counts a use.
+func (c *Cache) noteUse(d digest.Digest) {
+	c.order.mu.Lock()
+	c.order.queue.Use(d)
+	rank, ok := c.order.queue.Rank(d)
+	c.order.mu.Unlock()
+	if ok {
+		c.index.NoteUse(d, index.Use{Time: time.Now(), Uses: rank.Uses, Priority: rank.Priority})
+	}
+}
+
+// enter puts an object that has its row into the order, as used just now.
+func (c *Cache) enter(d digest.Digest, alloc int64, children []digest.Digest) {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	c.order.queue.Add(d, alloc)
+	c.order.queue.Lead(d, children)
+}
+
+// forget takes an object whose file is gone out of the order and off the count
+// of used bytes, where alloc is what it took. What somebody holds counts until he
+// lets go of it.
+func (c *Cache) forget(d digest.Digest, alloc int64) {
+	c.order.mu.Lock()
+	if _, known := c.order.queue.Rank(d); known {
+		alloc = c.order.queue.Remove(d)
+	}
+	c.order.mu.Unlock()
+	c.addUsed(-alloc)
+}
+
+// NoteTag takes what the authority says of a tag, unless it has said something
+// later. What only that tag meant is the first to be evicted.
+func (c *Cache) NoteTag(key string, t index.Tag) {
+	before, taken := c.index.NoteTag(key, t)
+	if !taken || before == t.Digest {
+		return
+	}
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	if before != "" {
+		c.order.queue.Untag(before)
+	}
+	if t.Digest != "" {
+		c.order.queue.Tag(t.Digest)
+	}
+}
+
+// shortage is a reservation that needs room.
+type shortage struct {
+	domain string
+	n      int64
+	done   chan error
+}
+
+// reserveByEvicting has the committer make room for n more bytes and claim it.
+func (c *Cache) reserveByEvicting(domain string, n int64) error {
+	s := shortage{domain, n, make(chan error, 1)}
+	select {
+	case c.shortages <- s:
+		return <-s.done
+	case <-c.ctx.Done():
+		return ErrClosed
+	}
+}
+
+const (
+	// maxRounds bounds how often room is made for one reservation: a filesystem
+	// may take its time to count what was deleted as free, and must not have
+	// all go for it.
+	maxRounds = 3
+	// slackShare of the bound is made free besides, one part in so many, so that
+	// not every reservation of a full store waits for a transaction.
+	slackShare = 100
+	maxSlack   = 64 << 20
+)
+
+// provide runs in the committer.
+func (c *Cache) provide(s shortage) {
+	var err error
+	for round := 0; ; round++ {
+		var short int64
+		var share bool
+		short, share, err = c.tryReserve(s.domain, s.n)
+		if short <= 0 || share || round == maxRounds || c.mayGo() < short {
+			break
+		}
+		if everr := c.evict(short + min(c.opts.MaxSize/slackShare, maxSlack)); everr != nil {
+			err = fmt.Errorf("%w, and nothing can be evicted: %w", err, everr)
+			break
+		}
+	}
+	s.done <- err
+}
+
+// mayGo is how many bytes could be evicted.
+func (c *Cache) mayGo() int64 {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	return c.order.queue.Free()
+}
+
+// keepBounds runs in the committer, now and then: others write to the disk, the
+// index grows, and the bound may be lower than it was.
+func (c *Cache) keepBounds() {
+	short, _, _ := c.tryReserve(ListedDomain, 0)
+	if short <= 0 || c.mayGo() == 0 {
+		return
+	}
+	before := c.Stats().Evicted
+	if err := c.evict(short); err != nil {
+		c.noteTrouble(err)
+	}
+	after := c.Stats().Evicted
+	c.log.Sugar().Infow("evicted what was over the bounds", "objects", after.Objects-before.Objects, "bytes", after.Bytes-before.Bytes)
+}
+
+// evict frees so many bytes, or all that may go. It runs in the committer.
+func (c *Cache) evict(short int64) error {
+	for short > 0 {
+		victims := c.choose(short)
+		if len(victims) == 0 {
+			return nil
+		}
+		freed, err := c.evictAll(victims)
+		if err != nil {
+			return err
+		}
+		short -= freed
+	}
+	return nil
+}
+
+// choose takes what goes first, as many bytes, or a batch.
+func (c *Cache) choose(short int64) (victims []digest.Digest) {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	q := c.order.queue
+	for free := q.Free(); len(victims) < maxBatch && free-q.Free() < short; {
+		d, ok := q.Take()
+		if !ok {
+			break
+		}
+		victims = append(victims, d)
+	}
+	return victims
+}
+
+// evictAll evicts what was taken: rows first, then files. What cannot go stays
+// in the order. It runs in the committer.
+func (c *Cache) evictAll(victims []digest.Digest) (freed int64, err error) {
+	victims = slices.DeleteFunc(victims, c.leaveToAdopter)
+	c.hot.drop(victims...)
+	err = c.index.Apply(nil, victims)
+	var gone Evicted
+	for _, d := range victims {
+		if err == nil {
+			err = c.store.Remove(d)
+		}
+		c.order.mu.Lock()
+		if err != nil {
+			c.order.queue.PutBack(d)
+		} else {
+			gone.Bytes += c.order.queue.Evict(d)
+			gone.Objects++
+		}
+		c.order.mu.Unlock()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.used -= gone.Bytes
+	c.evicted.Objects += gone.Objects
+	c.evicted.Bytes += gone.Bytes
+	return gone.Bytes, err
+}
+
+// leaveToAdopter is for what lost its row with the index: whoever looks at all
+// such files brings it back into the order.
+func (c *Cache) leaveToAdopter(d digest.Digest) bool {
+	c.mu.Lock()
+	stray := c.strays[d]
+	c.mu.Unlock()
+	if stray {
+		c.order.mu.Lock()
+		defer c.order.mu.Unlock()
+		c.order.queue.Remove(d)
+	}
+	return stray
+}
+
+// Evicted is what had to make room since the start.
+type Evicted struct {
+	Objects int64 `json:"objects"`
+	Bytes   int64 `json:"bytes"`
+}
+
+// restoreOrder enters what is stored, with the bytes that it takes, as it was
+// ranked when it was used last.
+func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
+	type ranked struct {
+		d digest.Digest
+		u index.Use
+	}
+	var known []ranked
+	err := c.index.Uses(func(d digest.Digest, u index.Use) {
+		if _, ok := stored[d]; ok {
+			known = append(known, ranked{d, u})
+		}
+	})
+	slices.SortFunc(known, func(a, b ranked) int { return a.u.Time.Compare(b.u.Time) })
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	q := c.order.queue
+	for _, k := range known {
+		q.Restore(k.d, stored[k.d], evict.Rank{Uses: k.u.Uses, Priority: k.u.Priority})
+		delete(stored, k.d)
+	}
+	for d, alloc := range stored {
+		q.Add(d, alloc)
+	}
+	return errors.Join(err,
+		c.index.Children(func(d digest.Digest, children []digest.Digest) { q.Lead(d, children) }),
+		c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
+			if t.Digest != "" {
+				q.Tag(t.Digest)
+			}
+		}))
+}
+
+// growth is what directories and small files may take more of before the
+// overhead is measured again.
+const growth = 64 << 10
+
+// measureOverhead takes what all but blobs and pending files takes on disk now.
+func (c *Cache) measureOverhead() {
+	n := c.index.Footprint() + growth
+	take := func(path string) {
+		if info, err := os.Lstat(path); err == nil {
+			n += blobstore.Allocated(info)
+		}
+	}
+	for _, dir := range c.store.Directories() {
+		take(dir)
+	}
+	entries, _ := os.ReadDir(c.opts.Dir) // as far as it can be read
+	for _, e := range entries {
+		if e.Type().IsRegular() && e.Name() != indexName {
+			take(filepath.Join(c.opts.Dir, e.Name()))
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.overhead = n
+}
