@@ -188,7 +188,7 @@ type Cache struct {
 	drops     chan digest.Digest // to the committer: a row whose file is not as it says
 	adoptions chan adoption      // to the committer
 	findings  chan finding       // to the committer
-	shortages chan shortage      // to the committer
+	shortages chan *shortage     // to the committer
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
@@ -236,7 +236,7 @@ func New(opts Options) (*Cache, error) {
 		drops:     make(chan digest.Digest, maxBatch),
 		adoptions: make(chan adoption),
 		findings:  make(chan finding),
-		shortages: make(chan shortage),
+		shortages: make(chan *shortage),
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),

@@ -40,7 +40,11 @@ func (c *Cache) commitLoop() {
 	for {
 		select {
 		case f := <-c.verified:
-			c.commit(c.gather(f))
+			batch, waits := c.gather(f)
+			c.commit(batch)
+			if waits != nil {
+				c.provide(waits, true)
+			}
 		case d := <-c.drops:
 			c.drop(d)
 		case a := <-c.adoptions:
@@ -48,7 +52,7 @@ func (c *Cache) commitLoop() {
 		case f := <-c.findings:
 			c.take(f)
 		case s := <-c.shortages:
-			c.provide(s)
+			c.provide(s, true)
 		case <-notes.C:
 			c.renew()
 			c.retryRemovals()
@@ -61,7 +65,8 @@ func (c *Cache) commitLoop() {
 			for { // what was verified before the last flight landed
 				select {
 				case f := <-c.verified:
-					c.commit(c.gather(f))
+					batch, _ := c.gather(f)
+					c.commit(batch)
 				default:
 					return
 				}
@@ -70,9 +75,10 @@ func (c *Cache) commitLoop() {
 	}
 }
 
-// gather waits a little for more flights to commit together.
-func (c *Cache) gather(first *flight) []*flight {
-	batch := []*flight{first}
+// gather waits a little for more flights to commit together, but not when somebody
+// waits for room: of what is committed, some may go.
+func (c *Cache) gather(first *flight) (batch []*flight, waits *shortage) {
+	batch = []*flight{first}
 	window := time.NewTimer(commitWindow)
 	defer window.Stop()
 	for len(batch) < maxBatch {
@@ -80,14 +86,16 @@ func (c *Cache) gather(first *flight) []*flight {
 		case f := <-c.verified:
 			batch = append(batch, f)
 		case s := <-c.shortages:
-			c.provide(s) // a download waits for it
+			if !c.provide(s, false) {
+				return batch, s
+			}
 		case <-window.C:
-			return batch
+			return batch, nil
 		case <-c.ctx.Done():
-			return batch
+			return batch, nil
 		}
 	}
-	return batch
+	return batch, nil
 }
 
 // commit stores the batch. A flight that cannot be stored is dropped: its

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tarn/blobstore"
@@ -119,19 +120,36 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 
 // shortage is a reservation that needs room.
 type shortage struct {
-	domain string
-	n      int64
-	done   chan error
+	domain  string
+	n       int64
+	done    chan error
+	settled atomic.Bool // it has its answer, or nobody waits for it any more
 }
+
+// roomPatience is how long a download waits for room before it passes by: a disk
+// may take its time, and the client's is short.
+const roomPatience = 2 * time.Second
 
 // reserveByEvicting has the committer make room for n more bytes and claim it.
 func (c *Cache) reserveByEvicting(domain string, n int64) error {
-	s := shortage{domain, n, make(chan error, 1)}
+	s := &shortage{domain: domain, n: n, done: make(chan error, 1)}
+	patience := time.NewTimer(roomPatience)
+	defer patience.Stop()
 	select {
 	case c.shortages <- s:
-		return <-s.done
+	case <-patience.C:
+		return fmt.Errorf("%w: the disk is slow to make any", errNoRoom)
 	case <-c.ctx.Done():
 		return ErrClosed
+	}
+	select {
+	case err := <-s.done:
+		return err
+	case <-patience.C:
+		if s.settled.CompareAndSwap(false, true) {
+			return fmt.Errorf("%w: the disk is slow to make any", errNoRoom)
+		}
+		return <-s.done
 	}
 }
 
@@ -146,8 +164,9 @@ const (
 	maxSlack   = 64 << 20
 )
 
-// provide runs in the committer.
-func (c *Cache) provide(s shortage) {
+// provide makes room and claims it, in the committer. It tells whether whoever
+// waits has an answer; unless it is the last try, no is none.
+func (c *Cache) provide(s *shortage, last bool) bool {
 	var err error
 	for round := 0; ; round++ {
 		var short int64
@@ -161,7 +180,15 @@ func (c *Cache) provide(s shortage) {
 			break
 		}
 	}
-	s.done <- err
+	if err != nil && !last {
+		return false
+	}
+	if s.settled.CompareAndSwap(false, true) {
+		s.done <- err
+	} else if err == nil {
+		c.unreserve(s.domain, s.n) // he has left
+	}
+	return true
 }
 
 // mayGo is how many bytes could be evicted.

@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// directory is what a directory takes on disk, as du has it. Meanwhile files
+// come and go.
+func directory(dir string) (n int64) {
+	filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return nil
+		}
+		if info, err := e.Info(); err == nil {
+			n += blobstore.Allocated(info)
+		}
+		return nil
+	})
+	return n
+}
+
+// TestTheBoundHoldsWhileFourTimesAsMuchIsPulled looks all the time at what counts,
+// and in the end at what there is.
+func TestTheBoundHoldsWhileFourTimesAsMuchIsPulled(t *testing.T) {
+	t.Parallel()
+	const bound, n, clients = 24 << 20, 80, 8
+	dir := t.TempDir()
+	c := openChaos(t, dir, bound)
+	defer c.Close()
+	r := rand.New(rand.NewPCG(1, 1))
+	bodies := make([][]byte, n)
+	for i := range bodies {
+		bodies[i] = randomBytes(1000 + r.IntN(2<<20))
+	}
+	var most atomic.Int64
+	done := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				s := c.Stats()
+				most.Store(max(most.Load(), s.UsedBytes+s.PendingBytes))
+			}
+		}
+	})
+	var passed atomic.Int32
+	var pulling sync.WaitGroup
+	for client := range clients {
+		pulling.Go(func() {
+			for i := client; i < n; i += clients {
+				req := parallelRequest(&origin{body: bodies[i]}, "one")
+				o, err := c.Open(t.Context(), req)
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				if o.Source == Passed {
+					passed.Add(1)
+				}
+				got, err := io.ReadAll(o.Content)
+				o.Close()
+				if err != nil || !bytes.Equal(got, bodies[i]) {
+					t.Errorf("%d bytes of %d: %v", len(got), len(bodies[i]), err)
+				}
+			}
+		})
+	}
+	pulling.Wait()
+	close(done)
+	watching.Wait()
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	s := c.Stats()
+	t.Logf("at most %d of %d bytes, %d evicted, %d of %d objects passed by", most.Load(), bound, s.Evicted.Objects, passed.Load(), n)
+	if most.Load() > bound {
+		t.Error("that is over the bound")
+	}
+	if n := directory(dir); n > s.UsedBytes {
+		t.Errorf("%d bytes are on the disk, and %d count", n, s.UsedBytes)
+	}
+	if s.Evicted.Objects == 0 || passed.Load() > n/4 || s.Trouble != "" {
+		t.Errorf("%+v", s)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWholeWhatIsReadWhileItIsEvicted: readers come for objects that must go for
+// each other. Everybody gets all bytes of his, and the room is free when the last
+// one has gone.
+func TestWholeWhatIsReadWhileItIsEvicted(t *testing.T) {
+	t.Parallel()
+	const races, readers, n = 1000, 4, 16
+	c := openChaos(t, t.TempDir(), 5<<20)
+	defer c.Close()
+	bodies := make([][]byte, n)
+	for i := range bodies {
+		bodies[i] = randomBytes(400_000 + i)
+	}
+	var reading sync.WaitGroup
+	for reader := range readers {
+		reading.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(reader), 2))
+			for range races / readers {
+				body := bodies[r.IntN(n)]
+				got, err := readAll(c, parallelRequest(&origin{body: body}, "one"))
+				if err != nil || !bytes.Equal(got, body) {
+					t.Errorf("%d bytes: %v", len(got), err)
+				}
+			}
+		})
+	}
+	reading.Wait()
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	s := c.Stats()
+	t.Logf("%d were evicted", s.Evicted.Objects)
+	if s.Evicted.Objects < races/20 {
+		t.Errorf("%+v", s)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWhatIsOpenStaysAndCountsToTheEnd: room is not made of what somebody reads,
+// and what is dropped all the same counts until he has gone.
+func TestWhatIsOpenStaysAndCountsToTheEnd(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 4<<20)
+	defer c.Close()
+	first, second, third := randomBytes(1<<20), randomBytes(3<<19), randomBytes(2<<20)
+	pull := func(body []byte) Source {
+		t.Helper()
+		o, err := c.Open(t.Context(), parallelRequest(&origin{body: body}, "one"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.Close()
+		got, err := io.ReadAll(o.Content)
+		if err != nil || !bytes.Equal(got, body) {
+			t.Errorf("%d bytes: %v", len(got), err)
+		}
+		return o.Source
+	}
+	stored := func(body []byte) bool {
+		_, ok := c.Has(Key{ListedDomain, digest.FromBytes(body)})
+		return ok
+	}
+	for _, body := range [][]byte{first, second} {
+		pull(body)
+		waitStored(t, c, Key{ListedDomain, digest.FromBytes(body)})
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	open, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, digest.FromBytes(first)}, Reader: "two", Authorised: true})
+	if err != nil || open.Source != Hit {
+		t.Fatal(err)
+	}
+	half := make([]byte, len(first)/2)
+	if _, err := io.ReadFull(open.Content, half); err != nil {
+		t.Fatal(err)
+	}
+	if s := pull(third); s != Fetched {
+		t.Errorf("it was not stored: %v", s)
+	}
+	if !stored(first) || stored(second) {
+		t.Error("what is read was evicted, or what is not was not")
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	used := c.Stats().UsedBytes
+	c.findings <- finding{digest: digest.FromBytes(first), info: look(t, c, first)} // it is not sound
+	settle(t, "the dropped", func() bool { return !stored(first) })
+	if now := c.Stats().UsedBytes; now < used {
+		t.Errorf("%d bytes fewer count while it is read", used-now)
+	}
+	rest, err := io.ReadAll(open.Content)
+	if err != nil || !bytes.Equal(append(half, rest...), first) {
+		t.Errorf("%d bytes: %v", len(half)+len(rest), err)
+	}
+	open.Close()
+	if now := c.Stats().UsedBytes; now > used-int64(len(first)) {
+		t.Errorf("%d bytes count still", now)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+func look(t *testing.T, c *Cache, body []byte) fs.FileInfo {
+	t.Helper()
+	info, err := os.Lstat(c.store.Path(digest.FromBytes(body)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
+
+// TestALowerBoundIsReachedAtStart: files are missing, others are nobody's, and the
+// bound is lower than it was; requests are served at once.
+func TestALowerBoundIsReachedAtStart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	bodies := make([][]byte, 40)
+	for i := range bodies {
+		bodies[i] = randomBytes(500_000 + i)
+		if _, err := readAll(c, parallelRequest(&origin{body: bodies[i]}, "one")); err != nil {
+			t.Fatal(err)
+		}
+		for range i % 3 { // some are asked for again
+			waitStored(t, c, Key{ListedDomain, digest.FromBytes(bodies[i])})
+			readAll(c, parallelRequest(&origin{body: bodies[i]}, "one"))
+		}
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i, body := range bodies {
+		if i%2 == 0 {
+			if err := os.Remove(c.store.Path(digest.FromBytes(body))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for i := range 5 {
+		if err := os.WriteFile(filepath.Join(dir, "blobs", "sha256", fmt.Sprint("foreign", i)), make([]byte, 10_000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const bound = 6 << 20
+	c = openChaos(t, dir, bound)
+	defer c.Close()
+	for i, body := range bodies {
+		if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
+			t.Errorf("%d: %d bytes: %v", i, len(got), err)
+		}
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	if n := directory(dir); n > bound {
+		t.Errorf("%d bytes on the disk", n)
+	}
+	if s := c.Stats(); s.Evicted.Objects < 10 || s.UsedBytes+s.PendingBytes > bound {
+		t.Errorf("%+v", s)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWhatCannotFitEvictsNothing, since it would not help.
+func TestWhatCannotFitEvictsNothing(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 4<<20)
+	defer c.Close()
+	small, large := randomBytes(1<<20), randomBytes(4<<20)
+	for _, body := range [][]byte{small, large} {
+		if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
+			t.Errorf("%d bytes: %v", len(got), err)
+		}
+		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	}
+	if _, ok := c.Has(Key{ListedDomain, digest.FromBytes(small)}); !ok || c.Stats().Evicted.Objects > 0 {
+		t.Errorf("%+v", c.Stats())
+	}
+}
+
+// TestAMovedTagsLayersGoFirst, through a restart, however often they were used.
+func TestAMovedTagsLayersGoFirst(t *testing.T) {
+	t.Parallel()
+	for _, restart := range []bool{false, true} {
+		t.Run(fmt.Sprint("restarted ", restart), func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			c := openChaos(t, dir, 6<<20)
+			defer func() { c.Close() }()
+			get := func(body []byte) {
+				t.Helper()
+				req := parallelRequest(&origin{body: body}, "one")
+				if body[0] == '{' {
+					req.Check = func([]byte) error { return nil }
+				}
+				if got, err := readAll(c, req); err != nil || !bytes.Equal(got, body) {
+					t.Fatalf("%d bytes: %v", len(got), err)
+				}
+				waitStored(t, c, req.Key)
+			}
+			build := func() (layer, manifest []byte) {
+				layer = randomBytes(3 << 19)
+				manifest = fmt.Appendf(nil, `{"schemaVersion": 2, "layers": [{"digest": %q, "size": %d}]}`, digest.FromBytes(layer), len(layer))
+				return layer, manifest
+			}
+			oldLayer, oldManifest := build()
+			newLayer, newManifest := build()
+			other, another := randomBytes(3<<19), randomBytes(3<<19)
+			c.NoteTag("k", index.Tag{Digest: digest.FromBytes(oldManifest), Sequence: 1, Confirmed: time.Now()})
+			for range 5 {
+				get(oldManifest)
+				get(oldLayer)
+			}
+			get(other)
+			c.NoteTag("k", index.Tag{Digest: digest.FromBytes(newManifest), Sequence: 2, Confirmed: time.Now()})
+			get(newManifest)
+			get(newLayer)
+			if restart {
+				if err := c.Close(); err != nil {
+					t.Fatal(err)
+				}
+				c = openChaos(t, dir, 6<<20)
+			}
+			get(another)
+			_, has := c.Has(Key{ListedDomain, digest.FromBytes(oldLayer)})
+			_, hasOther := c.Has(Key{ListedDomain, digest.FromBytes(other)})
+			if has || !hasOther {
+				t.Errorf("the old layer is there: %v; another is: %v", has, hasOther)
+			}
+		})
+	}
+}
+
+// TestADiskThatDoesNotLetGoMakesNoRoom: what is to be stored passes through, and
+// what was to go is served.
+func TestADiskThatDoesNotLetGoMakesNoRoom(t *testing.T) {
+	t.Parallel()
+	for _, step := range []string{"write index", "remove blob"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			var bad atomic.Bool
+			c, err := New(Options{Dir: t.TempDir(), MaxSize: 3 << 20, Steps: func(name string, do func() error) error {
+				if name == step && bad.Load() {
+					return errors.New("the disk does not let go")
+				}
+				return do()
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			first, second := randomBytes(3<<19), randomBytes(3<<19)
+			pull := func(body []byte, want Source) {
+				t.Helper()
+				o, err := c.Open(t.Context(), parallelRequest(&origin{body: body}, "one"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer o.Close()
+				if got, err := io.ReadAll(o.Content); err != nil || !bytes.Equal(got, body) || o.Source != want {
+					t.Errorf("%d bytes, %v: %v", len(got), o.Source, err)
+				}
+			}
+			pull(first, Fetched)
+			waitStored(t, c, Key{ListedDomain, digest.FromBytes(first)})
+			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+			bad.Store(true)
+			pull(second, Passed)
+			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+			if err := landed(c); err != nil {
+				t.Error(err)
+			}
+			bad.Store(false)
+			pull(second, Fetched)
+			waitStored(t, c, Key{ListedDomain, digest.FromBytes(second)})
+			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+			if err := landed(c); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestADiskThatIsSlowToMakeRoomIsNotWaitedFor: the object passes by, and nothing
+// is left claimed for it.
+func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
+	t.Parallel()
+	slow := make(chan struct{})
+	c, err := New(Options{Dir: t.TempDir(), MaxSize: 3 << 20, Steps: func(name string, do func() error) error {
+		if name == "remove blob" {
+			<-slow
+		}
+		return do()
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for i, want := range []Source{Fetched, Passed} {
+		body := randomBytes(3 << 19)
+		o, err := c.Open(t.Context(), parallelRequest(&origin{body: body}, "one"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(o.Content); err != nil || !bytes.Equal(got, body) || o.Source != want {
+			t.Errorf("%d: %d bytes, %v: %v", i, len(got), o.Source, err)
+		}
+		o.Close()
+		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	}
+	close(slow)
+	settle(t, "claims", func() bool { s := c.Stats(); return s.PendingBytes == 0 && s.Evicted.Objects == 1 })
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
