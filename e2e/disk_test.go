@@ -168,7 +168,9 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 // loop is an ext4 in a file.
 type loop struct{ image, dir string }
 
-func newLoop(t *testing.T) *loop {
+func newLoop(t *testing.T) *loop { return newLoopOf(t, 512<<20) }
+
+func newLoopOf(t *testing.T, size int64) *loop {
 	t.Helper()
 	l := &loop{filepath.Join(folder(t, work(), "image"), "disk"), folder(t, work(), "disk")}
 	f, err := os.Create(l.image)
@@ -176,7 +178,7 @@ func newLoop(t *testing.T) *loop {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := f.Truncate(512 << 20); err != nil {
+	if err := f.Truncate(size); err != nil {
 		t.Fatal(err)
 	}
 	mustRun(t, "mkfs.ext4", "-q", "-F", l.image)

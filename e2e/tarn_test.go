@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -19,7 +20,10 @@ func startTarn(t *testing.T, dir, settings string, wrapper ...string) *process {
 	t.Helper()
 	// The machine's disk may be nearly full; what is left is enough for this.
 	config := filepath.Join(t.TempDir(), "tarn.yaml")
-	if err := os.WriteFile(config, []byte("min_free: 0\n"+settings), 0o600); err != nil {
+	if !strings.Contains(settings, "min_free:") {
+		settings += "min_free: 0\n"
+	}
+	if err := os.WriteFile(config, []byte(settings), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	line := append(wrapper, filepath.Join(work(), "tarn"), "serve",
