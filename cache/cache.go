@@ -39,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"tarn/blobstore"
@@ -169,14 +170,19 @@ type Options struct {
 
 // Cache is an open data directory. It is safe for concurrent use.
 type Cache struct {
-	opts  Options
-	log   *zap.Logger
-	lock  *os.File
-	store *blobstore.Store
-	index *index.Index
-	taint *taints
-	hot   *hot
-	order *order
+	opts   Options
+	log    *zap.Logger
+	lock   *os.File
+	store  *blobstore.Store
+	index  *index.Index
+	taint  *taints
+	hot    *hot
+	order  *order
+	pins   pins
+	images imageList
+	// tagMoved: a tag means something else than before, and neither the pins nor
+	// the list of images follow yet.
+	tagMoved atomic.Bool
 
 	ctx        context.Context // ends with Close: flights live on it, not on a request's
 	cancel     context.CancelFunc
@@ -189,6 +195,7 @@ type Cache struct {
 	adoptions chan adoption      // to the committer
 	findings  chan finding       // to the committer
 	shortages chan *shortage     // to the committer
+	calls     chan func()        // to the committer
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
@@ -237,6 +244,7 @@ func New(opts Options) (*Cache, error) {
 		adoptions: make(chan adoption),
 		findings:  make(chan finding),
 		shortages: make(chan *shortage),
+		calls:     make(chan func()),
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),

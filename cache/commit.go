@@ -19,8 +19,9 @@ const (
 	// for others: nobody waits for a commit, and a pull has a dozen objects.
 	commitWindow = 50 * time.Millisecond
 	maxBatch     = 512
-	// noteInterval bounds how many notes a crash loses.
-	noteInterval = 5 * time.Second
+	// noteInterval bounds how many notes a crash loses, and how far the list of
+	// images is behind.
+	noteInterval = 4 * time.Second
 )
 
 // commitLoop is the only goroutine that changes what lies under blobs/, and so
@@ -37,6 +38,7 @@ func (c *Cache) commitLoop() {
 	notes := time.NewTicker(noteInterval)
 	defer notes.Stop()
 	c.keepBounds() // which may have been others for the last process
+	c.layOut()
 	for {
 		select {
 		case f := <-c.verified:
@@ -53,12 +55,16 @@ func (c *Cache) commitLoop() {
 			c.take(f)
 		case s := <-c.shortages:
 			c.provide(s, true)
+		case f := <-c.calls:
+			f()
 		case <-notes.C:
 			c.renew()
 			c.retryRemovals()
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
 			}
+			c.followTags()
+			c.layOut()
 			c.measureOverhead()
 			c.keepBounds()
 		case <-c.done:
@@ -68,10 +74,20 @@ func (c *Cache) commitLoop() {
 					batch, _ := c.gather(f)
 					c.commit(batch)
 				default:
+					c.followTags()
+					c.layOut()
 					return
 				}
 			}
 		}
+	}
+}
+
+// followTags has pins and list follow the tags that moved.
+func (c *Cache) followTags() {
+	if c.tagMoved.Load() {
+		c.repin()
+		c.images.due = true
 	}
 }
 
@@ -102,6 +118,7 @@ func (c *Cache) gather(first *flight) (batch []*flight, waits *shortage) {
 // readers keep the open file, and the next request fetches it again.
 func (c *Cache) commit(batch []*flight) {
 	c.renew()
+	c.followTags()
 	var (
 		files []*blobstore.Pending
 		rows  []index.Stored
@@ -249,7 +266,7 @@ func (c *Cache) drop(d digest.Digest) {
 }
 
 // remove takes an object away, row first.
-func (c *Cache) remove(d digest.Digest, row index.Object) {
+func (c *Cache) remove(d digest.Digest, row index.Object) error {
 	c.hot.drop(d)
 	err := c.index.Apply(nil, []digest.Digest{d})
 	if err == nil {
@@ -257,7 +274,8 @@ func (c *Cache) remove(d digest.Digest, row index.Object) {
 	}
 	if err != nil {
 		c.noteTrouble(err)
-		return
+		return err
 	}
 	c.forget(d, row.Alloc)
+	return nil
 }

@@ -81,12 +81,17 @@ func (c *Cache) noteUse(d digest.Digest) {
 	}
 }
 
-// enter puts an object that has its row into the order, as used just now.
+// enter puts an object that has its row into the order, as used just now. It runs
+// in the committer.
 func (c *Cache) enter(d digest.Digest, alloc int64, children []digest.Digest) {
 	c.order.mu.Lock()
-	defer c.order.mu.Unlock()
 	c.order.queue.Add(d, alloc)
 	c.order.queue.Lead(d, children)
+	c.order.mu.Unlock()
+	c.images.due = c.images.due || children != nil
+	if c.pins.wanted[d] {
+		c.repin() // it is held, and what it leads to is wanted
+	}
 }
 
 // forget takes an object whose file is gone out of the order and off the count
@@ -99,6 +104,11 @@ func (c *Cache) forget(d digest.Digest, alloc int64) {
 	}
 	c.order.mu.Unlock()
 	c.addUsed(-alloc)
+	c.images.due = true
+	if l := c.pins.leases[d]; l != nil {
+		delete(c.pins.leases, d)
+		c.letGo(l)
+	}
 }
 
 // NoteTag takes what the authority says of a tag, unless it has said something
@@ -108,6 +118,7 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 	if !taken || before == t.Digest {
 		return
 	}
+	c.tagMoved.Store(true)
 	c.order.mu.Lock()
 	defer c.order.mu.Unlock()
 	if before != "" {
@@ -248,6 +259,7 @@ func (c *Cache) choose(short int64) (victims []digest.Digest) {
 // in the order. It runs in the committer.
 func (c *Cache) evictAll(victims []digest.Digest) (freed int64, err error) {
 	victims = slices.DeleteFunc(victims, c.leaveToAdopter)
+	c.images.due = true
 	c.hot.drop(victims...)
 	err = c.index.Apply(nil, victims)
 	var gone Evicted
@@ -344,6 +356,9 @@ func (c *Cache) measureOverhead() {
 	for _, e := range entries {
 		if e.Type().IsRegular() && e.Name() != indexName {
 			take(filepath.Join(c.opts.Dir, e.Name()))
+			if e.Name() == listName {
+				take(filepath.Join(c.opts.Dir, e.Name())) // for the next one beside it
+			}
 		}
 	}
 	c.mu.Lock()

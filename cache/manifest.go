@@ -8,36 +8,76 @@ import (
 	"tarn/blobstore"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // maxManifest is the size in bytes of the largest manifest that clients and
 // registries accept.
 const maxManifest = 4 << 20
 
-// childrenOf returns what a manifest or an index leads to: its config, layers and
-// manifests (OCI image-spec "Image Manifest", "Image Index", and Docker's of the
-// same shape), but no subject. Anything else leads nowhere. Eviction goes by it
-// and pins do; nobody is served by it.
-func childrenOf(body []byte) (children []digest.Digest) {
-	type descriptor struct {
-		Digest digest.Digest `json:"digest"`
-	}
-	var m struct {
-		Config    descriptor   `json:"config"`
-		Layers    []descriptor `json:"layers"`
-		Manifests []descriptor `json:"manifests"`
-	}
+// manifest is what is read of a manifest or an index (OCI image-spec "Image
+// Manifest", "Image Index", and Docker's of the same shape). Eviction, pins and
+// lists go by it; nobody is served by it.
+type manifest struct {
+	MediaType string          `json:"mediaType"`
+	Config    v1.Descriptor   `json:"config"`
+	Layers    []v1.Descriptor `json:"layers"`
+	Manifests []v1.Descriptor `json:"manifests"`
+}
+
+// parseManifest returns an empty one for anything else.
+func parseManifest(body []byte) (m manifest) {
 	if json.Unmarshal(body, &m) != nil {
-		return nil
+		return manifest{}
 	}
+	return m
+}
+
+// descriptors are all that it leads to, but no subject.
+func (m manifest) descriptors() (all []v1.Descriptor) {
 	seen := make(map[digest.Digest]bool)
-	for _, list := range [][]descriptor{{m.Config}, m.Layers, m.Manifests} {
+	for _, list := range [][]v1.Descriptor{{m.Config}, m.Layers, m.Manifests} {
 		for _, d := range list {
-			if blobstore.CheckDigest(d.Digest) == nil && !seen[d.Digest] {
+			if blobstore.CheckDigest(d.Digest) == nil && !seen[d.Digest] && d.Size >= 0 {
 				seen[d.Digest] = true
-				children = append(children, d.Digest)
+				all = append(all, d)
 			}
 		}
 	}
+	return all
+}
+
+// isIndex tells an index from a manifest.
+func (m manifest) isIndex() bool { return len(m.Manifests) > 0 }
+
+// mediaType is what it says of itself, or else what it looks like.
+func (m manifest) mediaType() string {
+	switch {
+	case m.MediaType != "":
+		return m.MediaType
+	case m.isIndex():
+		return v1.MediaTypeImageIndex
+	}
+	return v1.MediaTypeImageManifest
+}
+
+// childrenOf returns what a manifest leads to, nil for anything else.
+func childrenOf(body []byte) (children []digest.Digest) {
+	for _, d := range parseManifest(body).descriptors() {
+		children = append(children, d.Digest)
+	}
 	return children
+}
+
+// storedManifest reads a manifest that is stored. Anything else leads nowhere.
+func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, ok bool) {
+	row, ok := c.index.Row(d)
+	if !ok || row.Size > maxManifest || c.index.ChildrenOf(d) == nil {
+		return m, row.Size, ok
+	}
+	body, err := c.store.Read(d, row.Size)
+	if err != nil || d.Algorithm().FromBytes(body) != d {
+		return m, row.Size, false
+	}
+	return parseManifest(body), row.Size, true
 }

@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -190,22 +191,82 @@ func (c *Cache) scrubOnce(now time.Time, rate int64) {
 		return
 	}
 	for _, d := range due {
-		info, err := os.Lstat(c.store.Path(d))
-		if err != nil {
-			continue // who asks for it finds out
-		}
-		sound, err := c.hashes(d, rate)
-		switch {
-		case c.ctx.Err() != nil:
+		if _, err := c.verify(c.ctx, d, rate, nil); c.ctx.Err() != nil {
 			return
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
+		} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			c.noteTrouble(err)
-		default:
-			done := make(chan struct{})
-			if c.tell(finding{digest: d, info: info, sound: sound, done: done}) {
-				<-done
-			}
 		}
 	}
+}
+
+// verify hashes a stored file and has the committer take in what came out. A
+// file that is gone is fs.ErrNotExist: who asks for it finds out.
+func (c *Cache) verify(ctx context.Context, d digest.Digest, rate int64, report func(n int)) (sound bool, err error) {
+	info, err := os.Lstat(c.store.Path(d))
+	if err != nil {
+		return false, err
+	}
+	if sound, err = c.hashes(ctx, d, rate, report); err != nil {
+		return false, err
+	}
+	done := make(chan struct{})
+	if c.tell(finding{digest: d, info: info, sound: sound, done: done}) {
+		<-done
+	}
+	return sound, nil
+}
+
+// Verification is how far Verify has come.
+type Verification struct {
+	Files   int             `json:"files"`
+	Bytes   int64           `json:"bytes"`
+	OfFiles int             `json:"ofFiles"`
+	OfBytes int64           `json:"ofBytes"`
+	Bad     []digest.Digest `json:"bad"`     // other bytes than the digest says, or unreadable: dropped
+	Missing []digest.Digest `json:"missing"` // rows without a file: dropped
+}
+
+// Verify hashes every stored file, rate bytes a second or as fast as it can when
+// that is 0, and drops what is not what its digest says. It reports after each
+// MiB or file. Errors: the context's, and those of the index.
+func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
+	var all []digest.Digest
+	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
+		all = append(all, d)
+		v.OfBytes += o.Size
+	}); err != nil {
+		return v, err
+	}
+	v.OfFiles = len(all)
+	v.Bad, v.Missing = []digest.Digest{}, []digest.Digest{}
+	for _, d := range all {
+		sound, err := c.verify(ctx, d, rate, func(n int) {
+			v.Bytes += int64(n)
+			report(v)
+		})
+		_, known := c.index.Row(d)
+		switch {
+		case ctx.Err() != nil:
+			return v, ctx.Err()
+		case err == nil && sound:
+		case errors.Is(err, fs.ErrNotExist) && !known: // it was evicted meanwhile
+		case errors.Is(err, fs.ErrNotExist):
+			v.Missing = append(v.Missing, d)
+			c.inCommitter(func() error { c.drop(d); return nil })
+		case err != nil:
+			v.Bad = append(v.Bad, d)
+			c.inCommitter(func() error {
+				if row, ok := c.index.Row(d); ok {
+					return c.remove(d, row)
+				}
+				return nil
+			})
+			c.log.Sugar().Errorw("a file on the disk cannot be read, and is dropped", "digest", d, "cause", err.Error())
+		default:
+			v.Bad = append(v.Bad, d)
+		}
+		v.Files++
+		report(v)
+	}
+	return v, nil
 }

@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -96,6 +97,9 @@ func (c *Cache) open() (strays []stray, err error) {
 	if err := c.restoreOrder(stored); err != nil {
 		return nil, errors.Join(err, c.index.Close())
 	}
+	c.readPins()
+	c.markLayout()
+	c.images.due = true
 	c.measureOverhead()
 	parked := c.restoreAll(left)
 	swept := len(deleted) + len(left) - parked
@@ -279,7 +283,7 @@ type adoption struct {
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	for _, s := range strays {
-		sound, err := c.hashes(s.digest, 0)
+		sound, err := c.hashes(c.ctx, s.digest, 0, nil)
 		if c.ctx.Err() != nil {
 			return
 		}
@@ -308,8 +312,8 @@ func (c *Cache) adoptAll(strays []stray) {
 }
 
 // hashes tells whether the file's bytes are what its name says. It reads rate
-// bytes a second, or as fast as it can when that is 0.
-func (c *Cache) hashes(d digest.Digest, rate int64) (bool, error) {
+// bytes a second, or as fast as it can when that is 0, and reports each piece.
+func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report func(n int)) (bool, error) {
 	f, err := c.store.Open(d)
 	if err != nil {
 		return false, err
@@ -317,12 +321,15 @@ func (c *Cache) hashes(d digest.Digest, rate int64) (bool, error) {
 	defer f.Close()
 	v := d.Verifier()
 	buf := make([]byte, 1<<20)
-	for c.ctx.Err() == nil {
+	for ctx.Err() == nil {
 		n, err := f.Read(buf)
 		v.Write(buf[:n])
+		if report != nil {
+			report(n)
+		}
 		if rate > 0 {
 			select {
-			case <-c.ctx.Done():
+			case <-ctx.Done():
 			case <-time.After(time.Duration(int64(n) * int64(time.Second) / rate)):
 			}
 		}
@@ -333,7 +340,7 @@ func (c *Cache) hashes(d digest.Digest, rate int64) (bool, error) {
 			return false, err
 		}
 	}
-	return false, c.ctx.Err()
+	return false, ctx.Err()
 }
 
 // settle runs in the committer: it adopts a sound stray for the listed domain,

@@ -109,9 +109,6 @@ func TestAnImageThatIsLargerThanTheDisk(t *testing.T) {
 		clients.Wait()
 	}
 	t.Logf("%d rounds: %v", rounds, statuses)
-	if ready := readiness(t); !strings.Contains(ready, "room") {
-		t.Errorf("nothing is said of what does not fit: %s", ready)
-	}
 }
 
 // TestAFullDiskIsSaidAndComesBackByItself.

@@ -408,18 +408,51 @@ func (ix *Index) Children(f func(digest.Digest, []digest.Digest)) error {
 	})
 }
 
-// Tags calls f for each tag that was written, with the key's parts. f must not
-// call the index.
+// ChildrenOf returns what an object leads to.
+func (ix *Index) ChildrenOf(d digest.Digest) (children []digest.Digest) {
+	ix.view(func(tx *bolt.Tx) error {
+		if v := tx.Bucket(childrenBucket).Get([]byte(d)); v != nil {
+			children = decodeChildren(v)
+		}
+		return nil
+	})
+	return children
+}
+
+// Use returns when an object was used last.
+func (ix *Index) Use(d digest.Digest) (u Use, ok bool) {
+	ix.mu.Lock()
+	u, ok = ix.uses[d]
+	ix.mu.Unlock()
+	if !ok {
+		ok = ix.get(useBucket, string(d), &u)
+	}
+	return u, ok
+}
+
+// Tags calls f for each tag, with the parts of its key, in no order.
 func (ix *Index) Tags(f func(k RepositoryKey, tag string, t Tag)) error {
+	ix.mu.Lock()
+	notes := maps.Clone(ix.tags)
+	ix.mu.Unlock()
+	each := func(key string, t Tag) {
+		if parts := strings.Split(key, "\x00"); len(parts) == 3 {
+			f(RepositoryKey{parts[0], parts[1]}, parts[2], t)
+		}
+	}
+	for key, t := range notes {
+		each(key, t)
+	}
 	return ix.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(tagBucket).ForEach(func(k, v []byte) error {
+			if _, noted := notes[string(k)]; noted {
+				return nil
+			}
 			var t Tag
 			if err := t.decode(v); err != nil {
 				return fmt.Errorf("row of tag %q: %w", k, err)
 			}
-			if parts := strings.Split(string(k), "\x00"); len(parts) == 3 {
-				f(RepositoryKey{parts[0], parts[1]}, parts[2], t)
-			}
+			each(string(k), t)
 			return nil
 		})
 	})

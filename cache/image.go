@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Image is what a tag means, or what a pin keeps by digest, as people know it.
+type Image struct {
+	Upstream   string        `json:"upstream"`
+	Repository string        `json:"repository"`
+	Tag        string        `json:"tag,omitempty"`
+	Digest     digest.Digest `json:"digest"`
+	Platforms  []string      `json:"platforms"` // that are here
+	HereBytes  int64         `json:"hereBytes"`
+	TotalBytes int64         `json:"totalBytes"` // of the platforms that are here
+	Confirmed  time.Time     `json:"confirmed,omitzero"`
+	Used       time.Time     `json:"used,omitzero"`
+	Pinned     bool          `json:"pinned"`
+}
+
+// Images returns the images of which at least the manifest that names them is
+// stored, by name.
+func (c *Cache) Images() (images []Image, err error) {
+	pins := c.Pins()
+	add := func(k index.RepositoryKey, tag string, d digest.Digest, confirmed time.Time) {
+		if _, ok := c.index.Row(d); !ok {
+			return
+		}
+		t := c.tree(d, nil)
+		i := Image{Upstream: k.Upstream, Repository: k.Repository, Tag: tag, Digest: d, Platforms: t.Platforms, HereBytes: t.Here, TotalBytes: t.Total, Confirmed: confirmed}
+		u, _ := c.index.Use(d)
+		i.Used = u.Time
+		i.Pinned = slices.ContainsFunc(pins, func(p Pin) bool {
+			return p.key() == k && (p.Digest == d || p.Digest == "" && p.Tag == tag)
+		})
+		images = append(images, i)
+	}
+	tags := make(map[string]func())
+	err = c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
+		if t.Digest != "" {
+			tags[k.TagKey(tag)] = func() { add(k, tag, t.Digest, t.Confirmed) }
+		}
+	})
+	for _, f := range tags {
+		f()
+	}
+	for _, p := range pins {
+		if p.Digest != "" {
+			add(p.key(), "", p.Digest, time.Time{})
+		}
+	}
+	slices.SortFunc(images, func(a, b Image) int {
+		return cmp.Or(strings.Compare(a.Upstream, b.Upstream), strings.Compare(a.Repository, b.Repository), strings.Compare(a.Tag, b.Tag), strings.Compare(string(a.Digest), string(b.Digest)))
+	})
+	return images, err
+}
+
+// EvictImage removes what a tag or a digest means, and all that nothing else that is
+// stored leads to. Who reads something of it reads on. It fails with ErrNotStored, and
+// with ErrPinned.
+func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (e Evicted, err error) {
+	err = c.inCommitter(func() error {
+		if d == "" {
+			t, _ := c.index.Tag(k.TagKey(tag))
+			d = t.Digest
+		}
+		if _, ok := c.index.Row(d); d == "" || !ok {
+			return ErrNotStored
+		}
+		kept := make(map[digest.Digest]bool) // by what stays
+		for _, p := range c.Pins() {
+			for pinned := range c.pinned(p).sizes {
+				kept[pinned] = true
+			}
+		}
+		if kept[d] {
+			return fmt.Errorf("%w: unpin it first", ErrPinned)
+		}
+		mine := c.tree(d, nil).sizes
+		if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
+			if t.Digest != d {
+				kept[t.Digest] = true
+			}
+		}); err != nil {
+			return err
+		}
+		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
+			if _, inside := mine[parent]; inside && !kept[parent] {
+				return
+			}
+			for _, child := range children {
+				kept[child] = true
+			}
+		}); err != nil {
+			return err
+		}
+		for changed := true; changed; { // what is kept keeps its own
+			changed = false
+			for parent := range mine {
+				if !kept[parent] {
+					continue
+				}
+				for _, child := range c.index.ChildrenOf(parent) {
+					if _, inside := mine[child]; inside && !kept[child] {
+						kept[child], changed = true, true
+					}
+				}
+			}
+		}
+		for d := range mine {
+			row, ok := c.index.Row(d)
+			if !ok || kept[d] {
+				continue
+			}
+			if err := c.remove(d, row); err != nil {
+				return err
+			}
+			e.Objects++
+			e.Bytes += row.Alloc
+		}
+		return nil
+	})
+	return e, err
+}
+
+const (
+	layoutName = v1.ImageLayoutFile
+	listName   = v1.ImageIndexFile
+)
+
+// imageList is index.json, in the committer.
+type imageList struct {
+	due     bool // it may say something else by now
+	written []byte
+	types   map[digest.Digest]string // media types of what it named last
+}
+
+// layOut makes the directory an OCI image layout, whose list of images is at most
+// noteInterval behind (OCI image-spec "Image Layout"). A manifest in it may lead
+// to layers that are not here, as the specification allows.
+func (c *Cache) layOut() {
+	if !c.images.due {
+		return
+	}
+	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
+	meant := make(map[string]digest.Digest)
+	if err := c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
+		if t.Digest != "" {
+			meant[k.Upstream+"/"+k.Repository+":"+tag] = t.Digest
+		}
+	}); err != nil {
+		return // of a broken index, the next has its turn
+	}
+	types := make(map[digest.Digest]string)
+	for _, name := range slices.Sorted(maps.Keys(meant)) {
+		d := meant[name]
+		row, ok := c.index.Row(d)
+		if !ok {
+			continue
+		}
+		if types[d] == "" {
+			types[d] = c.images.types[d]
+		}
+		if types[d] == "" {
+			m, _, ok := c.storedManifest(d)
+			if !ok || m.descriptors() == nil {
+				continue
+			}
+			types[d] = m.mediaType()
+		}
+		ix.Manifests = append(ix.Manifests, v1.Descriptor{
+			MediaType: types[d], Digest: d, Size: row.Size,
+			Annotations: map[string]string{v1.AnnotationRefName: name},
+		})
+	}
+	c.images.types = types
+	data, err := json.MarshalIndent(ix, "", "  ")
+	if err == nil && !bytes.Equal(data, c.images.written) {
+		err = c.writeFile("list", listName, data)
+	}
+	if err != nil {
+		c.log.Sugar().Warnw("the list of images is not written", "file", listName, "cause", err.Error())
+		return
+	}
+	c.images.written, c.images.due = data, false
+}
+
+// markLayout writes what says that the directory is a layout. Without it, the
+// directory is as good for everybody else.
+func (c *Cache) markLayout() {
+	if _, err := os.Lstat(filepath.Join(c.opts.Dir, layoutName)); err == nil {
+		return
+	}
+	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
+	if err == nil {
+		err = c.writeFile("layout", layoutName, data)
+	}
+	if err != nil {
+		c.log.Sugar().Warnw("the directory is not marked as an image layout", "file", layoutName, "cause", err.Error())
+	}
+}

@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"tarn/blobstore"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A Pin keeps an image from being evicted: all of it that is stored now or comes
+// to be. By tag, it follows the tag; by digest, the tag is empty. A pin is no right
+// to anything, and no confirmation.
+type Pin struct {
+	Upstream   string        `json:"upstream"`
+	Repository string        `json:"repository"`
+	Tag        string        `json:"tag,omitempty"`
+	Digest     digest.Digest `json:"digest,omitempty"`
+	// Platforms of an index, as os/architecture[/variant]; without a variant it is
+	// any. None: all platforms.
+	Platforms []string `json:"platforms,omitempty"`
+	// Meant is what the tag meant last, for when an index that was lost is rebuilt.
+	Meant digest.Digest `json:"meant,omitempty"`
+}
+
+func (p Pin) key() index.RepositoryKey {
+	return index.RepositoryKey{Upstream: p.Upstream, Repository: p.Repository}
+}
+
+func (p Pin) same(q Pin) bool {
+	return p.key() == q.key() && p.Tag == q.Tag && p.Digest == q.Digest
+}
+
+var (
+	// ErrPinsTooLarge: what is pinned would not fit.
+	ErrPinsTooLarge = errors.New("pins would take more than there is room for")
+	// ErrPinned: the image is pinned.
+	ErrPinned = errors.New("the image is pinned")
+	// ErrNotPinned: there is no such pin.
+	ErrNotPinned = errors.New("the image is not pinned")
+	// ErrNotStored: nothing of the image is here.
+	ErrNotStored = errors.New("the image is not here")
+)
+
+const (
+	pinsName   = "pins.json"
+	brokenPins = "pins.json.broken"
+)
+
+// pins is the committer's, but for the list.
+type pins struct {
+	list   []Pin // guarded by the cache's mutex; replaced, never changed
+	wanted map[digest.Digest]bool
+	leases map[digest.Digest]lease
+}
+
+// Pins returns the pins.
+func (c *Cache) Pins() []Pin {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.pins.list)
+}
+
+// Pin adds a pin, or changes the platforms of one, and returns how many bytes of
+// it are here and how many it has, as far as its manifests are here. It fails
+// with ErrPinsTooLarge, and when it cannot be written.
+func (c *Cache) Pin(p Pin) (t Tree, err error) {
+	err = c.inCommitter(func() error {
+		list := slices.DeleteFunc(c.Pins(), p.same)
+		list = append(list, p)
+		all := make(map[digest.Digest]int64)
+		for _, p := range list {
+			for d, size := range c.pinned(p).sizes {
+				all[d] = size
+			}
+		}
+		var sum int64
+		for _, size := range all {
+			sum += roundUp(size)
+		}
+		c.mu.Lock()
+		room := c.opts.MaxSize - c.overhead
+		c.mu.Unlock()
+		if sum > room {
+			return fmt.Errorf("%w: with this one they take %d bytes, and max_size leaves %d: unpin something, or raise max_size", ErrPinsTooLarge, sum, room)
+		}
+		if err := c.setPins(list); err != nil {
+			return err
+		}
+		t = c.pinned(p)
+		return nil
+	})
+	return t, err
+}
+
+// Unpin removes a pin. It fails with ErrNotPinned, and when that cannot be written.
+func (c *Cache) Unpin(p Pin) error {
+	return c.inCommitter(func() error {
+		before := c.Pins()
+		list := slices.DeleteFunc(slices.Clone(before), p.same)
+		if len(list) == len(before) {
+			return ErrNotPinned
+		}
+		return c.setPins(list)
+	})
+}
+
+// setPins writes the pins, and then they hold.
+func (c *Cache) setPins(list []Pin) error {
+	if err := c.writePins(list); err != nil {
+		return err
+	}
+	c.repin()
+	return nil
+}
+
+func (c *Cache) writePins(list []Pin) error {
+	data, err := json.MarshalIndent(list, "", "  ")
+	if err == nil {
+		err = c.writeFile("pins", pinsName, data)
+	}
+	if err != nil {
+		return fmt.Errorf("write the pins: %w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pins.list = list
+	return nil
+}
+
+// writeFile replaces a small file of the directory as one step, durably.
+func (c *Cache) writeFile(what, name string, data []byte) error {
+	path := filepath.Join(c.opts.Dir, name)
+	temporary := path + ".new"
+	err := c.opts.Steps.Do("write "+what, func() error {
+		f, err := os.OpenFile(temporary, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(data)
+		return errors.Join(err, f.Sync(), f.Close())
+	})
+	if err == nil {
+		err = c.opts.Steps.Do("rename "+what, func() error { return os.Rename(temporary, path) })
+	}
+	if err != nil {
+		os.Remove(temporary)
+	}
+	return err
+}
+
+// readPins is for the start. A file that says nothing is set aside: what it
+// pinned may be evicted then, and is not lost.
+func (c *Cache) readPins() {
+	c.pins.leases = make(map[digest.Digest]lease)
+	path := filepath.Join(c.opts.Dir, pinsName)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &c.pins.list)
+	}
+	if err != nil {
+		c.pins.list = nil
+		rerr := os.Rename(path, filepath.Join(c.opts.Dir, brokenPins))
+		c.log.Sugar().Errorw("the pins cannot be read: nothing is pinned", "cause", err.Error(), "kept_as", brokenPins, "renamed", rerr == nil)
+		return
+	}
+	c.repin()
+}
+
+// repin holds what the pins lead to now, and nothing else any more. It runs in the
+// committer.
+func (c *Cache) repin() {
+	c.tagMoved.Store(false)
+	c.pins.wanted = make(map[digest.Digest]bool)
+	list := c.Pins()
+	moved := false
+	for i, p := range list {
+		if tag, ok := c.index.Tag(p.key().TagKey(p.Tag)); ok && p.Digest == "" && tag.Digest != "" && tag.Digest != p.Meant {
+			list[i].Meant, moved = tag.Digest, true
+		}
+	}
+	if moved {
+		if err := c.writePins(list); err != nil {
+			c.log.Sugar().Warnw("a pin follows its tag, and that cannot be written", "cause", err.Error())
+		}
+	}
+	for _, p := range list {
+		for d := range c.pinned(p).sizes {
+			c.pins.wanted[d] = true
+		}
+	}
+	for d, l := range c.pins.leases {
+		if !c.pins.wanted[d] {
+			delete(c.pins.leases, d)
+			c.letGo(l)
+		}
+	}
+	for d := range c.pins.wanted {
+		if c.pins.leases[d] == nil {
+			if l := c.hold(d); l != nil {
+				c.pins.leases[d] = l
+			}
+		}
+	}
+}
+
+// pinned is what a pin leads to.
+func (c *Cache) pinned(p Pin) Tree {
+	root := cmp.Or(p.Digest, p.Meant)
+	if tag, _ := c.index.Tag(p.key().TagKey(p.Tag)); p.Digest == "" && tag.Digest != "" {
+		root = tag.Digest
+	}
+	return c.tree(root, p.Platforms)
+}
+
+// Tree is an image as far as its manifests are here.
+type Tree struct {
+	// Here and Total are bytes: of what is stored, and of all of it. Of an index
+	// they count the manifests that are here, or all that were asked for.
+	Here, Total int64
+	// Platforms that there is something of.
+	Platforms []string
+	sizes     map[digest.Digest]int64
+}
+
+// tree walks from a digest over the manifests that are here, to these platforms
+// of an index, or to all.
+func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
+	t.sizes = make(map[digest.Digest]int64)
+	if blobstore.CheckDigest(root) != nil {
+		return t
+	}
+	var walk func(d digest.Digest, size int64, platform *v1.Platform)
+	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
+		if _, seen := t.sizes[d]; seen {
+			return
+		}
+		m, stored, ok := c.storedManifest(d)
+		if ok {
+			size = stored
+			t.Here += size
+		}
+		t.sizes[d] = size
+		t.Total += size
+		if ok && platform != nil {
+			t.Platforms = append(t.Platforms, platformName(*platform))
+		}
+		for _, child := range m.descriptors() {
+			if !m.isIndex() {
+				walk(child.Digest, child.Size, nil)
+				continue
+			}
+			if child.Platform != nil && len(platforms) > 0 && !slices.ContainsFunc(platforms, func(p string) bool {
+				name := platformName(*child.Platform)
+				return name == p || strings.HasPrefix(name, p+"/")
+			}) {
+				continue
+			}
+			if _, here := c.index.Row(child.Digest); here || len(platforms) > 0 {
+				walk(child.Digest, child.Size, child.Platform)
+			} else {
+				t.sizes[child.Digest] = child.Size // a pin keeps it when it comes
+			}
+		}
+		if platform == nil && m.Config.Digest != "" && d == root {
+			if p, ok := c.configPlatform(m.Config); ok {
+				t.Platforms = append(t.Platforms, platformName(p))
+			}
+		}
+	}
+	walk(root, 0, nil)
+	return t
+}
+
+func platformName(p v1.Platform) string {
+	name := p.OS + "/" + p.Architecture
+	if p.Variant != "" {
+		name += "/" + p.Variant
+	}
+	return name
+}
+
+// configPlatform reads what an image's config says that it runs on.
+func (c *Cache) configPlatform(config v1.Descriptor) (p v1.Platform, ok bool) {
+	row, stored := c.index.Row(config.Digest)
+	if !stored || row.Size > maxManifest || row.Size == 0 {
+		return p, false
+	}
+	body, err := c.store.Read(config.Digest, row.Size)
+	if err != nil || json.Unmarshal(body, &p) != nil || p.OS == "" {
+		return p, false
+	}
+	return p, true
+}
+
+// inCommitter has f run in the committer, and returns its error.
+func (c *Cache) inCommitter(f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case c.calls <- func() { done <- f() }:
+		return <-done
+	case <-c.ctx.Done():
+		return ErrClosed
+	}
+}
