@@ -12,7 +12,8 @@
 // Failure model: a request that may not be answered gets 403 with what to do;
 // nothing here waits for a registry.
 //
-// It never changes anything yet, and never serves a blob.
+// What changes something takes JSON, which a page of another site cannot send
+// unasked. It never serves a blob.
 package admin
 
 import (
@@ -23,6 +24,10 @@ import (
 	"net/url"
 	"strings"
 
+	"tarn/cache"
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -46,6 +51,10 @@ type Options struct {
 	Ready func() (bool, []Check)
 	// Status is the document of /api/v1/status. nil serves none.
 	Status func() any
+	// Store has the images, and Parse reads their names as people write them. nil
+	// serves none.
+	Store *cache.Cache
+	Parse func(string) (k index.RepositoryKey, tag string, d digest.Digest, err error)
 }
 
 // New returns the handler.
@@ -75,8 +84,11 @@ func New(opts Options) http.Handler {
 			serveJSON(w, http.StatusOK, opts.Status())
 		})
 	}
+	if opts.Store != nil {
+		images{opts.Store, opts.Parse}.register(own)
+	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and /api/v1/status"))
+		serveJSON(w, http.StatusNotFound, failure("no such path or method; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))
 	})
 	mux.Handle("/", guard(opts.Listener, own))
 	return headers(mux)
@@ -98,9 +110,11 @@ func headers(next http.Handler) http.Handler {
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 		h.Set("Cache-Control", "no-store")
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			h.Set("Allow", "GET, HEAD")
-			serveJSON(w, http.StatusMethodNotAllowed, failure("only GET and HEAD"))
+		switch r.Method {
+		case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
+		default:
+			h.Set("Allow", "GET, HEAD, POST, DELETE")
+			serveJSON(w, http.StatusMethodNotAllowed, failure("only GET, HEAD, POST and DELETE"))
 			return
 		}
 		next.ServeHTTP(w, r)

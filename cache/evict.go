@@ -77,8 +77,13 @@ func (c *Cache) noteUse(d digest.Digest) {
 	rank, ok := c.order.queue.Rank(d)
 	c.order.mu.Unlock()
 	if ok {
-		c.index.NoteUse(d, index.Use{Time: time.Now(), Uses: rank.Uses, Priority: rank.Priority})
+		c.noteRank(d, time.Now(), rank)
 	}
+}
+
+// noteRank keeps a rank for the next process.
+func (c *Cache) noteRank(d digest.Digest, used time.Time, r evict.Rank) {
+	c.index.NoteUse(d, index.Use{Time: used, Uses: r.Uses, Priority: r.Priority, Lost: r.Lost})
 }
 
 // enter puts an object that has its row into the order, as used just now. It runs
@@ -87,7 +92,9 @@ func (c *Cache) enter(d digest.Digest, alloc int64, children []digest.Digest) {
 	c.order.mu.Lock()
 	c.order.queue.Add(d, alloc)
 	c.order.queue.Lead(d, children)
+	rank, _ := c.order.queue.Rank(d)
 	c.order.mu.Unlock()
+	c.noteRank(d, time.Now(), rank)
 	c.images.due = c.images.due || children != nil
 	if c.pins.wanted[d] {
 		c.repin() // it is held, and what it leads to is wanted
@@ -120,12 +127,19 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 	}
 	c.tagMoved.Store(true)
 	c.order.mu.Lock()
-	defer c.order.mu.Unlock()
-	if before != "" {
-		c.order.queue.Untag(before)
-	}
 	if t.Digest != "" {
 		c.order.queue.Tag(t.Digest)
+	}
+	if before == "" {
+		c.order.mu.Unlock()
+		return
+	}
+	c.order.queue.Untag(before)
+	rank, ok := c.order.queue.Rank(before)
+	c.order.mu.Unlock()
+	if ok && rank.Lost {
+		u, _ := c.index.Use(before)
+		c.noteRank(before, u.Time, rank)
 	}
 }
 
@@ -328,13 +342,19 @@ func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
 	for d, alloc := range stored {
 		q.Add(d, alloc)
 	}
-	return errors.Join(err,
+	err = errors.Join(err,
 		c.index.Children(func(d digest.Digest, children []digest.Digest) { q.Lead(d, children) }),
 		c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
 			if t.Digest != "" {
 				q.Tag(t.Digest)
 			}
 		}))
+	for _, k := range known {
+		if k.u.Lost {
+			q.Lose(k.d)
+		}
+	}
+	return err
 }
 
 // growth is what directories and small files may take more of before the

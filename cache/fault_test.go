@@ -50,6 +50,49 @@ var scripts = []script{
 		}
 	}, func(dir string, steps fault.Steps, mend func() bool) error { return pullAll(dir, steps, mend, false) }},
 	{"evict", func(*testing.T, string) {}, pullIntoLittleRoom},
+	{"pin", func(*testing.T, string) {}, pinAndUnpin},
+}
+
+// pinAndUnpin pins what is there, and unpins some of it. What it is told was done
+// is so, for the next process as well.
+func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
+	c, err := New(Options{Dir: dir, MaxSize: 1 << 30, Steps: steps})
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNoStart, err)
+	}
+	defer func() { c.Close() }()
+	one, two := Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(images()[0])}, Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(images()[1])}
+	for _, body := range images()[:2] {
+		if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
+			return fmt.Errorf("%d bytes: %w", len(got), err)
+		}
+	}
+	if err := rest(c, func() bool { return c.Stats().Flights == 0 }); err != nil {
+		return err
+	}
+	_, err1 := c.Pin(one)
+	_, err2 := c.Pin(two)
+	err3 := c.Unpin(one)
+	told := c.Pins()
+	mend()
+	c.retryRemovals()
+	if err := landed(c); err != nil {
+		return err
+	}
+	if err := c.Close(); err != nil && steps == nil {
+		return err
+	}
+	if c, err = New(Options{Dir: dir, MaxSize: 1 << 30}); err != nil {
+		return err
+	}
+	// One that failed may have taken effect.
+	if now := c.Pins(); err1 == nil && err2 == nil && err3 == nil && !slices.EqualFunc(now, told, Pin.same) {
+		return fmt.Errorf("pinned is %v, and was said to be %v", now, told)
+	}
+	if steps == nil && (len(told) != 1 || !told[0].same(two)) {
+		return fmt.Errorf("pinned is %v", told)
+	}
+	return nil
 }
 
 // pullIntoLittleRoom has room for one of the large images at a time.
@@ -266,6 +309,9 @@ func again(t *testing.T, dir string) {
 	}
 	if err := c.Index().Broken(); err != nil {
 		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, brokenPins)); err == nil {
+		t.Error("the pins were broken")
 	}
 	for d, row := range rowsOf(t, c) {
 		if info, err := os.Stat(c.store.Path(d)); err != nil || info.Size() != row {

@@ -111,6 +111,8 @@ type Use struct {
 	Time     time.Time
 	Uses     int
 	Priority float64
+	// Lost: tags or manifests led to it, and none did any more.
+	Lost bool
 }
 
 // stamp is the row of a yes: when the authority was asked.

@@ -72,13 +72,17 @@ func (s *stamp) decode(b []byte) error {
 }
 
 func (u *Use) encode() []byte {
-	return encodeRow([]int64{nanos(u.Time), int64(u.Uses), int64(math.Float64bits(u.Priority))}, "")
+	lost := int64(0)
+	if u.Lost {
+		lost = 1
+	}
+	return encodeRow([]int64{nanos(u.Time), int64(u.Uses), int64(math.Float64bits(u.Priority)), lost}, "")
 }
 
 func (u *Use) decode(b []byte) error {
-	var when, uses, priority int64
-	rest, err := decodeRow(b, &when, &uses, &priority)
-	u.Time, u.Uses, u.Priority = moment(when), int(uses), math.Float64frombits(uint64(priority))
+	var when, uses, priority, lost int64
+	rest, err := decodeRow(b, &when, &uses, &priority, &lost)
+	u.Time, u.Uses, u.Priority, u.Lost = moment(when), int(uses), math.Float64frombits(uint64(priority)), lost != 0
 	if err == nil && (rest != "" || math.IsNaN(u.Priority)) {
 		err = errRow
 	}

@@ -142,7 +142,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	failed := make(chan error, 2)
 	go func() { failed <- registryServer.Serve(listener) }()
 	if adminListener != nil {
-		s := newServer(newAdmin(cfg, store, upstreams, registry, adminListener), log)
+		s := newServer(newAdmin(cfg, store, p, upstreams, registry, adminListener), log)
 		servers = append(servers, s)
 		go func() { failed <- s.Serve(adminListener) }()
 	}
@@ -446,6 +446,16 @@ func registerCache(registry *prometheus.Registry, store *cache.Cache) {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: g.help},
 			func() float64 { return float64(g.value(store.Stats())) }))
 	}
+	for name, c := range map[string]struct {
+		help  string
+		value func(cache.Evicted) int64
+	}{
+		"tarn_cache_evictions_total":     {"Objects that had to make room.", func(e cache.Evicted) int64 { return e.Objects }},
+		"tarn_cache_evicted_bytes_total": {"Bytes on disk of objects that had to make room.", func(e cache.Evicted) int64 { return e.Bytes }},
+	} {
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: c.help},
+			func() float64 { return float64(c.value(store.Stats().Evicted)) }))
+	}
 }
 
 // registerUpstreams shows how the listed registries do, as metrics that name
@@ -489,11 +499,13 @@ type status struct {
 	Upstreams []upstream.Health `json:"upstreams"`
 }
 
-func newAdmin(cfg Config, store *cache.Cache, upstreams *upstream.Client, registry *prometheus.Registry, l net.Listener) http.Handler {
+func newAdmin(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *upstream.Client, registry *prometheus.Registry, l net.Listener) http.Handler {
 	started := time.Now()
 	return admin.New(admin.Options{
 		Listener: l.Addr(),
 		Registry: registry,
+		Store:    store,
+		Parse:    p.ParseImage,
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.

@@ -32,6 +32,7 @@ const (
 type Rank struct {
 	Uses     int
 	Priority float64
+	Lost     bool // nothing leads to it any more
 }
 
 // Queue orders entries by how much they would be missed.
@@ -92,7 +93,8 @@ func (q *Queue[K]) Add(k K, size int64) {
 }
 
 // Restore enters what an earlier Queue had, as it was ranked there. All of them
-// come before the first Add, those that were used last at the end.
+// come before the first Add, those that were used last at the end. Who was Lost
+// is so again after Lose.
 func (q *Queue[K]) Restore(k K, size int64, r Rank) {
 	if q.entries[k] != nil {
 		return
@@ -129,7 +131,9 @@ func (q *Queue[K]) Rank(k K) (r Rank, ok bool) {
 	if e == nil {
 		return r, false
 	}
-	return e.rank, true
+	r = e.rank
+	r.Lost = e.orphan
+	return r, true
 }
 
 // Use counts a use. A key that is not there is none of its business.
@@ -177,6 +181,9 @@ func (q *Queue[K]) Tag(k K) { q.tag(k, 1) }
 
 // Untag says that a tag means something else now. It may come before its Tag.
 func (q *Queue[K]) Untag(k K) { q.tag(k, -1) }
+
+// Lose says that what led to the key has gone, unless something does now.
+func (q *Queue[K]) Lose(k K) { q.tag(k, 0) }
 
 func (q *Queue[K]) tag(k K, n int) {
 	l := q.link(k)

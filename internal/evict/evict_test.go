@@ -119,6 +119,12 @@ func TestWhatNothingLeadsToGoesFirst(t *testing.T) {
 			t.Errorf("%q go first", got)
 		}
 	})
+	t.Run("lost before", func(t *testing.T) {
+		q := make()
+		q.Lose("by digest")
+		q.Lose("old") // which has its tag
+		mustGo(t, q, "its app", "by digest", "base", "other app", "old app", "old", "other")
+	})
 	t.Run("nothing is left of what is gone", func(t *testing.T) {
 		q := make()
 		q.Untag("old")

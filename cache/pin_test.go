@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+var appKey = index.RepositoryKey{Upstream: "lab.test", Repository: "app"}
+
+// built is an image for two platforms, as a registry has it.
+type built struct {
+	index, manifest, other       []byte // other is the other platform's
+	config                       []byte
+	base, layer, otherLayer      []byte
+	indexDigest, manifestDigest  digest.Digest
+	layerDigest, otherLayerDigst digest.Digest
+}
+
+func buildImage(base []byte, size int) (b built) {
+	describe := func(body []byte, p *v1.Platform) v1.Descriptor {
+		return v1.Descriptor{MediaType: "x/y", Digest: digest.FromBytes(body), Size: int64(len(body)), Platform: p}
+	}
+	marshal := func(v any) []byte {
+		data, err := json.Marshal(v)
+		if err != nil {
+			panic(err)
+		}
+		return data
+	}
+	b.base, b.layer, b.otherLayer = base, randomBytes(size), randomBytes(size)
+	b.config = marshal(v1.Image{Platform: v1.Platform{OS: "linux", Architecture: "amd64"}, Author: fmt.Sprint(size, b.layer[0])})
+	b.manifest = marshal(v1.Manifest{MediaType: v1.MediaTypeImageManifest, Config: describe(b.config, nil), Layers: []v1.Descriptor{describe(base, nil), describe(b.layer, nil)}})
+	b.other = marshal(v1.Manifest{MediaType: v1.MediaTypeImageManifest, Config: describe(b.config, nil), Layers: []v1.Descriptor{describe(base, nil), describe(b.otherLayer, nil)}})
+	b.index = marshal(v1.Index{MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{
+		describe(b.other, &v1.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"}), describe(b.manifest, &v1.Platform{OS: "linux", Architecture: "amd64"}),
+	}})
+	b.indexDigest, b.manifestDigest = digest.FromBytes(b.index), digest.FromBytes(b.manifest)
+	b.layerDigest, b.otherLayerDigst = digest.FromBytes(b.layer), digest.FromBytes(b.otherLayer)
+	return b
+}
+
+// own is what a node of amd64 pulls of it.
+func (b built) own() [][]byte { return [][]byte{b.index, b.manifest, b.config, b.base, b.layer} }
+
+// pullImage gets these bodies, one after the other, and has the tag mean the index.
+func pullImage(t *testing.T, c *Cache, tag string, sequence uint64, bodies ...[]byte) {
+	t.Helper()
+	for i, body := range bodies {
+		if i == 0 && tag != "" {
+			c.NoteTag(appKey.TagKey(tag), index.Tag{Digest: digest.FromBytes(body), Sequence: sequence, Confirmed: time.Now()})
+		}
+		req := parallelRequest(&origin{body: body}, "one")
+		if body[0] == '{' {
+			req.Check = func([]byte) error { return nil }
+		}
+		if got, err := readAll(c, req); err != nil || !bytes.Equal(got, body) {
+			t.Fatalf("%d bytes: %v", len(got), err)
+		}
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+}
+
+func (c *Cache) has(body []byte) bool {
+	_, ok := c.Has(Key{ListedDomain, digest.FromBytes(body)})
+	return ok
+}
+
+// press has so many bytes pulled, by the MiB.
+func press(t *testing.T, c *Cache, mib int) {
+	t.Helper()
+	for range mib {
+		body := randomBytes(1 << 20)
+		pullImage(t, c, "", 0, body)
+	}
+}
+
+func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 8<<20)
+	defer func() { c.Close() }()
+	one := buildImage(randomBytes(300_000), 700_000)
+	pin := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}
+	if tree, err := c.Pin(pin); err != nil || tree.Total != 0 {
+		t.Fatalf("%+v: %v", tree, err)
+	}
+	mustKeep := func(what string, bodies ...[]byte) {
+		t.Helper()
+		for i, body := range bodies {
+			if !c.has(body) {
+				t.Errorf("%s: object %d is gone", what, i)
+			}
+		}
+	}
+	pullImage(t, c, "v1", 1, one.own()...) // after the pin
+	pullImage(t, c, "", 0, one.other, one.otherLayer)
+	press(t, c, 20)
+	mustKeep("under pressure", one.own()...)
+	if c.has(one.otherLayer) {
+		t.Error("another platform's layer is kept")
+	}
+	if images, err := c.Images(); err != nil || len(images) != 1 || !images[0].Pinned || images[0].Used.IsZero() || images[0].HereBytes != images[0].TotalBytes-int64(len(one.otherLayer)) || !slices.Contains(images[0].Platforms, "linux/amd64") {
+		t.Errorf("%+v: %v", images, err)
+	}
+
+	reopen := func(spoil func()) {
+		t.Helper()
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		spoil()
+		c = openChaos(t, dir, 8<<20)
+		settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
+	}
+	reopen(func() {})
+	press(t, c, 10)
+	mustKeep("after a restart", one.own()...)
+	reopen(func() {
+		if err := os.Truncate(filepath.Join(dir, indexName), 3000); err != nil {
+			t.Fatal(err)
+		}
+	})
+	press(t, c, 10)
+	mustKeep("without an index", one.own()...)
+
+	two := buildImage(one.base, 600_000)
+	pullImage(t, c, "v1", 2, two.own()...)
+	press(t, c, 10)
+	mustKeep("after the tag moved", two.own()...)
+	if c.has(one.layer) {
+		t.Error("what the tag meant before is kept")
+	}
+	if err := c.Unpin(pin); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Unpin(pin); !errors.Is(err, ErrNotPinned) {
+		t.Error(err)
+	}
+	press(t, c, 20)
+	if c.has(two.layer) {
+		t.Error("what is not pinned any more is kept")
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPinsThatWouldNotFitAreRefused(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 8<<20)
+	defer c.Close()
+	small, large := buildImage(randomBytes(300_000), 700_000), buildImage(randomBytes(300_000), 4<<20)
+	// Of the large one, the manifests say what it has; the layers are not here.
+	pullImage(t, c, "small", 1, small.own()...)
+	pullImage(t, c, "large", 1, large.index, large.manifest, large.other)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "small"}); err != nil {
+		t.Fatal(err)
+	}
+	all := Pin{Upstream: "lab.test", Repository: "app", Tag: "large"}
+	if _, err := c.Pin(all); !errors.Is(err, ErrPinsTooLarge) {
+		t.Errorf("%v", err)
+	}
+	if pins := c.Pins(); len(pins) != 1 {
+		t.Errorf("%v", pins)
+	}
+	all.Platforms = []string{"linux/arm64"}
+	if tree, err := c.Pin(all); err != nil || tree.Total < 4<<20 || tree.Here > 10_000 {
+		t.Errorf("%+v: %v", tree, err)
+	}
+	// Under another name it is the same bytes.
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: large.indexDigest, Platforms: []string{"linux/arm64"}}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(300_000), 700_000)
+	two := buildImage(one.base, 600_000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	pullImage(t, c, "v2", 1, two.own()...)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.EvictImage(appKey, "v1", ""); !errors.Is(err, ErrPinned) {
+		t.Error(err)
+	}
+	if err := c.Unpin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	reading, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, one.layerDigest}, Reader: "two", Authorised: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := c.Stats().UsedBytes
+	e, err := c.EvictImage(appKey, "v1", "")
+	if err != nil || e.Objects != 4 {
+		t.Errorf("%+v: %v", e, err)
+	}
+	for i, body := range one.own() {
+		if shared := i == 3; c.has(body) != shared {
+			t.Errorf("object %d is there: %v", i, !shared)
+		}
+	}
+	if now := c.Stats().UsedBytes; used-now >= int64(len(one.layer)) {
+		t.Error("what is read does not count")
+	}
+	reading.Close()
+	if now := c.Stats().UsedBytes; used-now < int64(len(one.layer)) {
+		t.Error("what is read no more counts still")
+	}
+	for _, body := range two.own() {
+		if !c.has(body) {
+			t.Error("something of another image is gone")
+		}
+	}
+	if _, err := c.EvictImage(appKey, "v1", ""); !errors.Is(err, ErrNotStored) {
+		t.Error(err)
+	}
+	pullImage(t, c, "v1", 2, one.own()...) // and all is as before
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestVerifyFindsWhatIsBadAndWhatIsMissing(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	var bodies [][]byte
+	for i := range 10 {
+		bodies = append(bodies, randomBytes(100_000+i))
+	}
+	pullImage(t, c, "", 0, bodies...)
+	if err := flip(c.store.Path(digest.FromBytes(bodies[3])), bodies[3], 5); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(c.store.Path(digest.FromBytes(bodies[4]))); err != nil {
+		t.Fatal(err)
+	}
+	reports := 0
+	v, err := c.Verify(t.Context(), 0, func(Verification) { reports++ })
+	if err != nil || !slices.Equal(v.Bad, []digest.Digest{digest.FromBytes(bodies[3])}) || !slices.Equal(v.Missing, []digest.Digest{digest.FromBytes(bodies[4])}) || v.Files != 10 || reports < 10 {
+		t.Errorf("%+v, %d reports: %v", v, reports, err)
+	}
+	for i, body := range bodies {
+		if c.has(body) == (i == 3 || i == 4) {
+			t.Errorf("%d is there: %v", i, c.has(body))
+		}
+	}
+	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 || v.Files != 8 {
+		t.Errorf("%+v: %v", v, err)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestBrokenPinsAreSetAside, and keep nobody from starting.
+func TestBrokenPinsAreSetAside(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, pinsName), []byte(`[{"upstream":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := openChaos(t, dir, 1<<30)
+	defer c.Close()
+	if _, err := os.Stat(filepath.Join(dir, brokenPins)); err != nil || len(c.Pins()) > 0 {
+		t.Errorf("%v, %v", err, c.Pins())
+	}
+}
+
+// TestTheDirectoryIsAnImageLayout, without tarn's doing anything when it ends.
+func TestTheDirectoryIsAnImageLayout(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(300_000), 700_000)
+	listed := func(want map[string]digest.Digest) func() bool {
+		return func() bool {
+			data, err := os.ReadFile(filepath.Join(dir, "index.json"))
+			var ix v1.Index
+			if err != nil || json.Unmarshal(data, &ix) != nil || len(ix.Manifests) != len(want) {
+				return false
+			}
+			for _, m := range ix.Manifests {
+				if want[m.Annotations[v1.AnnotationRefName]] != m.Digest || m.MediaType != v1.MediaTypeImageIndex || m.Size != int64(len(one.index)) {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	settle(t, "an empty list", listed(nil))
+	pullImage(t, c, "v1", 1, one.own()...)
+	c.NoteTag(appKey.TagKey("v2"), index.Tag{Digest: one.indexDigest, Sequence: 1, Confirmed: time.Now()})
+	settle(t, "the list", listed(map[string]digest.Digest{"lab.test/app:v1": one.indexDigest, "lab.test/app:v2": one.indexDigest}))
+	if _, err := c.EvictImage(appKey, "v1", ""); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "the list without it", listed(nil))
+	var layout v1.ImageLayout
+	if data, err := os.ReadFile(filepath.Join(dir, "oci-layout")); err != nil || json.Unmarshal(data, &layout) != nil || layout.Version != v1.ImageLayoutVersion {
+		t.Errorf("%+v %v", layout, err)
+	}
+}

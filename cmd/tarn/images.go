@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"tarn/admin"
+	"tarn/cache"
+
+	"github.com/docker/go-units"
+	"github.com/schollz/progressbar/v3"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// daemon is the running tarn that a command speaks to, over its admin listener.
+type daemon struct {
+	config, admin, output string
+}
+
+func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
+	set := cmd.Flags()
+	set.StringVar(&d.config, "config", "", "configuration `file` of the daemon, for its admin_listen")
+	set.StringVar(&d.admin, "admin", "", "`address` of the daemon's admin listener: host:port or unix:/path (default "+defaultConfig().AdminListen+")")
+	set.StringVarP(&d.output, "output", "o", "table", "`format`: table or json")
+	run := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if d.output != "table" && d.output != "json" {
+			return fmt.Errorf("--output: %q is none of table, json", d.output)
+		}
+		return run(cmd, args)
+	}
+	return cmd
+}
+
+func (d *daemon) address() (string, error) {
+	if d.admin != "" {
+		return d.admin, nil
+	}
+	c, err := loadConfig(d.config)
+	if err != nil {
+		return "", err
+	}
+	if c.AdminListen == "" {
+		return "", errors.New("admin_listen is off: the daemon cannot be asked")
+	}
+	return c.AdminListen, nil
+}
+
+// ask sends an order and returns the answer, which is the caller's to close. An
+// answer that is not 200 is an error with the daemon's words.
+func (d *daemon) ask(ctx context.Context, method, path string, order any) (*http.Response, error) {
+	address, err := d.address()
+	if err != nil {
+		return nil, err
+	}
+	host, transport := address, &http.Transport{}
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		host = "localhost"
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		}
+	} else if h, port, err := net.SplitHostPort(address); err == nil && (h == "" || h == "0.0.0.0" || h == "::") {
+		host = net.JoinHostPort("localhost", port)
+	}
+	var body io.Reader
+	if order != nil {
+		data, err := json.Marshal(order)
+		if err != nil {
+			return nil, err
+		}
+		body = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+host+path, body)
+	if err != nil {
+		return nil, fmt.Errorf("--admin: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("is tarn running, with its admin listener at %s? %w", address, err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	var said struct{ Error string }
+	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
+	return nil, errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+}
+
+// do is for an answer that is one document: it is printed as it is, or shown.
+func (d *daemon) do(cmd *cobra.Command, method, path string, order, answer any, show func(w io.Writer)) error {
+	resp, err := d.ask(cmd.Context(), method, path, order)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if d.output == "json" {
+		_, err := io.Copy(cmd.OutOrStdout(), resp.Body)
+		return err
+	}
+	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+		return fmt.Errorf("the daemon's answer: %w", err)
+	}
+	show(cmd.OutOrStdout())
+	return nil
+}
+
+func size(n int64) string { return units.HumanSizeWithPrecision(float64(n), 3) }
+
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return units.HumanDuration(max(0, time.Since(t))) + " ago"
+}
+
+func newImagesCommand() *cobra.Command {
+	var d daemon
+	return d.register(&cobra.Command{
+		Use:   "images",
+		Short: "List the images that are here",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var answer struct{ Images []cache.Image }
+			return d.do(cmd, "GET", "/api/v1/images", nil, &answer, func(w io.Writer) {
+				tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+				defer tw.Flush()
+				fmt.Fprintln(tw, "REPOSITORY\tTAG\tDIGEST\tPLATFORMS\tHERE\tOF\tCONFIRMED\tUSED\tPINNED")
+				for _, i := range answer.Images {
+					pinned := ""
+					if i.Pinned {
+						pinned = "pinned"
+					}
+					fmt.Fprintf(tw, "%s/%s\t%s\t%.19s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.Upstream, i.Repository, cmp.Or(i.Tag, "<none>"), i.Digest,
+						strings.Join(i.Platforms, ","), size(i.HereBytes), size(i.TotalBytes), ago(i.Confirmed), ago(i.Used), pinned)
+				}
+			})
+		},
+	})
+}
+
+// order is what the daemon is told.
+type order struct {
+	Image     string   `json:"image,omitempty"`
+	Platforms []string `json:"platforms,omitempty"`
+	Rate      int64    `json:"rate,omitempty"`
+}
+
+func newPinCommand() *cobra.Command {
+	var d daemon
+	var platforms []string
+	cmd := d.register(&cobra.Command{
+		Use:   "pin IMAGE",
+		Short: "Keep an image from being evicted",
+		Long: `Keep an image from being evicted: what is here of it, and what comes to be.
+By tag (name:tag), the pin follows the tag; by digest (name@sha256:...) it stays.
+Nothing is downloaded. It is refused when all pins together would not fit.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var answer admin.Pinned
+			return d.do(cmd, "POST", "/api/v1/pins", order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
+				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", args[0], size(answer.HereBytes), size(answer.TotalBytes))
+				if answer.HereBytes < answer.TotalBytes || answer.TotalBytes == 0 {
+					fmt.Fprintln(w, "what is missing is kept when it is pulled")
+				}
+			})
+		},
+	})
+	cmd.Flags().StringSliceVar(&platforms, "platform", nil, "`platforms` of an index, such as linux/arm64, or all (default the node's)")
+	return cmd
+}
+
+func newUnpinCommand() *cobra.Command {
+	var d daemon
+	return d.register(&cobra.Command{
+		Use:   "unpin IMAGE",
+		Short: "Let a pinned image be evicted again",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return d.do(cmd, "DELETE", "/api/v1/pins", order{Image: args[0]}, &cache.Pin{}, func(w io.Writer) {
+				fmt.Fprintln(w, "unpinned", args[0])
+			})
+		},
+	})
+}
+
+func newEvictCommand() *cobra.Command {
+	var d daemon
+	return d.register(&cobra.Command{
+		Use:   "evict IMAGE",
+		Short: "Remove an image from the store",
+		Long: `Remove an image from the store, with all that no other stored image has. Who
+pulls it just now gets it whole; the next one has it fetched anew.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var answer cache.Evicted
+			return d.do(cmd, "POST", "/api/v1/evict", order{Image: args[0]}, &answer, func(w io.Writer) {
+				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", args[0], answer.Objects, size(answer.Bytes))
+			})
+		},
+	})
+}
+
+// defaultVerifyRate leaves a disk time for others.
+const defaultVerifyRate = "100MiB"
+
+func newVerifyCommand() *cobra.Command {
+	var d daemon
+	var rate string
+	cmd := d.register(&cobra.Command{
+		Use:   "verify",
+		Short: "Check every stored file against its digest",
+		Long: `Check every stored file against its digest. What is not what its digest says is
+dropped and named, and the exit code is 1 then. What is asked for meanwhile is served.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			bytesPerSecond, err := parseSize(rate)
+			if err != nil || bytesPerSecond.share != 0 {
+				return fmt.Errorf("--rate: %w", cmp.Or(err, errSize))
+			}
+			// Who interrupts it ends it in the daemon, too.
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			resp, err := d.ask(ctx, "POST", "/api/v1/verify", order{Rate: bytesPerSecond.bytes})
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			return d.follow(cmd, resp.Body)
+		},
+	})
+	cmd.Flags().StringVar(&rate, "rate", defaultVerifyRate, "how much is read a second, a `size`; 0 is as fast as the disk")
+	return cmd
+}
+
+// follow shows how far verifying has come, and what came out.
+func (d *daemon) follow(cmd *cobra.Command, lines io.Reader) error {
+	var bar *progressbar.ProgressBar
+	if term.IsTerminal(int(os.Stderr.Fd())) {
+		bar = progressbar.DefaultBytes(0, "verify")
+	}
+	var v admin.Verified
+	for dec := json.NewDecoder(lines); ; {
+		next := admin.Verified{}
+		if err := dec.Decode(&next); err != nil {
+			break
+		}
+		if v = next; bar != nil {
+			bar.ChangeMax64(v.OfBytes)
+			bar.Set64(v.Bytes)
+		}
+	}
+	if bar != nil {
+		bar.Exit()
+	}
+	switch {
+	case v.Error != "":
+		return errors.New(v.Error)
+	case !v.Done:
+		return errors.New("the daemon has not come to the end; what was bad up to there is in its log")
+	}
+	w := cmd.OutOrStdout()
+	if d.output == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		if err := e.Encode(v.Verification); err != nil {
+			return err
+		}
+	} else {
+		for _, b := range v.Bad {
+			fmt.Fprintln(w, "bad, dropped:", b)
+		}
+		for _, m := range v.Missing {
+			fmt.Fprintln(w, "missing:     ", m)
+		}
+		fmt.Fprintf(w, "%d files, %s: %d bad, %d missing\n", v.Files, size(v.Bytes), len(v.Bad), len(v.Missing))
+	}
+	if n := len(v.Bad) + len(v.Missing); n > 0 {
+		return fmt.Errorf("%d of %d files were not as they were stored", n, v.OfFiles)
+	}
+	return nil
+}
