@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 
 	"tarn/cache"
@@ -88,7 +89,7 @@ func New(opts Options) http.Handler {
 		images{opts.Store, opts.Parse}.register(own)
 	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path or method; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))
+		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))
 	})
 	mux.Handle("/", guard(opts.Listener, own))
 	return headers(mux)
@@ -104,17 +105,26 @@ func serveJSON(w http.ResponseWriter, status int, v any) {
 	e.Encode(v) // the client may have gone
 }
 
+// methods are those of the paths that take others than GET and HEAD.
+var methods = map[string]string{
+	"/api/v1/pins":   "GET, HEAD, POST, DELETE",
+	"/api/v1/evict":  "POST",
+	"/api/v1/verify": "POST",
+}
+
 func headers(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 		h.Set("Cache-Control", "no-store")
-		switch r.Method {
-		case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
-		default:
-			h.Set("Allow", "GET, HEAD, POST, DELETE")
-			serveJSON(w, http.StatusMethodNotAllowed, failure("only GET, HEAD, POST and DELETE"))
+		allowed, ok := methods[r.URL.Path]
+		if !ok {
+			allowed = "GET, HEAD"
+		}
+		if !slices.Contains(strings.Split(allowed, ", "), r.Method) {
+			h.Set("Allow", allowed)
+			serveJSON(w, http.StatusMethodNotAllowed, failure("only "+allowed))
 			return
 		}
 		next.ServeHTTP(w, r)
