@@ -66,6 +66,10 @@ func TestReadme(t *testing.T) {
 			served++
 			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", anyDisk(t, ""), t.TempDir(), listen, admin, hub.URL)
 			stop = background(t, line, "http://"+listen+"/v2/")
+		case strings.HasPrefix(line, "go run ./cmd/tarn "):
+			if shell(t, line+" --admin "+admin) == "" {
+				t.Errorf("%s said nothing", line)
+			}
 		case strings.Contains(line, "somebody has pushed another"):
 			hub.PushImage(t, "library/alpine", "latest", []byte("the second alpine"))
 		case strings.HasPrefix(line, "#"):
@@ -89,7 +93,9 @@ func TestReadme(t *testing.T) {
 
 func shell(t *testing.T, line string) string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", line)
+	cmd.Dir = filepath.Join("..", "..")
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s: %v\n%s", line, err, out)
 	}
