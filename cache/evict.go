@@ -143,6 +143,17 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 	}
 }
 
+// Prune drops what the index need not know any more.
+func (c *Cache) Prune(p index.Pruning) error {
+	untagged, err := c.index.Prune(p)
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	for _, d := range untagged {
+		c.order.queue.Untag(d)
+	}
+	return err
+}
+
 // shortage is a reservation that needs room.
 type shortage struct {
 	domain  string

@@ -655,34 +655,62 @@ func (ix *Index) DeleteYes(key string) bool {
 	return true
 }
 
-// Prune drops yeses and challenges from before a moment.
-func (ix *Index) Prune(before time.Time) error {
+// Pruning says from before when rows are of no use any more.
+type Pruning struct {
+	Yeses       time.Time // and challenges
+	Memberships time.Time
+	Tags        time.Time // of what is not stored
+}
+
+// Prune drops what is of no use any more. It returns what the dropped tags meant.
+func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 	old := make(map[string][][]byte)
-	find := func(name []byte, when func(v []byte) (time.Time, error)) func(tx *bolt.Tx) error {
-		return func(tx *bolt.Tx) error {
-			return tx.Bucket(name).ForEach(func(k, v []byte) error {
-				if t, err := when(v); err == nil && t.Before(before) {
+	meant := make(map[string]digest.Digest) // by tags that go
+	err = ix.view(func(tx *bolt.Tx) error {
+		find := func(name []byte, before time.Time, when func(k, v []byte) (time.Time, error)) {
+			tx.Bucket(name).ForEach(func(k, v []byte) error {
+				if t, err := when(k, v); err == nil && t.Before(before) {
 					old[string(name)] = append(old[string(name)], bytes.Clone(k))
 				}
 				return nil
 			})
 		}
-	}
-	err := errors.Join(
-		ix.view(find(yesBucket, func(v []byte) (time.Time, error) {
+		find(yesBucket, p.Yeses, func(k, v []byte) (time.Time, error) {
 			var s stamp
 			err := s.decode(v)
 			return s.Time, err
-		})),
-		ix.view(find(challengeBucket, func(v []byte) (time.Time, error) {
+		})
+		find(challengeBucket, p.Yeses, func(k, v []byte) (time.Time, error) {
 			var c Challenge
 			err := c.decode(v)
 			return c.Time, err
-		})))
+		})
+		find(membershipBucket, p.Memberships, func(k, v []byte) (time.Time, error) {
+			var m Membership
+			err := m.decode(v)
+			if m.Anonymous.After(m.Time) {
+				m.Time = m.Anonymous
+			}
+			return m.Time, err
+		})
+		objects := tx.Bucket(objectBucket)
+		find(tagBucket, p.Tags, func(k, v []byte) (time.Time, error) {
+			var t Tag
+			err := t.decode(v)
+			if t.Digest == "" || objects.Get([]byte(t.Digest)) != nil {
+				return p.Tags, err // it stays
+			}
+			if err == nil && t.Confirmed.Before(p.Tags) {
+				meant[string(k)] = t.Digest
+			}
+			return t.Confirmed, err
+		})
+		return nil
+	})
 	if err != nil || len(old) == 0 {
-		return err
+		return nil, err
 	}
-	return ix.update(func(tx *bolt.Tx) error {
+	err = ix.update(func(tx *bolt.Tx) error {
 		for name, keys := range old {
 			for _, k := range keys {
 				if err := tx.Bucket([]byte(name)).Delete(k); err != nil {
@@ -692,6 +720,19 @@ func (ix *Index) Prune(before time.Time) error {
 		}
 		return nil
 	})
+	if err != nil {
+		return nil, err
+	}
+	// Who noted a tag meanwhile has heard what it meant before.
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.applied++
+	for key, d := range meant {
+		if _, noted := ix.tags[key]; !noted {
+			untagged = append(untagged, d)
+		}
+	}
+	return untagged, nil
 }
 
 // Challenge returns the last one of a repository.

@@ -180,3 +180,46 @@ func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func TestWhatIsOfNoUseIsPruned(t *testing.T) {
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	defer ix.Close()
+	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	k := RepositoryKey{"docker.io", "library/busybox"}
+	now := at.Add(time.Hour)
+	for tag, tg := range map[string]Tag{
+		"stored":  {Digest: d1, Confirmed: at, Sequence: 1},
+		"old":     {Digest: d2, Confirmed: at, Sequence: 2},
+		"renewed": {Digest: d2, Confirmed: at, Sequence: 3},
+		"new":     {Digest: d2, Confirmed: now, Sequence: 4},
+		"gone":    {Sequence: 5},
+	} {
+		ix.NoteTag(k.TagKey(tag), tg)
+	}
+	ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: at})
+	ix.NoteMembership(k.MembershipKey("blobs", d2), Membership{Time: at, Anonymous: now})
+	if err := ix.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	ix.NoteTag(k.TagKey("renewed"), Tag{Digest: d1, Confirmed: now, Sequence: 6})
+	before := at.Add(time.Minute)
+	untagged, err := ix.Prune(Pruning{Memberships: before, Tags: before})
+	if err != nil || !slices.Equal(untagged, []digest.Digest{d2}) {
+		t.Errorf("%v %v", untagged, err)
+	}
+	for tag, want := range map[string]bool{"stored": true, "old": false, "renewed": true, "new": true, "gone": true} {
+		if _, ok := ix.Tag(k.TagKey(tag)); ok != want {
+			t.Errorf("%s: %v", tag, ok)
+		}
+	}
+	for d, want := range map[digest.Digest]bool{d1: false, d2: true} {
+		if _, ok := ix.Membership(k.MembershipKey("blobs", d)); ok != want {
+			t.Errorf("membership of %s: %v", d, ok)
+		}
+	}
+	if seq, err := ix.LastSequence(); err != nil || seq != 5 {
+		t.Errorf("the sequence is %d: %v", seq, err)
+	}
+}

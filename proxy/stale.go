@@ -135,13 +135,19 @@ func (p *Proxy) keepForgotten() {
 // pruneEvery is how often what is too old for any outage is dropped.
 const pruneEvery = time.Hour
 
-// prune drops what stale_if_error does not reach back to.
+// tagsFor is how long a tag is remembered of which nothing is stored.
+const tagsFor = 7 * 24 * time.Hour
+
+// prune drops what neither stale_if_error nor membership_ttl reaches back to.
 func (p *Proxy) prune() {
-	most := p.defaults.StaleIfError
+	stale, membership := p.defaults.StaleIfError, p.defaults.MembershipTTL
 	for _, r := range p.ruleOf {
-		most = max(most, r.StaleIfError)
+		stale, membership = max(stale, r.StaleIfError), max(membership, r.MembershipTTL)
 	}
-	if err := p.cache.Index().Prune(p.now().Add(-most)); err != nil {
+	now := p.now()
+	if err := p.cache.Prune(index.Pruning{
+		Yeses: now.Add(-stale), Memberships: now.Add(-max(stale, membership)), Tags: now.Add(-max(stale, tagsFor)),
+	}); err != nil {
 		p.log.Warn("could not drop what is out of date", zap.Error(err))
 	}
 }
