@@ -6,11 +6,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -18,8 +20,18 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { // A broken index may keep the lock that its closing waits for.
+func TestMain(m *testing.M) {
+	// They wait for the disk more than for a processor.
+	if flag.Parse(); !parallelIsSet() {
+		flag.Set("test.parallel", fmt.Sprint(4*runtime.GOMAXPROCS(0)))
+	}
+	// A broken index may keep the lock that its closing waits for.
 	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("tarn/index.closeBroken"))
+}
+
+func parallelIsSet() (set bool) {
+	flag.Visit(func(f *flag.Flag) { set = set || f.Name == "test.parallel" })
+	return set
 }
 
 func open(t testing.TB, dir string, maxSize int64) *Cache {
