@@ -209,9 +209,10 @@ type Cache struct {
 	removals  []removal        // to be tried again
 	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
 	evicted   Evicted
-	adopt     int                    // files yet to be adopted
-	strays    map[digest.Digest]bool // those
-	trouble   error                  // the disk's last refusal; nil after the next success
+	adopt     int                              // files yet to be adopted
+	strays    map[digest.Digest]bool           // those
+	bad       map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
+	trouble   error                            // the disk's last refusal; nil after the next success
 }
 
 // ErrInUse: another process has the data directory.
@@ -249,6 +250,7 @@ func New(opts Options) (*Cache, error) {
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
 		strays:    make(map[digest.Digest]bool),
+		bad:       make(map[digest.Digest]blobstore.Look),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	strays, err := c.open()
@@ -346,7 +348,7 @@ type Object struct {
 	// Size in bytes, -1 while the source has not said.
 	Size   int64
 	Source Source
-	// Content reads it. It is an *os.File when the object is complete and large.
+	// Content reads it. It has a method Section where the kernel may send it.
 	// Seeking to the end is only possible when Size is known.
 	Content io.ReadSeeker
 
@@ -443,22 +445,42 @@ func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 	file, info, err := c.openFile(req.Digest, row)
 	if err != nil {
 		c.letGo(held)
-		select {
-		case c.drops <- req.Digest:
-		default: // the next reader finds it again
+		if !lacksDescriptors(err) {
+			c.dropSoon(req.Digest)
 		}
 		return nil, nil, nil
 	}
 	s := &suspect{file, info, row, held}
+	if c.isBad(req.Digest, info) {
+		c.forgo(s)
+		return nil, nil, nil
+	}
 	switch {
 	case !small && vouched(row, info):
-		o, err := c.hit(req, row.Size, file, func() { c.forgo(s) })
+		content := &storedFile{file, func() {
+			c.distrust(req.Digest, info)
+			c.dropSoon(req.Digest)
+		}}
+		o, err := c.hit(req, row.Size, content, func() { c.forgo(s) })
 		return o, nil, err
 	case !req.Authorised:
 		c.forgo(s)
 		return nil, nil, ErrAuthorise
 	}
 	return nil, s, nil
+}
+
+// dropSoon has the committer look at an object whose file is not as its row says.
+func (c *Cache) dropSoon(d digest.Digest) {
+	select {
+	case c.drops <- d:
+	default: // the next reader finds it again
+	}
+}
+
+// lacksDescriptors: an error says nothing of the file.
+func lacksDescriptors(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
 // hit is what is stored, for who may have it.

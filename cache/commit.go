@@ -60,8 +60,11 @@ func (c *Cache) commitLoop() {
 		case <-notes.C:
 			c.renew()
 			c.retryRemovals()
+			c.dropBad()
 			if err := c.index.Flush(); err != nil {
 				c.noteTrouble(err)
+			} else {
+				c.probe()
 			}
 			c.followTags()
 			c.layOut()
@@ -167,6 +170,7 @@ func (c *Cache) commit(batch []*flight) {
 			}
 		}
 		placed[f] = row.Alloc
+		c.unstray(f.key.Digest) // if one lay there
 		stored = append(stored, f)
 	}
 	if err := c.index.Apply(rows, nil); err != nil {
@@ -205,6 +209,7 @@ func (c *Cache) commit(batch []*flight) {
 		}
 	}
 	c.mu.Unlock()
+	c.keepBounds() // the index may have grown
 	for _, f := range batch {
 		f.leaveTable()
 		if p := c.takeParked(f.key); p != nil {
@@ -226,14 +231,8 @@ func (c *Cache) withoutRow(f *flight) bool {
 }
 
 // inPlaceOf is how many bytes are counted of what lies, or should lie, under a
-// digest. Of a stray, the adopter finds that out.
+// digest.
 func (c *Cache) inPlaceOf(d digest.Digest) int64 {
-	c.mu.Lock()
-	isStray := c.strays[d]
-	c.mu.Unlock()
-	if isStray {
-		return 0
-	}
 	if row, ok := c.index.Row(d); ok {
 		return row.Alloc
 	}
@@ -251,8 +250,12 @@ func (c *Cache) stored(d digest.Digest) (index.Object, bool) {
 	if !ok {
 		return row, false
 	}
-	info, err := os.Stat(c.store.Path(d))
-	return row, err == nil && info.Size() == row.Size
+	file, info, err := c.openFile(d, row)
+	if err != nil {
+		return row, lacksDescriptors(err) // then nothing is known
+	}
+	file.Close()
+	return row, !c.isBad(d, info)
 }
 
 // drop forgets an object whose file is missing or of another size, row first.

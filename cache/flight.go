@@ -251,10 +251,12 @@ func (f *flight) run(lead Request) {
 	// Look again: between the caller's look at the store and its joining, an
 	// earlier flight may have been committed.
 	if row, held := c.holdStored(f.key); held != nil {
-		file, _, err := c.openFile(f.key.Digest, row)
+		file, info, err := c.openFile(f.key.Digest, row)
 		c.letGo(held)
 		if err == nil {
 			file.Close()
+		}
+		if err == nil && !c.isBad(f.key.Digest, info) {
 			f.dropPartial()
 			f.end(gone, nil)
 			return

@@ -193,7 +193,7 @@ func (c *Cache) layOut() {
 	c.images.types = types
 	data, err := json.MarshalIndent(ix, "", "  ")
 	if err == nil && !bytes.Equal(data, c.images.written) {
-		err = c.writeFile("list", listName, data)
+		err = c.writeFile("list", listName, data, false)
 	}
 	if err != nil {
 		c.log.Sugar().Warnw("the list of images is not written", "file", listName, "cause", err.Error())
@@ -205,12 +205,12 @@ func (c *Cache) layOut() {
 // markLayout writes what says that the directory is a layout. Without it, the
 // directory is as good for everybody else.
 func (c *Cache) markLayout() {
-	if _, err := os.Lstat(filepath.Join(c.opts.Dir, layoutName)); err == nil {
+	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
+	if there, rerr := os.ReadFile(filepath.Join(c.opts.Dir, layoutName)); rerr == nil && bytes.Equal(there, data) {
 		return
 	}
-	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
 	if err == nil {
-		err = c.writeFile("layout", layoutName, data)
+		err = c.writeFile("layout", layoutName, data, false)
 	}
 	if err != nil {
 		c.log.Sugar().Warnw("the directory is not marked as an image layout", "file", layoutName, "cause", err.Error())

@@ -329,6 +329,19 @@ func (c *Cache) giveUp(domain string, p *blobstore.Pending, claim int64, fed boo
 	}
 }
 
+// giveUpLeft deletes what an earlier process left. Until it is gone it counts.
+func (c *Cache) giveUpLeft(domain string, p *blobstore.Pending) {
+	var claim int64
+	if info, err := p.File.Stat(); err == nil {
+		claim = blobstore.Allocated(info)
+	}
+	c.mu.Lock()
+	c.claim(domain, roundUp(claim))
+	c.mu.Unlock()
+	c.giveUp(domain, p, claim, false)
+	p.Close()
+}
+
 // removal is a pending file that the disk did not let go of.
 type removal struct {
 	domain  string

@@ -128,7 +128,7 @@ func (c *Cache) setPins(list []Pin) error {
 func (c *Cache) writePins(list []Pin) error {
 	data, err := json.MarshalIndent(list, "", "  ")
 	if err == nil {
-		err = c.writeFile("pins", pinsName, data)
+		err = c.writeFile("pins", pinsName, data, true)
 	}
 	if err != nil {
 		return fmt.Errorf("write the pins: %w", err)
@@ -139,8 +139,9 @@ func (c *Cache) writePins(list []Pin) error {
 	return nil
 }
 
-// writeFile replaces a small file of the directory as one step, durably.
-func (c *Cache) writeFile(what, name string, data []byte) error {
+// writeFile replaces a small file of the directory as one step. What is not durable
+// may be empty after a power cut, and is what the next start writes anyway.
+func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 	path := filepath.Join(c.opts.Dir, name)
 	temporary := path + ".new"
 	err := c.opts.Steps.Do("write "+what, func() error {
@@ -148,8 +149,10 @@ func (c *Cache) writeFile(what, name string, data []byte) error {
 		if err != nil {
 			return err
 		}
-		_, err = f.Write(data)
-		return errors.Join(err, f.Sync(), f.Close())
+		if _, err = f.Write(data); durable {
+			err = errors.Join(err, f.Sync())
+		}
+		return errors.Join(err, f.Close())
 	})
 	if err == nil {
 		err = c.opts.Steps.Do("rename "+what, func() error { return os.Rename(temporary, path) })

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"syscall"
 	"time"
 
 	"tarn/blobstore"
@@ -79,6 +81,24 @@ func (f *flight) recheck(s *suspect) {
 	defer c.flying.Done()
 	buf := fillBuffers.Get().(*[]byte)
 	defer fillBuffers.Put(buf)
+	if f.size > tailHold {
+		// Should this process end, the next one taints who was given something.
+		// A disk that refuses even that has no next one soon.
+		if name, err := c.store.Create(f.key.Digest); err == nil {
+			defer func() {
+				name.Close()
+				f.mu.Lock()
+				sound := f.state == verified
+				f.mu.Unlock()
+				switch {
+				case sound:
+					name.Discard()
+				case c.ctx.Err() == nil:
+					time.AfterFunc(taintFor, func() { name.Discard() })
+				}
+			}()
+		}
+	}
 	f.mu.Lock()
 	f.state = feeding
 	f.changed.Broadcast()
@@ -115,6 +135,66 @@ func (f *flight) drop(info fs.FileInfo, cause error) {
 	f.end(failed, fmt.Errorf("%w: %w", errChanged, cause))
 }
 
+// distrust remembers a file that is not what it should be, or that the disk does
+// not read. It is as good as gone from then on, and goes when the disk lets it.
+func (c *Cache) distrust(d digest.Digest, info fs.FileInfo) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.bad[d] = blobstore.LookOf(info)
+}
+
+func (c *Cache) isBad(d digest.Digest, info fs.FileInfo) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	look, ok := c.bad[d]
+	return ok && look == blobstore.LookOf(info)
+}
+
+// dropBad tries again to remove what is distrusted. It runs in the committer.
+func (c *Cache) dropBad() {
+	c.mu.Lock()
+	all := maps.Clone(c.bad)
+	c.mu.Unlock()
+	for d := range all {
+		info, err := os.Lstat(c.store.Path(d))
+		if err == nil && c.isBad(d, info) {
+			c.drop(d)
+			continue
+		}
+		c.mu.Lock()
+		delete(c.bad, d) // it is gone, or another one has come in its place
+		c.mu.Unlock()
+	}
+}
+
+// storedFile is the content of an object that is complete on the disk. The cache
+// hears of it when the disk does not read it.
+type storedFile struct {
+	file   *os.File
+	failed func()
+}
+
+func (s *storedFile) Read(p []byte) (int, error) {
+	n, err := s.file.Read(p)
+	s.Failed(err)
+	return n, err
+}
+
+func (s *storedFile) Seek(offset int64, whence int) (int64, error) {
+	return s.file.Seek(offset, whence)
+}
+
+// Section returns the file, for who has the kernel send its bytes, and as many as
+// were asked for.
+func (s *storedFile) Section(most int64) (*os.File, int64, error) { return s.file, most, nil }
+
+// Failed is told how sending a Section has ended.
+func (s *storedFile) Failed(err error) {
+	if errors.Is(err, syscall.EIO) {
+		s.failed()
+	}
+}
+
 // finding is what hashing a stored file has shown.
 type finding struct {
 	digest digest.Digest
@@ -145,9 +225,15 @@ func (c *Cache) take(f finding) {
 	if err == nil && blobstore.LookOf(info) != blobstore.LookOf(f.info) {
 		return
 	}
+	if !f.sound {
+		c.distrust(f.digest, f.info) // also where it cannot be removed
+	}
 	domain := ""
 	if !ok { // a stray that somebody asked for before its turn
 		if err != nil {
+			return
+		}
+		if !c.unstray(f.digest) {
 			return
 		}
 		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
@@ -183,7 +269,7 @@ func (c *Cache) scrub() {
 func (c *Cache) scrubOnce(now time.Time, rate int64) {
 	var due []digest.Digest
 	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
-		if now.Sub(o.Verified) >= scrubAfter {
+		if now.Sub(o.Verified) >= scrubAfter || o.Verified.After(now.Add(scrubAfter)) { // or the clock was set back
 			due = append(due, d)
 		}
 	}); err != nil {
@@ -206,7 +292,7 @@ func (c *Cache) verify(ctx context.Context, d digest.Digest, rate int64, report 
 	if err != nil {
 		return false, err
 	}
-	if sound, err = c.hashes(ctx, d, rate, report); err != nil {
+	if sound, err = c.hashes(ctx, d, rate, report); err != nil && !errors.Is(err, syscall.EIO) {
 		return false, err
 	}
 	done := make(chan struct{})

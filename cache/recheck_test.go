@@ -126,7 +126,7 @@ func TestAFileThatOnlyLooksChangedIsServedAndBelievedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer o.Close()
-	if _, ok := o.Content.(*os.File); !ok || o.Source != Hit {
+	if _, ok := o.Content.(*storedFile); !ok || o.Source != Hit {
 		t.Errorf("%T, source %d", o.Content, o.Source)
 	}
 	if n := len(source.questions()); n != asked {

@@ -128,8 +128,7 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
 			c.taint.addLeft(l.Digest)
-			l.Discard()
-			l.Close()
+			c.giveUpLeft(k.Domain, l)
 			continue
 		}
 		if !known {
@@ -175,13 +174,15 @@ const maxOpenings = 2
 func (c *Cache) openMarked(path string) (*index.Index, error) {
 	marker := path + ".opening"
 	tries, _ := os.ReadFile(marker)
-	defer c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })
-	if len(tries) >= maxOpenings {
-		return nil, fmt.Errorf("%w: opening it has ended %d processes", index.ErrBroken, len(tries))
+	var ix *index.Index
+	err := fmt.Errorf("%w: opening it has ended %d processes", index.ErrBroken, len(tries))
+	if len(tries) < maxOpenings {
+		// Without a marker it is as it was.
+		c.opts.Steps.Do("write marker", func() error { return os.WriteFile(marker, append(tries, '.'), 0o600) })
+		ix, err = index.Open(path, c.opts.Steps)
 	}
-	// Without a marker it is as it was.
-	c.opts.Steps.Do("write marker", func() error { return os.WriteFile(marker, append(tries, '.'), 0o600) })
-	return index.Open(path, c.opts.Steps)
+	c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })
+	return ix, err
 }
 
 // renew replaces an index that turned out to be broken, and has the blobs
@@ -204,9 +205,8 @@ func (c *Cache) renew() {
 		c.noteTrouble(err)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.adopt -= len(strays)
-		clear(c.strays)
-		c.flying.Done() // the next commit tries again
+		c.adopt -= len(strays) // they stay strays
+		c.flying.Done()        // the next commit tries again
 		return
 	}
 	c.mu.Lock()
@@ -277,23 +277,53 @@ type adoption struct {
 	done     chan struct{}
 }
 
+// unstray takes a file off the strays, and tells whether it was one: whoever
+// does that sees to its bytes, and nobody else.
+func (c *Cache) unstray(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was := c.strays[d]
+	delete(c.strays, d)
+	return was
+}
+
 // adoptAll hashes the strays, one after the other, and has the committer take
 // them in or remove them. Requests are served meanwhile; one for a stray
-// fetches it and finds the same bytes.
+// fetches it and finds the same bytes. What the disk does not read is tried
+// again, later each time.
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
+	n := len(strays)
+	for pause := firstAdoptPause; ; pause = min(2*pause, lastAdoptPause) {
+		if strays = c.adoptOnce(strays); len(strays) == 0 || c.ctx.Err() != nil {
+			break
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-c.ctx.Done():
+			timer.Stop()
+		}
+	}
+	c.log.Sugar().Infow("adopted files without a row", "files", n)
+}
+
+const (
+	firstAdoptPause = time.Second
+	lastAdoptPause  = 10 * time.Minute
+)
+
+// adoptOnce returns those that cannot be read now.
+func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 	for _, s := range strays {
 		sound, err := c.hashes(c.ctx, s.digest, 0, nil)
 		if c.ctx.Err() != nil {
-			return
+			return nil
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			// It may be sound: the next start tries again. Its bytes count.
+			// It may be sound. Its bytes count.
 			c.log.Sugar().Warnw("could not read a file without a row", "digest", s.digest, "cause", err.Error())
-			c.mu.Lock()
-			c.adopt--
-			delete(c.strays, s.digest)
-			c.mu.Unlock()
+			unread = append(unread, s)
 			continue
 		}
 		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
@@ -305,10 +335,10 @@ func (c *Cache) adoptAll(strays []stray) {
 		case c.adoptions <- a:
 			<-a.done
 		case <-c.ctx.Done():
-			return
+			return nil
 		}
 	}
-	c.log.Sugar().Infow("adopted files without a row", "files", len(strays))
+	return unread
 }
 
 // hashes tells whether the file's bytes are what its name says. It reads rate
@@ -348,23 +378,25 @@ func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report 
 func (c *Cache) settle(a adoption) {
 	defer close(a.done)
 	defer func() { // only then, so that who asks meanwhile finds the one or the other
+		c.unstray(a.digest)
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.adopt--
-		delete(c.strays, a.digest)
 	}()
+	c.mu.Lock()
+	stray := c.strays[a.digest]
+	c.mu.Unlock()
 	if row, ok := c.index.Row(a.digest); ok {
-		// A flight of any domain has stored it meanwhile, over the stray,
-		// whose bytes are counted still.
-		info, err := os.Stat(c.store.Path(a.digest))
-		if err == nil && !os.SameFile(info, a.info) {
-			c.addUsed(-blobstore.Allocated(a.info))
-		}
-		if err == nil && a.sound {
+		// A flight of any domain has stored it meanwhile, or a request has had
+		// it looked at.
+		if a.sound {
 			c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children})
 			c.enter(a.digest, row.Alloc, a.children)
 		}
 		return
+	}
+	if !stray {
+		return // it was not sound, and is gone
 	}
 	if a.sound {
 		alloc := blobstore.Allocated(a.info)

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 )
 
 // maxFlights bounds the descriptors of what waits to be committed: a disk that
@@ -116,5 +118,27 @@ func (c *Cache) noteTrouble(err error) {
 		c.log.Sugar().Warnw("objects pass through without being stored", "cause", err.Error())
 	case err == nil && before != nil:
 		c.log.Sugar().Infow("objects are stored again", "was", before.Error())
+	}
+}
+
+// probe finds out whether a disk that refused stores again, when nobody downloads
+// anything that would tell. It runs in the committer.
+func (c *Cache) probe() {
+	c.mu.Lock()
+	trouble := c.trouble
+	c.mu.Unlock()
+	if trouble == nil || c.index.Broken() != nil {
+		return
+	}
+	path := filepath.Join(c.opts.Dir, ".probe")
+	if err := c.opts.Steps.Do("probe", func() error { return os.WriteFile(path, make([]byte, fsBlock), 0o600) }); err != nil {
+		os.Remove(path)
+		return
+	}
+	if os.Remove(path) != nil || c.index.Apply(nil, nil) != nil {
+		return
+	}
+	if _, _, err := c.tryReserve(ListedDomain, 0); err == nil {
+		c.noteTrouble(nil)
 	}
 }

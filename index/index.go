@@ -154,6 +154,10 @@ type Index struct {
 	path  string
 	steps fault.Steps
 
+	// writing is held around each transaction that writes. bbolt has such a
+	// lock, too, but one that a panic may leave locked.
+	writing sync.Mutex
+
 	// using is held for reading around each transaction; it guards what
 	// follows.
 	using  sync.RWMutex
@@ -215,6 +219,8 @@ func (ix *Index) view(f func(*bolt.Tx) error) error {
 
 // update runs one that writes.
 func (ix *Index) update(f func(*bolt.Tx) error) error {
+	ix.writing.Lock()
+	defer ix.writing.Unlock()
 	return ix.guarded(func(db *bolt.DB) error {
 		return ix.steps.Do("write index", func() error { return db.Update(f) })
 	})
@@ -280,7 +286,31 @@ func closeBroken(db *bolt.DB) {
 	db.Close()
 }
 
+// openings is how often a file is opened that the disk does not read.
+const openings = 3
+
 func openDB(path string, steps fault.Steps) (db *bolt.DB, err error) {
+	for n := range openings {
+		if n > 0 {
+			time.Sleep(openPause)
+		}
+		if db, err = tryOpenDB(path, steps); !errors.Is(err, syscall.EIO) {
+			break
+		}
+	}
+	return db, err
+}
+
+// openPause is how long a disk is given in between.
+const openPause = 100 * time.Millisecond
+
+func tryOpenDB(path string, steps fault.Steps) (db *bolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() { // bbolt's, on a page that is not what it should be
+		if p := recover(); p != nil {
+			db, err = nil, fmt.Errorf("%w: %v", ErrBroken, p)
+		}
+	}()
 	err = steps.Do("open index", func() (err error) {
 		db, err = bolt.Open(path, 0o600, &bolt.Options{
 			Timeout:      openTimeout,

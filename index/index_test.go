@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	bolt "go.etcd.io/bbolt"
 	"go.uber.org/goleak"
 )
 
@@ -222,4 +223,51 @@ func TestWhatIsOfNoUseIsPruned(t *testing.T) {
 	if seq, err := ix.LastSequence(); err != nil || seq != 5 {
 		t.Errorf("the sequence is %d: %v", seq, err)
 	}
+}
+
+// TestASecondWriterDoesNotHangBehindAPanic: the file is cut while one writes (the proxy's Flush or Prune) and another (the
+// committer) waits for its turn: the first panics, its rollback panics too, and
+// bbolt's writer lock is never given back.
+func TestASecondWriterDoesNotHangBehindAPanic(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index.db")
+	ix := open(t, path)
+	for n := range 3 {
+		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: int64(n)}}}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in, goOn := make(chan struct{}), make(chan struct{})
+	firstDone := make(chan error, 1)
+	go func() {
+		firstDone <- ix.update(func(tx *bolt.Tx) error {
+			close(in)
+			<-goOn
+			o := Object{Size: 1}
+			return tx.Bucket(objectBucket).Put([]byte(d2), o.encode())
+		})
+	}()
+	<-in
+	second := make(chan error, 1)
+	go func() { // the committer
+		k := RepositoryKey{"docker.io", "x"}
+		ix.NoteYes(k.YesKey("me"), time.Now())
+		second <- ix.Flush()
+	}()
+	if err := os.Truncate(path, 4096); err != nil {
+		t.Fatal(err)
+	}
+	close(goOn)
+	select {
+	case err := <-firstDone:
+		t.Logf("first: %v", err)
+	case <-time.After(5 * time.Second):
+		t.Error("the first hangs")
+	}
+	select {
+	case err := <-second:
+		t.Logf("second: %v", err)
+	case <-time.After(5 * time.Second):
+		t.Error("the second writer hangs: it is the committer, and Renew is only ever called by it")
+	}
+	t.Log(ix.Broken())
 }

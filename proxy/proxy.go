@@ -372,8 +372,6 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 		}
 		var err error
 		switch from := part.R.(type) {
-		case *os.File:
-			return w.sendFile(from, part.N)
 		case sectioned:
 			if sent, err = w.sendSections(from, part.N); err != nil || sent == part.N {
 				return sent, err
@@ -417,7 +415,7 @@ func (w *response) sendFile(file *os.File, n int64) (sent int64, err error) {
 	return sent, nil
 }
 
-// sectioned is what is on its way, and lies in a file as far as it is there.
+// sectioned lies in a file, as far as it is there.
 type sectioned interface {
 	Section(most int64) (*os.File, int64, error)
 }
@@ -434,6 +432,9 @@ func (w *response) sendSections(s sectioned, most int64) (sent int64, err error)
 		}
 		m, err := w.sendFile(file, n)
 		if sent += m; err != nil {
+			if f, ok := s.(interface{ Failed(error) }); ok {
+				f.Failed(err)
+			}
 			return sent, err
 		}
 	}
