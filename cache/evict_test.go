@@ -389,8 +389,8 @@ func TestADiskThatDoesNotLetGoMakesNoRoom(t *testing.T) {
 	}
 }
 
-// TestADiskThatIsSlowToMakeRoomIsNotWaitedFor: the object passes by, and nothing
-// is left claimed for it.
+// TestADiskThatIsSlowToMakeRoomIsNotWaitedFor: the object passes by, what is stored
+// is served meanwhile, and nothing is left claimed in the end.
 func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	slow := make(chan struct{})
@@ -404,6 +404,11 @@ func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	small := randomBytes(100_000)
+	pullImage(t, c, "", 0, small)
+	for range 3 { // it is dear by now
+		pullImage(t, c, "", 0, small)
+	}
 	for i, want := range []Source{Fetched, Passed} {
 		body := randomBytes(3 << 19)
 		o, err := c.Open(t.Context(), parallelRequest(&origin{body: body}, "one"))
@@ -416,6 +421,14 @@ func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 		o.Close()
 		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 	}
+	hit, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, digest.FromBytes(small)}, Reader: "two", Authorised: true})
+	if err != nil || hit.Source != Hit {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(hit.Content); err != nil || !bytes.Equal(got, small) {
+		t.Errorf("%d bytes: %v", len(got), err)
+	}
+	hit.Close()
 	close(slow)
 	settle(t, "claims", func() bool { s := c.Stats(); return s.PendingBytes == 0 && s.Evicted.Objects == 1 })
 	if err := landed(c); err != nil {
