@@ -235,12 +235,12 @@ func TestAChangedFileOnADiskThatRefusesPassesThrough(t *testing.T) {
 func TestAFileThatCannotBeOpenedIsReplaced(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	var old atomic.Uint64 // inode that cannot be opened
+	var old atomic.Pointer[blobstore.Look] // the file that cannot be opened
 	var c *Cache
 	var d atomic.Value
 	c = withSteps(t, dir, func(name string, do func() error) error {
-		if name == "open blob" && old.Load() != 0 {
-			if info, err := os.Stat(c.store.Path(d.Load().(digest.Digest))); err == nil && blobstore.LookOf(info).Inode == old.Load() {
+		if look := old.Load(); name == "open blob" && look != nil {
+			if info, err := os.Stat(c.store.Path(d.Load().(digest.Digest))); err == nil && blobstore.LookOf(info) == *look {
 				return syscall.EIO
 			}
 		}
@@ -255,7 +255,8 @@ func TestAFileThatCannotBeOpenedIsReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	old.Store(blobstore.LookOf(info).Inode)
+	look := blobstore.LookOf(info)
+	old.Store(&look)
 	for n := range 4 {
 		asked := len(o.questions())
 		if got, err := readAll(c, parallelRequest(o, "x")); err != nil || !bytes.Equal(got, body) {

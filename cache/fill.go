@@ -728,7 +728,10 @@ func (s *steady) Read(p []byte) (int, error) {
 		}
 		n, err := s.now.body.Read(p)
 		s.pos += int64(n)
-		if err == nil || err == io.EOF && s.pos >= s.size {
+		if s.size >= 0 && s.pos >= s.size {
+			return n, io.EOF // however the answer ends: there is nothing more to ask for
+		}
+		if err == nil || err == io.EOF && s.size < 0 {
 			return n, err
 		}
 		// Only an answer that was to end here did not fail.
