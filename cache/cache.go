@@ -437,6 +437,9 @@ func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
 		body, err := c.store.Read(req.Digest, row.Size)
 		if err == nil && req.Digest.Algorithm().FromBytes(body) == req.Digest {
 			c.hot.put(req.Key, body)
+			if _, ok := c.index.Row(req.Digest); !ok {
+				c.hot.drop(req.Digest) // it was removed by hand meanwhile
+			}
 			c.letGo(held)
 			o, err := c.hit(req, row.Size, bytes.NewReader(body), func() {})
 			return o, nil, err

@@ -160,23 +160,30 @@ func (c *Cache) layOut() {
 		return
 	}
 	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
-	meant := make(map[string]digest.Digest)
+	type meaning struct {
+		in index.RepositoryKey
+		d  digest.Digest
+	}
+	meant := make(map[string]meaning)
 	if err := c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
 		if t.Digest != "" {
-			meant[k.Upstream+"/"+k.Repository+":"+tag] = t.Digest
+			meant[k.Upstream+"/"+k.Repository+":"+tag] = meaning{k, t.Digest}
 		}
 	}); err != nil {
 		return // of a broken index, the next has its turn
 	}
 	types := make(map[digest.Digest]string)
 	for _, name := range slices.Sorted(maps.Keys(meant)) {
-		d := meant[name]
+		d := meant[name].d
 		row, ok := c.index.Row(d)
 		if !ok {
 			continue
 		}
 		if types[d] == "" {
 			types[d] = c.images.types[d]
+		}
+		if m, ok := c.index.Membership(meant[name].in.MembershipKey("manifests", d)); types[d] == "" && ok && strings.HasSuffix(m.MediaType, "+json") {
+			types[d] = m.MediaType // as its registry calls it, and not as any file
 		}
 		if types[d] == "" {
 			m, _, ok := c.storedManifest(d)
