@@ -7,9 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -320,4 +324,87 @@ func TestTheDirectoryIsAnImageLayout(t *testing.T) {
 	if data, err := os.ReadFile(filepath.Join(dir, "oci-layout")); err != nil || json.Unmarshal(data, &layout) != nil || layout.Version != v1.ImageLayoutVersion {
 		t.Errorf("%+v %v", layout, err)
 	}
+}
+
+// TestEverythingThatChangesTheStoreAtOnce: readers, moving tags, pins, evictions by
+// hand and verifying, with little room. In the end all is accounted for, and only
+// pins hold anything.
+func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 4<<20)
+	defer c.Close()
+	base := randomBytes(300_000)
+	images := make([]built, 6)
+	for i := range images {
+		images[i] = buildImage(base, 700_000+i)
+	}
+	var sequence atomic.Uint64
+	var busy sync.WaitGroup
+	const rounds = 60
+	many := func(n int, do func(r *rand.Rand)) {
+		for who := range n {
+			busy.Go(func() {
+				r := rand.New(rand.NewPCG(uint64(who), 9))
+				for range rounds {
+					do(r)
+				}
+			})
+		}
+	}
+	tag := func(r *rand.Rand) string { return fmt.Sprint("v", r.IntN(3)) }
+	many(4, func(r *rand.Rand) {
+		i := images[r.IntN(len(images))]
+		c.NoteTag(appKey.TagKey(tag(r)), index.Tag{Digest: i.indexDigest, Sequence: sequence.Add(1), Confirmed: time.Now()})
+		for _, body := range i.own() {
+			req := parallelRequest(&origin{body: body}, "one")
+			if body[0] == '{' {
+				req.Check = func([]byte) error { return nil }
+			}
+			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, body) {
+				t.Errorf("%d bytes of %d: %v", len(got), len(body), err)
+			}
+		}
+	})
+	many(1, func(r *rand.Rand) {
+		p := Pin{Upstream: "lab.test", Repository: "app", Tag: tag(r), Platforms: []string{"linux/amd64"}}
+		if _, err := c.Pin(p); err != nil && !errors.Is(err, ErrPinsTooLarge) {
+			t.Error(err)
+		}
+		p.Tag = tag(r)
+		if err := c.Unpin(p); err != nil && !errors.Is(err, ErrNotPinned) {
+			t.Error(err)
+		}
+	})
+	many(1, func(r *rand.Rand) {
+		if _, err := c.EvictImage(appKey, tag(r), ""); err != nil && !errors.Is(err, ErrNotStored) && !errors.Is(err, ErrPinned) {
+			t.Error(err)
+		}
+		if _, err := c.Images(); err != nil {
+			t.Error(err)
+		}
+	})
+	many(1, func(*rand.Rand) {
+		if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 {
+			t.Errorf("%+v: %v", v, err)
+		}
+	})
+	busy.Wait()
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	for _, p := range c.Pins() {
+		if err := c.Unpin(p); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	var rows int64
+	if err := c.index.Objects(func(_ digest.Digest, o index.Object) { rows += o.Alloc }); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "all holds", func() bool { return c.mayGo() == rows })
+	if s := c.Stats(); s.UsedBytes+s.PendingBytes > s.MaxBytes || s.Trouble != "" && !strings.Contains(s.Trouble, "no room") {
+		t.Errorf("%+v", s)
+	}
+	t.Logf("%+v", c.Stats())
 }
