@@ -167,13 +167,17 @@ func newPinCommand() *cobra.Command {
 	var d daemon
 	var platforms []string
 	cmd := d.register(&cobra.Command{
-		Use:   "pin IMAGE",
+		Use:   "pin [IMAGE]",
 		Short: "Keep an image from being evicted",
 		Long: `Keep an image from being evicted: what is here of it, and what comes to be.
 By tag (name:tag), the pin follows the tag; by digest (name@sha256:...) it stays.
-Nothing is downloaded. It is refused when all pins together would not fit.`,
-		Args: cobra.ExactArgs(1),
+Nothing is downloaded. It is refused when all pins together would not fit.
+Without an image, the pins are listed.`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return d.listPins(cmd)
+			}
 			var answer admin.Pinned
 			return d.do(cmd, "POST", "/api/v1/pins", order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
 				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", args[0], size(answer.HereBytes), size(answer.TotalBytes))
@@ -185,6 +189,22 @@ Nothing is downloaded. It is refused when all pins together would not fit.`,
 	})
 	cmd.Flags().StringSliceVar(&platforms, "platform", nil, "`platforms` of an index, such as linux/arm64, or all (default the node's)")
 	return cmd
+}
+
+func (d *daemon) listPins(cmd *cobra.Command) error {
+	var answer struct{ Pins []cache.Pin }
+	return d.do(cmd, "GET", "/api/v1/pins", nil, &answer, func(w io.Writer) {
+		tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+		defer tw.Flush()
+		fmt.Fprintln(tw, "IMAGE\tPLATFORMS")
+		for _, p := range answer.Pins {
+			image := p.Upstream + "/" + p.Repository
+			if image += ":" + p.Tag; p.Digest != "" {
+				image = p.Upstream + "/" + p.Repository + "@" + p.Digest.String()
+			}
+			fmt.Fprintf(tw, "%s\t%s\n", image, cmp.Or(strings.Join(p.Platforms, ","), "all"))
+		}
+	})
 }
 
 func newUnpinCommand() *cobra.Command {

@@ -91,6 +91,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 	mustSay("pinned", 0, "images")
 	mustSay("unpin it first", 1, "evict", "lab.test/team/app:v1")
 	mustSay("0B of 0B", 0, "pin", "lab.test/team/app:other", "--platform", "all")
+	mustSay("lab.test/team/app:other   all", 0, "pin")
 	mustSay("unpinned", 0, "unpin", "lab.test/team/app:other")
 	mustSay("not pinned", 1, "unpin", "lab.test/team/app:other")
 	mustSay("not an image", 1, "pin", "lab.test/Team")
