@@ -3,7 +3,6 @@
 package cache
 
 import (
-	"cmp"
 	"os"
 	"slices"
 	"time"
@@ -194,7 +193,7 @@ func (c *Cache) commit(batch []*flight) {
 	}
 	if c.index.Broken() == nil { // else who adopts them enters them
 		for _, f := range stored {
-			c.enter(f.key.Digest, cmp.Or(placed[f], roundUp(f.size)), f.children)
+			c.enter(f.key.Digest, c.inPlaceOf(f.key.Digest), f.children)
 			f.held = c.hold(f.key.Digest) // for its readers, until the last has gone
 		}
 	}
