@@ -408,3 +408,26 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 	}
 	t.Logf("%+v", c.Stats())
 }
+
+// TestAPinKeepsLayersThatWereThereFirst, before the manifests that lead to them,
+// under an index of an index.
+func TestAPinKeepsLayersThatWereThereFirst(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 6<<20)
+	defer c.Close()
+	one := buildImage(randomBytes(300_000), 500_000)
+	outer := fmt.Appendf(nil, `{"schemaVersion": 2, "manifests": [{"digest": %q, "size": %d, "mediaType": "x/y"}]}`, one.indexDigest, len(one.index))
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(outer), Platforms: []string{"linux/amd64"}}); err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "", 0, one.layer, one.base, one.config, one.manifest, one.index, outer)
+	press(t, c, 15)
+	for i, body := range append(one.own(), outer) {
+		if !c.has(body) {
+			t.Errorf("object %d is gone", i)
+		}
+	}
+	if c.Stats().Evicted.Objects == 0 {
+		t.Error("nothing had to go")
+	}
+}
