@@ -87,7 +87,7 @@ func (c *Cache) commitLoop() {
 
 // followTags has pins and list follow the tags that moved.
 func (c *Cache) followTags() {
-	if c.tagMoved.Load() {
+	if c.tagMoved.Swap(false) {
 		c.repin()
 		c.images.due = true
 	}

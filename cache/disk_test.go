@@ -596,3 +596,88 @@ func TestTroubleEndsByItself(t *testing.T) {
 	bad.Store(false)
 	settle(t, "all", func() bool { return c.Stats().Trouble == "" })
 }
+
+// breakIndex writes over the index of a running cache, and waits until there is
+// another one.
+func breakIndex(t *testing.T, c *Cache) {
+	t.Helper()
+	path := filepath.Join(c.opts.Dir, indexName)
+	info, err := os.Stat(path)
+	if err == nil {
+		err = os.WriteFile(path, make([]byte, info.Size()), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Index().Counts()
+	settle(t, "the index", func() bool {
+		_, err := os.Stat(filepath.Join(c.opts.Dir, brokenName))
+		return err == nil && c.Index().Broken() == nil && c.Stats().Adopting == 0
+	})
+}
+
+// TestWhatIsReadCountsOnceThroughABrokenIndex: it was removed while somebody reads
+// it, and then all that lies there is counted anew.
+func TestWhatIsReadCountsOnceThroughABrokenIndex(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	req := storedBy(t, c, &origin{body: randomBytes(3_000_000)})
+	reading, err := c.Open(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.EvictImage(appKey, "", req.Digest); err != nil {
+		t.Fatal(err)
+	}
+	used := c.Stats().UsedBytes
+	breakIndex(t, c)
+	if now := c.Stats().UsedBytes; now < used-500_000 { // the index is a new one
+		t.Errorf("%d bytes count, and did %d", now, used)
+	}
+	reading.Close()
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAFileThatIsBadAfterItsIndexCountsOnce: the order knew it.
+func TestAFileThatIsBadAfterItsIndexCountsOnce(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	body := randomBytes(3_000_000)
+	req := storedBy(t, c, &origin{body: body})
+	if err := flip(c.store.Path(req.Digest), body, 100); err != nil {
+		t.Fatal(err)
+	}
+	breakIndex(t, c)
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	if n := c.mayGo(); n != 0 {
+		t.Errorf("%d bytes may go, and nothing is there", n)
+	}
+}
+
+// TestVerifyWithoutDescriptorsDropsNothing.
+func TestVerifyWithoutDescriptorsDropsNothing(t *testing.T) {
+	t.Parallel()
+	var short atomic.Bool
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if short.Load() && name == "open blob" {
+			return &os.PathError{Op: "open", Path: "blob", Err: syscall.EMFILE}
+		}
+		return do()
+	})
+	defer c.Close()
+	req := storedBy(t, c, &origin{body: randomBytes(3_000_000)})
+	short.Store(true)
+	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); !errors.Is(err, syscall.EMFILE) || len(v.Bad) > 0 {
+		t.Errorf("%+v: %v", v, err)
+	}
+	short.Store(false)
+	if _, ok := c.Has(req.Key); !ok {
+		t.Error("it is dropped")
+	}
+}

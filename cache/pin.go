@@ -187,7 +187,6 @@ func (c *Cache) readPins() {
 // repin holds what the pins lead to now, and nothing else any more. It runs in the
 // committer.
 func (c *Cache) repin() {
-	c.tagMoved.Store(false)
 	c.pins.wanted = make(map[digest.Digest]bool)
 	list := c.Pins()
 	moved := false

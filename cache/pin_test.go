@@ -431,3 +431,25 @@ func TestAPinKeepsLayersThatWereThereFirst(t *testing.T) {
 		t.Error("nothing had to go")
 	}
 }
+
+// TestTheListFollowsATagThatAPinHasSeenFirst: pins are looked through again for
+// other reasons, too.
+func TestTheListFollowsATagThatAPinHasSeenFirst(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(300_000), 700_000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	listed := func(what string) func() bool {
+		return func() bool {
+			data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
+			return err == nil && bytes.Contains(data, []byte(what))
+		}
+	}
+	settle(t, "the list", listed("lab.test/app:v1"))
+	c.NoteTag(appKey.TagKey("v2"), index.Tag{Digest: one.indexDigest, Sequence: 2, Confirmed: time.Now()})
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "the list with both", listed("lab.test/app:v2"))
+}

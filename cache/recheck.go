@@ -314,7 +314,7 @@ type Verification struct {
 
 // Verify hashes every stored file, rate bytes a second or as fast as it can when
 // that is 0, and drops what is not what its digest says. It reports after each
-// MiB or file. Errors: the context's, and those of the index.
+// MiB or file. Errors: the context's, those of the index, and want of descriptors.
 func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
 	var all []digest.Digest
 	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
@@ -336,20 +336,15 @@ func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification
 			return v, ctx.Err()
 		case err == nil && sound:
 		case errors.Is(err, fs.ErrNotExist) && !known: // it was evicted meanwhile
+		case lacksDescriptors(err):
+			return v, err
 		case errors.Is(err, fs.ErrNotExist):
 			v.Missing = append(v.Missing, d)
-			c.inCommitter(func() error { c.drop(d); return nil })
-		case err != nil:
-			v.Bad = append(v.Bad, d)
-			c.inCommitter(func() error {
-				if row, ok := c.index.Row(d); ok {
-					return c.remove(d, row)
-				}
-				return nil
-			})
-			c.log.Sugar().Errorw("a file on the disk cannot be read, and is dropped", "digest", d, "cause", err.Error())
 		default:
 			v.Bad = append(v.Bad, d)
+		}
+		if err != nil {
+			c.inCommitter(func() error { c.drop(d); return nil })
 		}
 		v.Files++
 		report(v)

@@ -209,6 +209,9 @@ func (c *Cache) renew() {
 		c.flying.Done()        // the next commit tries again
 		return
 	}
+	c.order.mu.Lock()
+	used += c.order.queue.Lingering() // and is taken off when its readers have gone
+	c.order.mu.Unlock()
 	c.mu.Lock()
 	c.used = used
 	c.mu.Unlock()
@@ -295,7 +298,10 @@ func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	n := len(strays)
 	for pause := firstAdoptPause; ; pause = min(2*pause, lastAdoptPause) {
-		if strays = c.adoptOnce(strays); len(strays) == 0 || c.ctx.Err() != nil {
+		if strays = c.adoptOnce(strays); c.ctx.Err() != nil {
+			return
+		}
+		if len(strays) == 0 {
 			break
 		}
 		timer := time.NewTimer(pause)
@@ -396,7 +402,7 @@ func (c *Cache) settle(a adoption) {
 		return
 	}
 	if !stray {
-		return // it was not sound, and is gone
+		return // it was looked at before its turn, and is gone again
 	}
 	if a.sound {
 		alloc := blobstore.Allocated(a.info)
@@ -410,7 +416,7 @@ func (c *Cache) settle(a adoption) {
 		c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
 		return
 	}
-	c.addUsed(-blobstore.Allocated(a.info))
+	c.forget(a.digest, blobstore.Allocated(a.info))
 }
 
 func (c *Cache) apply(s index.Stored) {

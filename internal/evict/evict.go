@@ -43,6 +43,7 @@ type Queue[K comparable] struct {
 	links     map[K]*link[K]
 	turn      int // of the last use
 	free      int64
+	lingering int64
 }
 
 // An Entry is what Hold has held.
@@ -71,11 +72,11 @@ func New[K comparable]() *Queue[K] {
 	return &Queue[K]{entries: make(map[K]*Entry[K]), links: make(map[K]*link[K])}
 }
 
-// Len is how many entries there are.
-func (q *Queue[K]) Len() int { return len(q.entries) }
-
 // Free is the size in bytes of all entries that may go.
 func (q *Queue[K]) Free() int64 { return q.free }
+
+// Lingering is the size in bytes of all that was removed and is held still.
+func (q *Queue[K]) Lingering() int64 { return q.lingering }
 
 // Add enters what was stored for a use, with its size on disk in bytes. An entry
 // that is there already has that size now, and is used once more.
@@ -268,6 +269,7 @@ func (q *Queue[K]) Release(e *Entry[K]) (freed int64) {
 	switch {
 	case e.held > 0:
 	case e.gone:
+		q.lingering -= e.size
 		return e.size
 	default:
 		q.enter(e)
@@ -327,6 +329,7 @@ func (q *Queue[K]) Remove(k K) (freed int64) {
 		}
 	}
 	if e.held > 0 {
+		q.lingering += e.size
 		return 0
 	}
 	return e.size

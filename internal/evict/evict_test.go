@@ -156,16 +156,16 @@ func TestTheRoomOfWhatIsHeldIsFreeAfterwards(t *testing.T) {
 	q := New[string]()
 	q.Add("a", 1<<20)
 	first, second := q.Hold("a"), q.Hold("a")
-	if n := q.Remove("a"); n != 0 || q.Free() != 0 {
-		t.Error(n, q.Free())
+	if n := q.Remove("a"); n != 0 || q.Free() != 0 || q.Lingering() != 1<<20 {
+		t.Error(n, q.Free(), q.Lingering())
 	}
 	q.Add("a", 3<<20) // another one, which who held the first does not hold
 	third := q.Hold("a")
 	if n := q.Release(first); n != 0 {
 		t.Error(n)
 	}
-	if n := q.Release(second); n != 1<<20 {
-		t.Error(n)
+	if n := q.Release(second); n != 1<<20 || q.Lingering() != 0 {
+		t.Error(n, q.Lingering())
 	}
 	if _, ok := q.Take(); ok {
 		t.Error("a held one goes")
