@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"errors"
 	"os"
 	"slices"
 	"time"
@@ -37,6 +38,7 @@ func (c *Cache) commitLoop() {
 	notes := time.NewTicker(noteInterval)
 	defer notes.Stop()
 	c.keepBounds() // which may have been others for the last process
+	c.markLayout()
 	c.layOut()
 	for {
 		select {
@@ -60,7 +62,7 @@ func (c *Cache) commitLoop() {
 			c.renew()
 			c.retryRemovals()
 			c.dropBad()
-			if err := c.index.Flush(); err != nil {
+			if err := c.widening(func() error { return c.index.Flush(false) }); err != nil {
 				c.noteTrouble(err)
 			} else {
 				c.probe()
@@ -78,6 +80,9 @@ func (c *Cache) commitLoop() {
 				default:
 					c.followTags()
 					c.layOut()
+					if err := c.widening(func() error { return c.index.Flush(true) }); err != nil {
+						c.noteTrouble(err)
+					}
 					return
 				}
 			}
@@ -172,7 +177,7 @@ func (c *Cache) commit(batch []*flight) {
 		c.unstray(f.key.Digest) // if one lay there
 		stored = append(stored, f)
 	}
-	if err := c.index.Apply(rows, nil); err != nil {
+	if err := c.putRows(rows); err != nil {
 		trouble = err
 		if c.index.Broken() == nil { // else they are adopted with all others
 			stored = slices.DeleteFunc(stored, c.withoutRow)
@@ -215,6 +220,15 @@ func (c *Cache) commit(batch []*flight) {
 			c.discard(f.key, p)
 		}
 	}
+}
+
+// putRows writes the rows, or of too many for a full store those that fit.
+func (c *Cache) putRows(rows []index.Stored) error {
+	err := c.widening(func() error { return c.index.Apply(rows, nil) })
+	if half := len(rows) / 2; half > 0 && errors.Is(err, index.ErrFull) {
+		return errors.Join(c.putRows(rows[:half]), c.putRows(rows[half:]))
+	}
+	return err
 }
 
 // withoutRow tells whether the flight's object has no row, and then removes its

@@ -145,7 +145,11 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 
 // Prune drops what the index need not know any more.
 func (c *Cache) Prune(p index.Pruning) error {
-	untagged, err := c.index.Prune(p)
+	var untagged []digest.Digest
+	err := c.transact(func() (err error) {
+		untagged, err = c.index.Prune(p)
+		return err
+	})
 	c.order.mu.Lock()
 	defer c.order.mu.Unlock()
 	for _, d := range untagged {
@@ -203,19 +207,7 @@ const (
 // provide makes room and claims it, in the committer. It tells whether whoever
 // waits has an answer; unless it is the last try, no is none.
 func (c *Cache) provide(s *shortage, last bool) bool {
-	var err error
-	for round := 0; ; round++ {
-		var short int64
-		var share bool
-		short, share, err = c.tryReserve(s.domain, s.n)
-		if short <= 0 || share || round == maxRounds || c.mayGo() < short {
-			break
-		}
-		if everr := c.evict(short + min(c.opts.MaxSize/slackShare, maxSlack)); everr != nil {
-			err = fmt.Errorf("%w, and nothing can be evicted: %w", err, everr)
-			break
-		}
-	}
+	err := c.claimByEvicting(s.domain, s.n)
 	if err != nil && !last {
 		return false
 	}
@@ -225,6 +217,65 @@ func (c *Cache) provide(s *shortage, last bool) bool {
 		c.unreserve(s.domain, s.n) // he has left
 	}
 	return true
+}
+
+func (c *Cache) claimByEvicting(domain string, n int64) error {
+	for round := 0; ; round++ {
+		short, share, err := c.tryReserve(domain, n)
+		if short <= 0 || share || round == maxRounds || c.mayGo() < short {
+			return err
+		}
+		if everr := c.evict(short + min(c.opts.MaxSize/slackShare, maxSlack)); everr != nil {
+			return fmt.Errorf("%w, and nothing can be evicted: %w", err, everr)
+		}
+	}
+}
+
+// expand makes room for n bytes more of what is neither a blob nor pending. They
+// count until that is measured again. It runs in the committer.
+func (c *Cache) expand(n int64) error {
+	n = roundUp(n)
+	if err := c.claimByEvicting(ListedDomain, n); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.claim(ListedDomain, -n)
+	c.overhead += n
+	return nil
+}
+
+// firstWidening is what the index is let grow by besides, when it needs more than
+// its next growth; if that is too little, twice as much.
+const firstWidening = 1 << 20
+
+// widening runs a transaction in the committer, and makes room for what the
+// index has to grow by.
+func (c *Cache) widening(transaction func() error) error {
+	for n := int64(firstWidening); ; n *= 2 {
+		err := transaction()
+		if !errors.Is(err, index.ErrFull) {
+			return err
+		}
+		if xerr := c.expand(n); xerr != nil {
+			return fmt.Errorf("%w: %w", err, xerr)
+		}
+		c.index.Widen(n)
+	}
+}
+
+// transact runs a transaction of whoever is not the committer.
+func (c *Cache) transact(transaction func() error) error {
+	err := transaction()
+	if errors.Is(err, index.ErrFull) {
+		return c.inCommitter(func() error { return c.widening(transaction) })
+	}
+	return err
+}
+
+// Flush writes what was noted.
+func (c *Cache) Flush() error {
+	return c.transact(func() error { return c.index.Flush(false) })
 }
 
 // mayGo is how many bytes could be evicted.
@@ -282,11 +333,18 @@ func (c *Cache) choose(short int64) (victims []digest.Digest) {
 
 // evictAll evicts what was taken: rows first, then files. What cannot go stays
 // in the order. It runs in the committer.
-func (c *Cache) evictAll(victims []digest.Digest) (freed int64, err error) {
+func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 	victims = slices.DeleteFunc(victims, c.leaveToAdopter)
 	c.images.due = true
 	c.hot.drop(victims...)
-	err = c.index.Apply(nil, victims)
+	err := c.index.Apply(nil, victims)
+	if half := len(victims) / 2; half > 0 && errors.Is(err, index.ErrFull) { // with less, fewer pages change
+		for _, part := range [][]digest.Digest{victims[:half], victims[half:]} {
+			n, perr := c.evictAll(part)
+			freed, failed = freed+n, errors.Join(failed, perr)
+		}
+		return freed, failed
+	}
 	var gone Evicted
 	for _, d := range victims {
 		if err == nil {
@@ -374,7 +432,7 @@ const growth = 64 << 10
 
 // measureOverhead takes what all but blobs and pending files takes on disk now.
 func (c *Cache) measureOverhead() {
-	n := c.index.Footprint() + growth
+	n := c.index.Confine() + growth
 	take := func(path string) {
 		if info, err := os.Lstat(path); err == nil {
 			n += blobstore.Allocated(info)
@@ -387,9 +445,6 @@ func (c *Cache) measureOverhead() {
 	for _, e := range entries {
 		if e.Type().IsRegular() && e.Name() != indexName {
 			take(filepath.Join(c.opts.Dir, e.Name()))
-			if e.Name() == listName {
-				take(filepath.Join(c.opts.Dir, e.Name())) // for the next one beside it
-			}
 		}
 	}
 	c.mu.Lock()

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -35,6 +36,130 @@ func directory(dir string) (n int64) {
 		return nil
 	})
 	return n
+}
+
+// watch looks at what a directory takes on disk until it is told to stop, and then
+// says how much that was at most. Files come and go while it walks, so it counts
+// what it meets twice in succession: all that was there in between.
+func watch(dir string) (stop func() int64) {
+	var most int64
+	var before map[uint64]int64
+	look := func() {
+		now := make(map[uint64]int64)
+		filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
+			if err != nil {
+				return nil
+			}
+			if info, err := e.Info(); err == nil {
+				now[info.Sys().(*syscall.Stat_t).Ino] = blobstore.Allocated(info)
+			}
+			return nil
+		})
+		var n int64
+		for inode, alloc := range now {
+			n += min(alloc, before[inode])
+		}
+		most, before = max(most, n), now
+	}
+	done := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			look()
+			select {
+			case <-done:
+				return
+			default:
+			}
+		}
+	})
+	return func() int64 {
+		close(done)
+		watching.Wait()
+		return most
+	}
+}
+
+// TestAnIndexThatGrowsMakesRoomFirst: manifests that lead to as much as one can,
+// of which the index takes nearly as much again as they do, and all at once.
+func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
+	t.Parallel()
+	const bound, manifests, children = 40 << 20, 12, 45_000
+	dir := t.TempDir()
+	c := openChaos(t, dir, bound)
+	defer c.Close()
+	stop := watch(dir)
+	var pulling sync.WaitGroup
+	for i := range manifests {
+		var body bytes.Buffer
+		for j := range children {
+			fmt.Fprintf(&body, `,{"digest":"%s"}`, digest.FromString(fmt.Sprint(i, j)))
+		}
+		b := append([]byte(`{"manifests":[`), append(body.Bytes()[1:], "]}"...)...)
+		pulling.Go(func() {
+			req := parallelRequest(&origin{body: b}, "one")
+			req.Check = func([]byte) error { return nil }
+			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, b) {
+				t.Errorf("%d bytes of %d: %v", len(got), len(b), err)
+			}
+		})
+	}
+	pulling.Wait()
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	var last []byte
+	for range 2 * bound >> 20 { // and for what they leave room for, they go
+		last = randomBytes(1 << 20)
+		if got, err := readAll(c, parallelRequest(&origin{body: last}, "one")); err != nil || !bytes.Equal(got, last) {
+			t.Fatalf("%d bytes: %v", len(got), err)
+		}
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	if _, ok := c.Has(Key{ListedDomain, digest.FromBytes(last)}); !ok {
+		t.Error("nothing is stored any more")
+	}
+	most, s := stop(), c.Stats()
+	t.Logf("at most %d of %d bytes: %+v", most, bound, s)
+	if most > bound {
+		t.Error("that is over the bound")
+	}
+	if info, err := os.Stat(filepath.Join(dir, indexName)); err != nil || info.Size() < manifests/4*children*71 {
+		t.Errorf("the index has not grown by what the test is about: %v, %v", info.Size(), err)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAListThatGrowsMakesRoomFirst: a full store gets an image of which thousands of
+// tags are known.
+func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
+	t.Parallel()
+	const bound, tags = 32 << 20, 20_000
+	dir := t.TempDir()
+	c := openChaos(t, dir, bound)
+	defer c.Close()
+	b := buildImage(randomBytes(1000), 1000)
+	var last string
+	for i := range tags {
+		last = fmt.Sprintf("tag%0100d", i)
+		c.NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
+	}
+	for c.Stats().Evicted.Objects == 0 { // the first of them takes the tags along
+		if _, err := readAll(c, parallelRequest(&origin{body: randomBytes(150 << 10)}, "one")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := watch(dir)
+	pullImage(t, c, "", 0, b.own()...)
+	settle(t, "the list", func() bool {
+		list, err := os.ReadFile(filepath.Join(dir, listName))
+		return err == nil && bytes.Contains(list, []byte(last))
+	})
+	most := stop()
+	t.Logf("at most %d of %d bytes: %+v", most, bound, c.Stats())
+	if most > bound {
+		t.Error("that is over the bound")
+	}
 }
 
 // TestTheBoundHoldsWhileFourTimesAsMuchIsPulled looks all the time at what counts,

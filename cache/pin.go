@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,7 +88,7 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		}
 		var sum int64
 		for _, size := range all {
-			sum += roundUp(size)
+			sum = addSizes(sum, roundUp(min(size, math.MaxInt64-fsBlock)))
 		}
 		c.mu.Lock()
 		room := c.opts.MaxSize - c.overhead
@@ -116,32 +117,44 @@ func (c *Cache) Unpin(p Pin) error {
 	})
 }
 
-// setPins writes the pins, and then they hold.
+// setPins has other pins hold, and writes them: first they hold, since what is
+// pinned must not make room for that.
 func (c *Cache) setPins(list []Pin) error {
-	if err := c.writePins(list); err != nil {
-		return err
-	}
+	before := c.Pins()
+	c.takePins(list)
 	c.repin()
-	return nil
+	err := c.writePins()
+	if err != nil {
+		c.takePins(before)
+		c.repin()
+	}
+	return err
 }
 
-func (c *Cache) writePins(list []Pin) error {
-	data, err := json.MarshalIndent(list, "", "  ")
+func (c *Cache) takePins(list []Pin) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pins.list = list
+}
+
+func (c *Cache) writePins() error {
+	data, err := json.MarshalIndent(c.Pins(), "", "  ")
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)
 	}
 	if err != nil {
 		return fmt.Errorf("write the pins: %w", err)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.pins.list = list
 	return nil
 }
 
-// writeFile replaces a small file of the directory as one step. What is not durable
-// may be empty after a power cut, and is what the next start writes anyway.
+// writeFile replaces a small file of the directory as one step, for which it makes
+// room. What is not durable may be empty after a power cut, and is what the next
+// start writes anyway.
 func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
+	if err := c.expand(int64(len(data))); err != nil {
+		return err
+	}
 	path := filepath.Join(c.opts.Dir, name)
 	temporary := path + ".new"
 	err := c.opts.Steps.Do("write "+what, func() error {
@@ -195,11 +208,6 @@ func (c *Cache) repin() {
 			list[i].Meant, moved = tag.Digest, true
 		}
 	}
-	if moved {
-		if err := c.writePins(list); err != nil {
-			c.log.Sugar().Warnw("a pin follows its tag, and that cannot be written", "cause", err.Error())
-		}
-	}
 	for _, p := range list {
 		for d := range c.pinned(p).sizes {
 			c.pins.wanted[d] = true
@@ -216,6 +224,12 @@ func (c *Cache) repin() {
 			if l := c.hold(d); l != nil {
 				c.pins.leases[d] = l
 			}
+		}
+	}
+	if moved {
+		c.takePins(list)
+		if err := c.writePins(); err != nil {
+			c.log.Sugar().Warnw("a pin follows its tag, and that cannot be written", "cause", err.Error())
 		}
 	}
 }
@@ -257,7 +271,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 			t.Here += size
 		}
 		t.sizes[d] = size
-		t.Total += size
+		t.Total = addSizes(t.Total, size)
 		if ok && platform != nil {
 			t.Platforms = append(t.Platforms, platformName(*platform))
 		}
@@ -286,6 +300,14 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 	}
 	walk(root, 0, nil)
 	return t
+}
+
+// addSizes adds what a manifest may only claim.
+func addSizes(a, b int64) int64 {
+	if b > math.MaxInt64-a {
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 func platformName(p v1.Platform) string {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -22,6 +23,40 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
+
+// TestAPinOfImpossibleSizesIsRefused: what a manifest says of its layers is only said.
+func TestAPinOfImpossibleSizesIsRefused(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 16<<20)
+	defer c.Close()
+	layer := func(name string, size int64) v1.Descriptor {
+		return v1.Descriptor{Digest: digest.FromString(name), Size: size}
+	}
+	for i, layers := range [][]v1.Descriptor{
+		{layer("a", math.MaxInt64)},
+		{layer("a", math.MaxInt64), layer("b", math.MaxInt64), layer("c", 2)},
+		{layer("a", math.MaxInt64-5000), layer("b", 5000)},
+	} {
+		body, err := json.Marshal(v1.Manifest{Config: layer("config", 10), Layers: layers})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tag := fmt.Sprint("v", i)
+		pullImage(t, c, tag, uint64(i+1), body)
+		if _, err := c.Pin(Pin{Upstream: appKey.Upstream, Repository: appKey.Repository, Tag: tag}); !errors.Is(err, ErrPinsTooLarge) {
+			t.Errorf("%d: pinned: %v", i, err)
+		}
+	}
+	images, err := c.Images()
+	if err != nil || len(images) != 3 {
+		t.Fatal(len(images), err)
+	}
+	for _, i := range images {
+		if i.TotalBytes < i.HereBytes {
+			t.Errorf("%+v", i)
+		}
+	}
+}
 
 var appKey = index.RepositoryKey{Upstream: "lab.test", Repository: "app"}
 

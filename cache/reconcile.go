@@ -98,7 +98,6 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil, errors.Join(err, c.index.Close())
 	}
 	c.readPins()
-	c.markLayout()
 	c.images.due = true
 	c.measureOverhead()
 	parked := c.restoreAll(left)
@@ -420,7 +419,7 @@ func (c *Cache) settle(a adoption) {
 }
 
 func (c *Cache) apply(s index.Stored) {
-	if err := c.index.Apply([]index.Stored{s}, nil); err != nil {
+	if err := c.putRows([]index.Stored{s}); err != nil {
 		c.noteTrouble(err)
 	}
 }

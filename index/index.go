@@ -32,6 +32,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -47,6 +48,8 @@ var (
 	ErrLocked = errors.New("index is in use by another process")
 	// ErrBroken: the file is no index, or one from a newer tarn.
 	ErrBroken = errors.New("index is broken")
+	// ErrFull: the file would have to grow beyond its limit. Nothing was written.
+	ErrFull = errors.New("index would grow beyond its limit")
 )
 
 // version of the rows' format. A higher one is not read.
@@ -153,6 +156,7 @@ func (k RepositoryKey) YesKey(who string) string { return string(k.bytes(who)) }
 type Index struct {
 	path  string
 	steps fault.Steps
+	limit atomic.Int64 // of the file, in bytes; 0: none
 
 	// writing is held around each transaction that writes. bbolt has such a
 	// lock, too, but one that a panic may leave locked.
@@ -183,6 +187,9 @@ const useInterval = time.Minute
 // growStep is how much a file beyond that size grows at a time. bbolt's own
 // 16 MiB is too much where the bound on the directory is small.
 const growStep = 1 << 20
+
+// smallest is what a transaction that deletes one object may need at most.
+const smallest = 64 << 10
 
 // openTimeout is how long another process may take to let go of the file.
 const openTimeout = time.Second
@@ -221,9 +228,14 @@ func (ix *Index) view(f func(*bolt.Tx) error) error {
 func (ix *Index) update(f func(*bolt.Tx) error) error {
 	ix.writing.Lock()
 	defer ix.writing.Unlock()
-	return ix.guarded(func(db *bolt.DB) error {
+	err := ix.guarded(func(db *bolt.DB) error {
+		db.MaxSize = int(ix.limit.Load())
 		return ix.steps.Do("write index", func() error { return db.Update(f) })
 	})
+	if errors.Is(err, berrors.ErrMaxSizeReached) {
+		return ErrFull
+	}
+	return err
 }
 
 func (ix *Index) guarded(f func(*bolt.DB) error) (err error) {
@@ -398,7 +410,7 @@ func (ix *Index) Close() error {
 	if ix.Broken() != nil {
 		return nil // the next start sets it aside
 	}
-	return errors.Join(ix.write(nil, nil, true), ix.db.Close())
+	return errors.Join(ix.write(nil, nil, ix.due(true)), ix.db.Close())
 }
 
 // Objects calls f for each object. f must not call the index.
@@ -433,22 +445,58 @@ func (ix *Index) Uses(f func(digest.Digest, Use)) error {
 // index.
 func (ix *Index) Children(f func(digest.Digest, []digest.Digest)) error {
 	return ix.view(func(tx *bolt.Tx) error {
-		return tx.Bucket(childrenBucket).ForEach(func(k, v []byte) error {
-			f(digest.Digest(k), decodeChildren(v))
-			return nil
-		})
+		c := tx.Bucket(childrenBucket).Cursor()
+		for k, v := c.First(); k != nil; {
+			d := digest.Digest(k)
+			var children []digest.Digest
+			children, k, v = readChildren(c, d, v)
+			f(d, children)
+		}
+		return nil
 	})
 }
 
 // ChildrenOf returns what an object leads to.
 func (ix *Index) ChildrenOf(d digest.Digest) (children []digest.Digest) {
 	ix.view(func(tx *bolt.Tx) error {
-		if v := tx.Bucket(childrenBucket).Get([]byte(d)); v != nil {
-			children = decodeChildren(v)
+		c := tx.Bucket(childrenBucket).Cursor()
+		if k, v := c.Seek([]byte(d)); string(k) == string(d) {
+			children, _, _ = readChildren(c, d, v)
 		}
 		return nil
 	})
 	return children
+}
+
+// childrenARow bounds a row: bbolt copies what lies beside it in a page when one is
+// deleted, and there must be room for that in a full store. The first row's key is
+// the digest, and that of a further one its number besides.
+const childrenARow = 512
+
+// readChildren returns the children in the row where the cursor is, v, and in those
+// that continue it, and the row behind them.
+func readChildren(c *bolt.Cursor, d digest.Digest, v []byte) (children []digest.Digest, behind, value []byte) {
+	prefix := append([]byte(d), 0)
+	for {
+		children = append(children, decodeChildren(v)...)
+		behind, v = c.Next()
+		if !bytes.HasPrefix(behind, prefix) {
+			return children, behind, v
+		}
+	}
+}
+
+func putChildren(b *bolt.Bucket, d digest.Digest, children []digest.Digest) error {
+	key := []byte(d)
+	n := uint32(0)
+	for part := range slices.Chunk(children, childrenARow) {
+		if err := b.Put(key, encodeChildren(part)); err != nil {
+			return err
+		}
+		n++
+		key = binary.BigEndian.AppendUint32(append([]byte(d), 0), n)
+	}
+	return nil
 }
 
 // Use returns when an object was used last.
@@ -820,10 +868,15 @@ type Stored struct {
 	Children []digest.Digest
 }
 
-// Apply writes objects and their possessions, drops objects with theirs, and
-// takes the notes along that are due, all in one transaction.
+// Apply writes objects and their possessions, and drops objects with theirs, all in
+// one transaction. It takes the notes along that are due, if there is room for them
+// as well.
 func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
-	return ix.write(put, drop, false)
+	err := ix.write(put, drop, ix.due(false))
+	if errors.Is(err, ErrFull) {
+		return ix.write(put, drop, notes{})
+	}
+	return err
 }
 
 // usesDue is called with the lock.
@@ -841,8 +894,10 @@ type notes struct {
 	uses        map[digest.Digest]Use
 }
 
-func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
+// due returns the notes that are to be written now, or all.
+func (ix *Index) due(all bool) notes {
 	ix.mu.Lock()
+	defer ix.mu.Unlock()
 	n := notes{
 		tags:        maps.Clone(ix.tags),
 		memberships: maps.Clone(ix.memberships),
@@ -851,10 +906,15 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	}
 	if all || ix.usesDue() {
 		n.uses = maps.Clone(ix.uses)
-		ix.usesFrom = time.Now()
 	}
-	ix.mu.Unlock()
+	return n
+}
 
+func (n notes) none() bool {
+	return len(n.tags)+len(n.memberships)+len(n.yeses)+len(n.challenges)+len(n.uses) == 0
+}
+
+func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 	err := ix.update(func(tx *bolt.Tx) error {
 		if err := dropObjects(tx, drop); err != nil {
 			return err
@@ -865,7 +925,7 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 				return err
 			}
 			if s.Children != nil {
-				if err := tx.Bucket(childrenBucket).Put([]byte(s.Digest), encodeChildren(s.Children)); err != nil {
+				if err := putChildren(tx.Bucket(childrenBucket), s.Digest, s.Children); err != nil {
 					return err
 				}
 			}
@@ -891,11 +951,13 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, all bool) error {
 	forget(ix.yeses, n.yeses)
 	forget(ix.challenges, n.challenges)
 	forget(ix.uses, n.uses)
+	if n.uses != nil {
+		ix.usesFrom = time.Now()
+	}
 	return nil
 }
 
 func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
-	possessions := tx.Bucket(possessionBucket).Cursor()
 	for _, d := range drop {
 		for _, bucket := range [][]byte{objectBucket, useBucket, childrenBucket} {
 			if err := tx.Bucket(bucket).Delete([]byte(d)); err != nil {
@@ -903,24 +965,25 @@ func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
 			}
 		}
 		prefix := append([]byte(d), 0)
-		for k, _ := possessions.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = possessions.Seek(prefix) {
-			if err := possessions.Delete(); err != nil {
-				return err
+		for _, bucket := range [][]byte{possessionBucket, childrenBucket} {
+			c := tx.Bucket(bucket).Cursor()
+			for k, _ := c.Seek(prefix); bytes.HasPrefix(k, prefix); k, _ = c.Seek(prefix) {
+				if err := c.Delete(); err != nil {
+					return err
+				}
 			}
 		}
 	}
 	return nil
 }
 
-// Flush writes the notes that are due, if there are any.
-func (ix *Index) Flush() error {
-	ix.mu.Lock()
-	due := len(ix.tags)+len(ix.memberships)+len(ix.yeses)+len(ix.challenges) > 0 || ix.usesDue()
-	ix.mu.Unlock()
-	if !due {
+// Flush writes the notes that are due, or all, if there are any.
+func (ix *Index) Flush(all bool) error {
+	n := ix.due(all)
+	if n.none() {
 		return nil
 	}
-	return ix.write(nil, nil, false)
+	return ix.write(nil, nil, n)
 }
 
 func (n notes) write(tx *bolt.Tx) error {
@@ -999,14 +1062,19 @@ func (ix *Index) Counts() (c Counts, err error) {
 	return c, err
 }
 
-// Footprint is what the index takes on disk, in bytes, and will take when it
-// grows next: bbolt doubles a small file and adds growStep to a larger one, and
-// a transaction is not asked whether there is room.
-func (ix *Index) Footprint() int64 {
+// Confine bounds the file to what it takes now and its next growth, and returns that
+// in bytes: bbolt doubles a small file and adds growStep to a larger one. What needs
+// more fails with ErrFull from then on.
+func (ix *Index) Confine() int64 {
 	info, err := os.Stat(ix.path)
 	if err != nil {
-		return 0
+		return ix.limit.Load()
 	}
 	size := info.Size()
-	return size + min(size, 2*growStep)
+	limit := size + min(size+smallest, 2*growStep)
+	ix.limit.Store(limit)
+	return limit
 }
+
+// Widen lets the file grow by n bytes more.
+func (ix *Index) Widen(n int64) { ix.limit.Add(n) }

@@ -4,6 +4,7 @@ package index
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -61,7 +62,7 @@ func TestNotesAreReadAtOnceAndSurviveAClose(t *testing.T) {
 	if _, ok := ix.Membership(member); ok {
 		t.Fatal("a membership that was taken back")
 	}
-	if err := ix.Flush(); err != nil {
+	if err := ix.Flush(false); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := ix.Membership(member); ok {
@@ -182,6 +183,94 @@ func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
 	}
 }
 
+// TestManyChildrenAreManyRows: as many as a manifest may lead to, beside one that leads
+// to a few.
+func TestManyChildrenAreManyRows(t *testing.T) {
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	defer ix.Close()
+	want := make(map[digest.Digest][]digest.Digest)
+	var put []Stored
+	for i, n := range []int{1, childrenARow, childrenARow + 1, 45_000, 2} {
+		s := Stored{Digest: digest.FromString(fmt.Sprint("manifest", i)), Domain: "*", Object: Object{Size: 1}}
+		for j := range n {
+			s.Children = append(s.Children, digest.FromString(fmt.Sprint(i, "/", j)))
+		}
+		want[s.Digest] = s.Children
+		put = append(put, s)
+	}
+	if err := ix.Apply(put, nil); err != nil {
+		t.Fatal(err)
+	}
+	for len(want) > 0 {
+		got := make(map[digest.Digest][]digest.Digest)
+		if err := ix.Children(func(d digest.Digest, c []digest.Digest) { got[d] = c }); err != nil {
+			t.Fatal(err)
+		}
+		for d, children := range want {
+			if !slices.Equal(got[d], children) || !slices.Equal(ix.ChildrenOf(d), children) {
+				t.Errorf("%d and %d children, not %d", len(got[d]), len(ix.ChildrenOf(d)), len(children))
+			}
+		}
+		if len(got) != len(want) {
+			t.Errorf("%d lead to others, not %d", len(got), len(want))
+		}
+		gone := put[0].Digest
+		put = put[1:]
+		delete(want, gone)
+		if err := ix.Apply(nil, []digest.Digest{gone}); err != nil {
+			t.Fatal(err)
+		}
+		if c := ix.ChildrenOf(gone); c != nil {
+			t.Errorf("%d children of what is gone", len(c))
+		}
+	}
+}
+
+// TestAConfinedIndexDoesNotGrow: what does not fit is not written, what is deleted
+// always fits, and so does what was let in.
+func TestAConfinedIndexDoesNotGrow(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index.db")
+	ix := open(t, path)
+	defer ix.Close()
+	size := func() int64 {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Size()
+	}
+	many := func(i int) (put []Stored) {
+		for j := range 10_000 {
+			put = append(put, Stored{Digest: digest.FromString(fmt.Sprint(i, "/", j)), Domain: "*", Object: Object{Size: 1}})
+		}
+		return put
+	}
+	for i := range 4 {
+		limit := ix.Confine()
+		put := many(i)
+		ix.NoteTag(RepositoryKey{"docker.io", "app"}.TagKey(fmt.Sprint(i)), Tag{Digest: d1, Sequence: uint64(i + 1)})
+		if err := ix.Apply(put, nil); !errors.Is(err, ErrFull) || size() > limit {
+			t.Fatalf("%d bytes of %d: %v", size(), limit, err)
+		}
+		if _, ok := ix.Row(put[0].Digest); ok {
+			t.Error("a part of it was written")
+		}
+		if i > 0 { // with nothing but the next growth
+			if err := ix.Apply(nil, []digest.Digest{many(i - 1)[i].Digest}); err != nil || size() > limit {
+				t.Errorf("%d bytes of %d: %v", size(), limit, err)
+			}
+		}
+		const more = 32 << 20
+		ix.Widen(more)
+		if err := ix.Apply(put, nil); err != nil || size() > limit+more {
+			t.Fatalf("%d bytes of %d: %v", size(), limit+more, err)
+		}
+		if _, ok := ix.Row(put[0].Digest); !ok {
+			t.Error("it is not there")
+		}
+	}
+}
+
 func TestWhatIsOfNoUseIsPruned(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
 	defer ix.Close()
@@ -201,7 +290,7 @@ func TestWhatIsOfNoUseIsPruned(t *testing.T) {
 	}
 	ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: at})
 	ix.NoteMembership(k.MembershipKey("blobs", d2), Membership{Time: at, Anonymous: now})
-	if err := ix.Flush(); err != nil {
+	if err := ix.Flush(false); err != nil {
 		t.Fatal(err)
 	}
 	ix.NoteTag(k.TagKey("renewed"), Tag{Digest: d1, Confirmed: now, Sequence: 6})
@@ -251,7 +340,7 @@ func TestASecondWriterDoesNotHangBehindAPanic(t *testing.T) {
 	go func() { // the committer
 		k := RepositoryKey{"docker.io", "x"}
 		ix.NoteYes(k.YesKey("me"), time.Now())
-		second <- ix.Flush()
+		second <- ix.Flush(false)
 	}()
 	if err := os.Truncate(path, 4096); err != nil {
 		t.Fatal(err)

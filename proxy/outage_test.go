@@ -73,7 +73,7 @@ func TestStaleNeverAfterARefusalAndACrash(t *testing.T) {
 	r, l, d, img, layer := away(t, access, time.Hour)
 	pull(t, d, img, layer, auth...)
 	allStored(t, d, img)
-	if err := d.cache.Index().Flush(); err != nil {
+	if err := d.cache.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	crash := func(s setup) *tarnd {
@@ -255,7 +255,7 @@ func TestYesesForAnOutageDoNotPileUp(t *testing.T) {
 	if d.cache.Index().Yes(k.YesKey("")).IsZero() {
 		t.Fatal("nothing to prune")
 	}
-	if err := d.cache.Index().Flush(); err != nil {
+	if err := d.cache.Flush(); err != nil {
 		t.Fatal(err)
 	}
 	d.proxy.prune()

@@ -127,7 +127,7 @@ func (p *Proxy) forgetTag(k index.RepositoryKey, tag string, c credential, seque
 // keepForgotten writes what was taken back before the answer says so: a crash
 // must not bring it back.
 func (p *Proxy) keepForgotten() {
-	if err := p.cache.Index().Flush(); err != nil {
+	if err := p.cache.Flush(); err != nil {
 		p.log.Error("what a registry took back is known to this process only", zap.Error(err))
 	}
 }
