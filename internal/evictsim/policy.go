@@ -157,17 +157,9 @@ func (p *s3fifo) Evict(k int) {
 // gdsf (Cherkasova 1998) weighs how often by what a miss costs for each byte.
 type gdsf struct {
 	cost      func(size int64) float64
-	in        map[int]*gdsfEntry
-	order     gdsfOrder
+	in        map[int]*weighed
+	order     lightest
 	inflation float64
-}
-
-type gdsfEntry struct {
-	k        int
-	size     int64
-	uses     float64
-	priority float64
-	at       int
 }
 
 // NewGDSF returns GDSF with a cost of 1 for each request.
@@ -183,11 +175,11 @@ func NewGDSFBytes(int64) Policy {
 }
 
 func newGDSF(cost func(int64) float64) Policy {
-	return &gdsf{cost: cost, in: make(map[int]*gdsfEntry)}
+	return &gdsf{cost: cost, in: make(map[int]*weighed)}
 }
 
 func (p *gdsf) Add(k int, size int64) {
-	e := &gdsfEntry{k: k, size: size}
+	e := &weighed{k: k, size: size}
 	p.in[k] = e
 	heap.Push(&p.order, e)
 	p.Use(k)
@@ -196,7 +188,7 @@ func (p *gdsf) Add(k int, size int64) {
 func (p *gdsf) Use(k int) {
 	e := p.in[k]
 	e.uses++
-	e.priority = p.inflation + e.uses*p.cost(e.size)/float64(e.size)
+	e.weight = p.inflation + e.uses*p.cost(e.size)/float64(e.size)
 	heap.Fix(&p.order, e.at)
 }
 
@@ -209,29 +201,9 @@ func (p *gdsf) Victim() (int, bool) {
 
 func (p *gdsf) Evict(k int) {
 	e := p.in[k]
-	p.inflation = e.priority
+	p.inflation = e.weight
 	heap.Remove(&p.order, e.at)
 	delete(p.in, k)
-}
-
-type gdsfOrder []*gdsfEntry
-
-func (o gdsfOrder) Len() int           { return len(o) }
-func (o gdsfOrder) Less(i, j int) bool { return o[i].priority < o[j].priority }
-func (o gdsfOrder) Swap(i, j int) {
-	o[i], o[j] = o[j], o[i]
-	o[i].at, o[j].at = i, j
-}
-func (o *gdsfOrder) Push(x any) {
-	e := x.(*gdsfEntry)
-	e.at = len(*o)
-	*o = append(*o, e)
-}
-func (o *gdsfOrder) Pop() any {
-	last := len(*o) - 1
-	e := (*o)[last]
-	*o = (*o)[:last]
-	return e
 }
 
 // NewTarn returns what tarn does.

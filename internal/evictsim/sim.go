@@ -85,8 +85,8 @@ func Belady(t *Trace, room int64) (r Result) {
 		}
 		last[e.Object] = i
 	}
-	there := make(map[int]*kept)
-	var order farthest
+	there := make(map[int]*weighed)
+	var order lightest // by how soon it is asked for again
 	var used int64
 	for i, e := range t.Events {
 		if e.Tag > 0 {
@@ -97,57 +97,59 @@ func Belady(t *Trace, room int64) (r Result) {
 		r.Bytes += size
 		k := there[e.Object]
 		if k != nil {
-			r.BytesHit += k.bytes
-			if k.bytes == size {
+			r.BytesHit += k.size
+			if k.size == size {
 				r.Hits++
 			}
 			heap.Remove(&order, k.at)
-			used -= k.bytes
+			used -= k.size
 		}
 		delete(there, e.Object)
 		if next[i] == math.MaxInt {
 			continue
 		}
-		k = &kept{object: e.Object, bytes: size, next: next[i]}
+		k = &weighed{k: e.Object, size: size, weight: -float64(next[i])}
 		there[e.Object] = k
 		heap.Push(&order, k)
 		for used += size; used > room; {
 			f := order[0]
-			off := min(f.bytes, used-room)
+			off := min(f.size, used-room)
 			used -= off
-			if f.bytes -= off; f.bytes == 0 {
+			if f.size -= off; f.size == 0 {
 				heap.Pop(&order)
-				delete(there, f.object)
+				delete(there, f.k)
 			}
 		}
 	}
 	return r
 }
 
-type kept struct {
-	object int
-	bytes  int64
-	next   int
+// weighed is an object in a heap.
+type weighed struct {
+	k      int
+	size   int64 // of which there is this much
+	uses   float64
+	weight float64
 	at     int
 }
 
-// farthest is a heap, what is asked for last first.
-type farthest []*kept
+// lightest is a heap.
+type lightest []*weighed
 
-func (o farthest) Len() int           { return len(o) }
-func (o farthest) Less(i, j int) bool { return o[i].next > o[j].next }
-func (o farthest) Swap(i, j int) {
+func (o lightest) Len() int           { return len(o) }
+func (o lightest) Less(i, j int) bool { return o[i].weight < o[j].weight }
+func (o lightest) Swap(i, j int) {
 	o[i], o[j] = o[j], o[i]
 	o[i].at, o[j].at = i, j
 }
-func (o *farthest) Push(x any) {
-	k := x.(*kept)
-	k.at = len(*o)
-	*o = append(*o, k)
+func (o *lightest) Push(x any) {
+	w := x.(*weighed)
+	w.at = len(*o)
+	*o = append(*o, w)
 }
-func (o *farthest) Pop() any {
+func (o *lightest) Pop() any {
 	last := len(*o) - 1
-	k := (*o)[last]
+	w := (*o)[last]
 	*o = (*o)[:last]
-	return k
+	return w
 }
