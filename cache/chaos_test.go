@@ -149,10 +149,7 @@ func (c *chaos) assemble(cache *Cache, reader string, from int64, patience int) 
 // fails and lies at random, over restarts of the cache, with much room and with
 // little.
 func TestWholeWhateverTheSourceDoes(t *testing.T) {
-	rounds := 6
-	if n, err := strconv.Atoi(os.Getenv("TARN_TEST_ROUNDS")); err == nil {
-		rounds = n
-	}
+	rounds := testRounds(6)
 	goroutines, files := runtime.NumGoroutine(), descriptors(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -251,6 +248,15 @@ func descriptors(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return len(entries)
+}
+
+// testRounds is how often a test at random goes round, n times or as TARN_TEST_ROUNDS
+// has it.
+func testRounds(n int) int {
+	if rounds, err := strconv.Atoi(os.Getenv("TARN_TEST_ROUNDS")); err == nil {
+		return rounds
+	}
+	return n
 }
 
 func settle(t *testing.T, what string, ok func() bool) {

@@ -195,13 +195,22 @@ func (c *Cache) commit(batch []*flight) {
 			now = c.inPlaceOf(f.key.Digest)
 		}
 		grown += now - replaced[i]
-	}
-	if c.index.Broken() == nil { // else who adopts them enters them
-		for _, f := range stored {
-			c.enter(f.key.Digest, c.inPlaceOf(f.key.Digest), f.children)
-			f.held = c.hold(f.key.Digest) // for its readers, until the last has gone
+		if ok || c.index.Broken() != nil || slices.Contains(stored, f) {
+			continue
+		}
+		if now == 0 {
+			grown += c.takenOff(f.key.Digest)
+		} else if _, known := c.index.Row(f.key.Digest); !known && !c.isStray(f.key.Digest) {
+			c.leftOver(f.key.Digest, now)
 		}
 	}
+	for _, f := range stored {
+		if c.index.Broken() == nil { // else who adopts it enters it
+			c.enter(f.key.Digest, c.inPlaceOf(f.key.Digest), f.children)
+		}
+		f.held = c.await(f.key.Digest) // for its readers, until the last has gone
+	}
+	c.repinIfDue()
 	c.mu.Lock()
 	c.used += grown
 	for _, f := range stored {
@@ -283,10 +292,12 @@ func (c *Cache) drop(d digest.Digest) {
 
 // remove takes an object away, row first.
 func (c *Cache) remove(d digest.Digest, row index.Object) error {
-	c.hot.drop(d)
 	err := c.index.Apply(nil, []digest.Digest{d})
+	c.hot.drop(d) // with the row gone, nobody brings it back
 	if err == nil {
-		err = c.store.Remove(d)
+		if err = c.store.Remove(d); err != nil {
+			c.leftOver(d, row.Alloc)
+		}
 	}
 	if err != nil {
 		c.noteTrouble(err)

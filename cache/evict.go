@@ -56,6 +56,13 @@ func (c *Cache) hold(d digest.Digest) lease {
 	return c.order.queue.Hold(d)
 }
 
+// await holds also what is not in the order yet.
+func (c *Cache) await(d digest.Digest) lease {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	return c.order.queue.Await(d)
+}
+
 // letGo ends a hold. The bytes of a file that was removed meanwhile are free
 // only now.
 func (c *Cache) letGo(h lease) {
@@ -96,9 +103,32 @@ func (c *Cache) enter(d digest.Digest, alloc int64, children []digest.Digest) {
 	c.order.mu.Unlock()
 	c.noteRank(d, time.Now(), rank)
 	c.images.due = c.images.due || children != nil
-	if c.pins.wanted[d] {
-		c.repin() // it is held, and what it leads to is wanted
+	switch {
+	case !c.pins.wanted[d]:
+	case children != nil:
+		c.pins.due = true // what it leads to is wanted, too
+	default:
+		c.pin(d)
 	}
+}
+
+// leftOver has a file without a row, which the disk did not let go, make room before
+// all others.
+func (c *Cache) leftOver(d digest.Digest, alloc int64) {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	c.order.queue.Add(d, alloc)
+	c.order.queue.Lose(d)
+}
+
+// takenOff takes what has no file any more out of the order, where its bytes are
+// not counted any more. It returns those that somebody holds, which count until he lets go.
+func (c *Cache) takenOff(d digest.Digest) (held int64) {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	before := c.order.queue.Lingering()
+	c.order.queue.Remove(d)
+	return c.order.queue.Lingering() - before
 }
 
 // forget takes an object whose file is gone out of the order and off the count
@@ -303,6 +333,7 @@ func (c *Cache) keepBounds() {
 // evict frees so many bytes, or all that may go. It runs in the committer.
 func (c *Cache) evict(short int64) error {
 	for short > 0 {
+		c.followTags() // what they pin does not go
 		victims := c.choose(short)
 		if len(victims) == 0 {
 			return nil
@@ -336,8 +367,8 @@ func (c *Cache) choose(short int64) (victims []digest.Digest) {
 func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 	victims = slices.DeleteFunc(victims, c.leaveToAdopter)
 	c.images.due = true
-	c.hot.drop(victims...)
 	err := c.index.Apply(nil, victims)
+	c.hot.drop(victims...)                                                   // with the rows gone, nobody brings them back
 	if half := len(victims) / 2; half > 0 && errors.Is(err, index.ErrFull) { // with less, fewer pages change
 		for _, part := range [][]digest.Digest{victims[:half], victims[half:]} {
 			n, perr := c.evictAll(part)
@@ -370,13 +401,11 @@ func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 // leaveToAdopter is for what lost its row with the index: whoever looks at all
 // such files brings it back into the order.
 func (c *Cache) leaveToAdopter(d digest.Digest) bool {
-	c.mu.Lock()
-	stray := c.strays[d]
-	c.mu.Unlock()
+	stray := c.isStray(d)
 	if stray {
 		c.order.mu.Lock()
 		defer c.order.mu.Unlock()
-		c.order.queue.Remove(d)
+		c.order.queue.Expel(d)
 	}
 	return stray
 }

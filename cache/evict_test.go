@@ -560,3 +560,233 @@ func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// mustBeHeld evicts all that may go: an open object may not, until it was read to its
+// end.
+func mustBeHeld(t *testing.T, c *Cache, o *Object, body []byte) {
+	t.Helper()
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		t.Fatal(err)
+	}
+	if !c.has(body) {
+		t.Error("it is open, and was evicted")
+	}
+	got, err := io.ReadAll(struct{ io.Reader }{o.Content})
+	o.Close()
+	if err != nil || !bytes.Equal(got, body) {
+		t.Errorf("%d bytes: %v", len(got), err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := landed(c); err != nil || c.has(body) {
+		t.Errorf("here: %v; %v", c.has(body), err)
+	}
+}
+
+// TestAStrayThatIsReadIsHeld: it has no row when it is opened, and one when room is
+// made.
+func TestAStrayThatIsReadIsHeld(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	body := randomBytes(3 << 20)
+	c := openChaos(t, dir, 8<<20)
+	pullImage(t, c, "", 0, body)
+	c.Close()
+	if err := os.Truncate(filepath.Join(dir, indexName), 3000); err != nil {
+		t.Fatal(err)
+	}
+	var adopter atomic.Bool
+	c = withSteps(t, dir, func(step string, do func() error) error {
+		if step == "open blob" && adopter.CompareAndSwap(false, true) {
+			return syscall.EIO // it comes back in a second
+		}
+		return do()
+	})
+	defer c.Close()
+	settle(t, "the adopter", adopter.Load)
+	o, err := c.Open(t.Context(), parallelRequest(&origin{body: body}, "one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Wait()
+	settle(t, "the row", func() bool { return c.has(body) && c.Stats().Adopting == 0 })
+	mustBeHeld(t, c, o, body)
+}
+
+// TestWhatIsReadWhileTheIndexBreaksIsHeld: it is committed into an index that turns
+// out to be broken, and adopted.
+func TestWhatIsReadWhileTheIndexBreaksIsHeld(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	body := randomBytes(3 << 20)
+	c := openChaos(t, dir, 16<<20)
+	defer c.Close()
+	var o *Object
+	if err := c.inCommitter(func() (err error) {
+		if o, err = c.Open(t.Context(), parallelRequest(&origin{body: body}, "one")); err != nil {
+			return err
+		}
+		o.Wait() // verified, and waits for the committer
+		return os.Truncate(filepath.Join(dir, indexName), 3000)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "the adopter", func() bool {
+		_, err := os.Stat(filepath.Join(dir, brokenName))
+		s := c.Stats()
+		return err == nil && c.has(body) && s.Adopting == 0 && s.Flights == 0
+	})
+	mustBeHeld(t, c, o, body)
+}
+
+// TestWhatIsPinnedSinceATagMovedStays: room is made before the pins have followed
+// the tag.
+func TestWhatIsPinnedSinceATagMovedStays(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 16<<20)
+	defer c.Close()
+	one := buildImage(randomBytes(300_000), 700_000)
+	two := buildImage(one.base, 600_000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	pullImage(t, c, "v2", 2, two.own()...)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.inCommitter(func() error {
+		c.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: two.indexDigest, Sequence: 3, Confirmed: time.Now()})
+		return c.evict(1 << 40)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range two.own() {
+		if !c.has(b) {
+			t.Errorf("object %d of what is pinned was evicted", i)
+		}
+	}
+	if c.has(one.layer) {
+		t.Error("what was pinned before is here")
+	}
+}
+
+// TestWhatIsEvictedIsNotServedFromMemory: somebody asks for it just before its row
+// goes.
+func TestWhatIsEvictedIsNotServedFromMemory(t *testing.T) {
+	t.Parallel()
+	var before atomic.Pointer[func()]
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if f := before.Load(); f != nil && name == "write index" && before.CompareAndSwap(f, nil) {
+			(*f)()
+		}
+		return do()
+	})
+	defer c.Close()
+	for _, evict := range []func(digest.Digest) error{
+		func(d digest.Digest) error { _, err := c.EvictImage(appKey, "", d); return err },
+		func(digest.Digest) error { return c.inCommitter(func() error { return c.evict(1 << 40) }) },
+	} {
+		body := randomBytes(500)
+		pullImage(t, c, "", 0, body)
+		req := parallelRequest(&origin{body: body}, "one")
+		ask := func() {
+			if _, err := readAll(c, req); err != nil {
+				t.Error(err)
+			}
+		}
+		ask() // now it is in memory
+		before.Store(&ask)
+		if err := evict(req.Digest); err != nil {
+			t.Fatal(err)
+		}
+		o, err := c.Open(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.Close()
+		if o.Source == Hit {
+			t.Error("it was evicted, and is a hit")
+		}
+	}
+}
+
+// TestWhateverFailsIsAccountedFor: people and eviction change a store on a disk where
+// any step may fail, or fail and have taken effect. In the end each byte counts, and all
+// of them can make room.
+func TestWhateverFailsIsAccountedFor(t *testing.T) {
+	t.Parallel()
+	start := uint64(time.Now().UnixNano())
+	for seed := start; seed < start+uint64(testRounds(8)); seed++ {
+		var failing atomic.Bool
+		var mu sync.Mutex
+		r := rand.New(rand.NewPCG(seed, 3))
+		c, err := New(Options{Dir: t.TempDir(), MaxSize: 6 << 20, Steps: func(_ string, do func() error) error {
+			mu.Lock()
+			x := r.IntN(100)
+			mu.Unlock()
+			if !failing.Load() || x >= 12 {
+				return do()
+			}
+			if x >= 8 {
+				do()
+			}
+			return syscall.EIO
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bodies [][]byte
+		for i := range 12 {
+			bodies = append(bodies, randomBytes(300_000+i*50_000))
+		}
+		failing.Store(true)
+		var busy sync.WaitGroup
+		for who := range uint64(4) {
+			busy.Go(func() {
+				r := rand.New(rand.NewPCG(seed, who+10))
+				for range 40 {
+					b := bodies[r.IntN(len(bodies))]
+					p := Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(b)}
+					switch r.IntN(9) {
+					case 0:
+						c.EvictImage(appKey, "", p.Digest)
+					case 1:
+						c.Verify(t.Context(), 0, func(Verification) {})
+					case 2:
+						c.Pin(p)
+					case 3:
+						c.Unpin(p)
+					default:
+						got, err := readAll(c, parallelRequest(&origin{body: b}, fmt.Sprint(who)))
+						if err == nil && !bytes.Equal(got, b) {
+							t.Errorf("%d bytes of %d", len(got), len(b))
+						}
+					}
+				}
+			})
+		}
+		busy.Wait()
+		failing.Store(false)
+		for _, p := range c.Pins() {
+			if err := c.Unpin(p); err != nil {
+				t.Error(err)
+			}
+		}
+		c.inCommitter(func() error { c.renew(); c.retryRemovals(); c.dropBad(); return nil })
+		if err := landed(c); err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		}
+		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+			t.Error(err)
+		}
+		if err := landed(c); err != nil {
+			t.Errorf("seed %d, with everything evicted: %v", seed, err)
+		}
+		c.mu.Lock()
+		used := c.used
+		c.mu.Unlock()
+		if used != 0 || c.mayGo() != 0 {
+			t.Errorf("seed %d: %d bytes are left, of which %d may go", seed, used, c.mayGo())
+		}
+		c.Close()
+	}
+}

@@ -64,6 +64,7 @@ type pins struct {
 	list   []Pin // guarded by the cache's mutex; replaced, never changed
 	wanted map[digest.Digest]bool
 	leases map[digest.Digest]lease
+	due    bool // they may lead to more by now
 }
 
 // Pins returns the pins.
@@ -201,6 +202,7 @@ func (c *Cache) readPins() {
 // committer.
 func (c *Cache) repin() {
 	c.pins.wanted = make(map[digest.Digest]bool)
+	c.pins.due = false
 	list := c.Pins()
 	moved := false
 	for i, p := range list {
@@ -220,16 +222,27 @@ func (c *Cache) repin() {
 		}
 	}
 	for d := range c.pins.wanted {
-		if c.pins.leases[d] == nil {
-			if l := c.hold(d); l != nil {
-				c.pins.leases[d] = l
-			}
-		}
+		c.pin(d)
 	}
 	if moved {
 		c.takePins(list)
 		if err := c.writePins(); err != nil {
 			c.log.Sugar().Warnw("a pin follows its tag, and that cannot be written", "cause", err.Error())
+		}
+	}
+}
+
+func (c *Cache) repinIfDue() {
+	if c.pins.due {
+		c.repin()
+	}
+}
+
+// pin holds what is wanted, once.
+func (c *Cache) pin(d digest.Digest) {
+	if c.pins.leases[d] == nil {
+		if l := c.hold(d); l != nil {
+			c.pins.leases[d] = l
 		}
 	}
 }

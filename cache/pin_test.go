@@ -24,6 +24,49 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// TestAPinReadsItsManifestsOnce, and not for each of its layers that comes.
+func TestAPinReadsItsManifestsOnce(t *testing.T) {
+	t.Parallel()
+	var opened atomic.Int64
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if name == "open blob" {
+			opened.Add(1)
+		}
+		return do()
+	})
+	defer c.Close()
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	m := v1.Manifest{MediaType: v1.MediaTypeImageManifest}
+	var layers [][]byte
+	for range 40 {
+		layers = append(layers, randomBytes(1000))
+		m.Layers = append(m.Layers, v1.Descriptor{Digest: digest.FromBytes(layers[len(layers)-1]), Size: 1000})
+	}
+	manifest, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, manifest)
+	if err := c.inCommitter(func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	before := opened.Load()
+	pullImage(t, c, "", 0, layers...)
+	if n := opened.Load() - before; n > 4 {
+		t.Errorf("%d files were opened to store %d", n, len(layers))
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		t.Fatal(err)
+	}
+	for i, l := range layers {
+		if !c.has(l) {
+			t.Errorf("layer %d was evicted", i)
+		}
+	}
+}
+
 // TestAPinOfImpossibleSizesIsRefused: what a manifest says of its layers is only said.
 func TestAPinOfImpossibleSizesIsRefused(t *testing.T) {
 	t.Parallel()

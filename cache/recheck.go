@@ -66,7 +66,7 @@ type suspect struct {
 	file *os.File
 	info fs.FileInfo
 	row  index.Object
-	held lease // nil: it has no row
+	held lease
 }
 
 // forgo closes a stored file.
@@ -242,6 +242,7 @@ func (c *Cache) take(f finding) {
 		c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)})
 		if !ok {
 			c.enter(f.digest, row.Alloc, nil)
+			c.repinIfDue()
 		}
 		return
 	}

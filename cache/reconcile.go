@@ -253,22 +253,23 @@ func (c *Cache) expect(strays []stray) bool {
 // strayFile opens a file that nobody has looked at yet, for who may have what
 // the listed registries deliver: they are believed to have delivered it.
 func (c *Cache) strayFile(req Request) *suspect {
-	c.mu.Lock()
-	known := c.strays[req.Digest]
-	c.mu.Unlock()
-	if !known || req.Domain != ListedDomain || !req.Authorised {
+	if !c.isStray(req.Digest) || req.Domain != ListedDomain || !req.Authorised {
 		return nil
 	}
+	held := c.await(req.Digest)
 	file, err := c.store.Open(req.Digest)
 	if err != nil {
+		c.letGo(held)
 		return nil
 	}
 	info, err := file.Stat()
+	s := &suspect{file, info, index.Object{}, held}
 	if err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
-		file.Close()
+		c.forgo(s)
 		return nil
 	}
-	return &suspect{file, info, index.Object{Size: info.Size()}, nil}
+	s.row.Size = info.Size()
+	return s
 }
 
 // adoption is a stray whose bytes were read.
@@ -277,6 +278,12 @@ type adoption struct {
 	sound    bool            // they are what the name says
 	children []digest.Digest // if it is a manifest
 	done     chan struct{}
+}
+
+func (c *Cache) isStray(d digest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.strays[d]
 }
 
 // unstray takes a file off the strays, and tells whether it was one: whoever
@@ -382,15 +389,14 @@ func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report 
 // since nobody knows any more who delivered it, and removes another.
 func (c *Cache) settle(a adoption) {
 	defer close(a.done)
+	defer c.repinIfDue()
 	defer func() { // only then, so that who asks meanwhile finds the one or the other
 		c.unstray(a.digest)
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.adopt--
 	}()
-	c.mu.Lock()
-	stray := c.strays[a.digest]
-	c.mu.Unlock()
+	stray := c.isStray(a.digest)
 	if row, ok := c.index.Row(a.digest); ok {
 		// A flight of any domain has stored it meanwhile, or a request has had
 		// it looked at.
@@ -413,6 +419,7 @@ func (c *Cache) settle(a adoption) {
 	}
 	if err := c.store.Remove(a.digest); err != nil {
 		c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
+		c.leftOver(a.digest, blobstore.Allocated(a.info))
 		return
 	}
 	c.forget(a.digest, blobstore.Allocated(a.info))

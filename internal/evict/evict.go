@@ -26,6 +26,10 @@ const (
 	requestCost = 1 << 20
 	// maxUses bounds how long an object that was popular lives on that.
 	maxUses = 64
+	// maxLinks bounds the memory for what manifests say that they lead to: some
+	// 40 MiB. A node has a dozen for each image. What comes after so many is
+	// followed by none.
+	maxLinks = 1 << 18
 )
 
 // Rank is what a Queue knows of an entry, for who keeps it across a restart.
@@ -38,15 +42,17 @@ type Rank struct {
 // Queue orders entries by how much they would be missed.
 type Queue[K comparable] struct {
 	entries   map[K]*Entry[K]
-	order     order[K] // those that may go
+	awaited   map[K]*Entry[K] // held, and not entered yet
+	order     order[K]        // those that may go
 	inflation float64
 	links     map[K]*link[K]
+	leading   int // number of all children
 	turn      int // of the last use
 	free      int64
 	lingering int64
 }
 
-// An Entry is what Hold has held.
+// An Entry is what Hold or Await has held.
 type Entry[K comparable] struct {
 	key    K
 	size   int64
@@ -69,7 +75,7 @@ type link[K comparable] struct {
 
 // New returns an empty Queue.
 func New[K comparable]() *Queue[K] {
-	return &Queue[K]{entries: make(map[K]*Entry[K]), links: make(map[K]*link[K])}
+	return &Queue[K]{entries: make(map[K]*Entry[K]), awaited: make(map[K]*Entry[K]), links: make(map[K]*link[K])}
 }
 
 // Free is the size in bytes of all entries that may go.
@@ -108,9 +114,16 @@ func (q *Queue[K]) Restore(k K, size int64, r Rank) {
 
 func (q *Queue[K]) insert(k K, size int64, r Rank) {
 	q.turn++
-	e := &Entry[K]{key: k, size: size, rank: r, turn: q.turn, orphan: q.isLost(k)}
+	e := q.awaited[k]
+	if e == nil {
+		e = &Entry[K]{key: k, at: -1}
+	}
+	delete(q.awaited, k)
+	e.size, e.rank, e.turn, e.orphan = size, r, q.turn, q.isLost(k)
 	q.entries[k] = e
-	q.enter(e)
+	if e.held == 0 {
+		q.enter(e)
+	}
 }
 
 // enter and leave are for an entry that may go, or may not any more.
@@ -161,10 +174,10 @@ func (q *Queue[K]) fix(e *Entry[K]) {
 	}
 }
 
-// Lead says that an entry is a manifest, and what it leads to.
+// Lead says that an entry is a manifest, and what it leads to. Beyond maxLinks it
+// leads nowhere.
 func (q *Queue[K]) Lead(k K, children []K) {
-	e := q.entries[k]
-	if e == nil || len(children) == 0 {
+	if q.entries[k] == nil || len(children) == 0 || len(children) > maxLinks-q.leading {
 		return
 	}
 	l := q.link(k)
@@ -172,6 +185,7 @@ func (q *Queue[K]) Lead(k K, children []K) {
 		return // a digest names one list of children
 	}
 	l.children = children
+	q.leading += len(children)
 	if !l.lost {
 		q.follow(l, 1)
 	}
@@ -262,7 +276,23 @@ func (q *Queue[K]) Hold(k K) *Entry[K] {
 	return e
 }
 
-// Release ends a Hold. Of an entry that was removed meanwhile, the last one
+// Await is Hold also of what goes just now, whose room is free after the Release,
+// and of what is not there yet, from when it is entered.
+func (q *Queue[K]) Await(k K) *Entry[K] {
+	e := q.entries[k]
+	if e == nil {
+		e = q.awaited[k]
+	}
+	if e == nil {
+		e = &Entry[K]{key: k, at: -1}
+		q.awaited[k] = e
+	}
+	q.leave(e)
+	e.held++
+	return e
+}
+
+// Release ends a Hold or an Await. Of an entry that was removed meanwhile, the last one
 // returns its size: its room is free only now.
 func (q *Queue[K]) Release(e *Entry[K]) (freed int64) {
 	e.held--
@@ -271,6 +301,9 @@ func (q *Queue[K]) Release(e *Entry[K]) (freed int64) {
 	case e.gone:
 		q.lingering -= e.size
 		return e.size
+	case e.going:
+	case q.awaited[e.key] == e:
+		delete(q.awaited, e.key)
 	default:
 		q.enter(e)
 	}
@@ -293,7 +326,9 @@ func (q *Queue[K]) Take() (k K, ok bool) {
 func (q *Queue[K]) PutBack(k K) {
 	if e := q.entries[k]; e != nil && e.going {
 		e.going = false
-		q.enter(e)
+		if e.held == 0 {
+			q.enter(e)
+		}
 	}
 }
 
@@ -313,26 +348,44 @@ func (q *Queue[K]) Evict(k K) (freed int64) {
 // Remove forgets an entry. It returns its size, or 0 when it is held: the room
 // is free when the last Release is there.
 func (q *Queue[K]) Remove(k K) (freed int64) {
-	e := q.entries[k]
+	e := q.expel(k)
 	if e == nil {
 		return 0
 	}
-	delete(q.entries, k)
-	q.leave(e)
 	e.gone = true
-	if l := q.links[k]; l != nil {
-		if !l.lost {
-			q.follow(l, -1)
-		}
-		if l.children, l.lost = nil, false; l.tags == 0 && l.parents == 0 {
-			delete(q.links, k)
-		}
-	}
 	if e.held > 0 {
 		q.lingering += e.size
 		return 0
 	}
 	return e.size
+}
+
+// Expel takes out an entry that stays where it is, and will be entered again. Who
+// holds it, awaits it.
+func (q *Queue[K]) Expel(k K) {
+	if e := q.expel(k); e != nil && e.held > 0 {
+		e.going = false
+		q.awaited[k] = e
+	}
+}
+
+func (q *Queue[K]) expel(k K) *Entry[K] {
+	e := q.entries[k]
+	if e == nil {
+		return nil
+	}
+	delete(q.entries, k)
+	q.leave(e)
+	if l := q.links[k]; l != nil {
+		if !l.lost {
+			q.follow(l, -1)
+		}
+		q.leading -= len(l.children)
+		if l.children, l.lost = nil, false; l.tags == 0 && l.parents == 0 {
+			delete(q.links, k)
+		}
+	}
+	return e
 }
 
 // order is a heap, the next victim first.

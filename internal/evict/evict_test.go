@@ -178,6 +178,58 @@ func TestTheRoomOfWhatIsHeldIsFreeAfterwards(t *testing.T) {
 	}
 }
 
+func TestWhatIsAwaitedStays(t *testing.T) {
+	q := New[string]()
+	early, other := q.Await("a"), q.Await("b")
+	q.Release(other)
+	q.Add("a", 1<<20)
+	q.Add("b", 1<<20)
+	mustGo(t, q, "b")
+	q.Release(early)
+	if k, ok := q.Take(); k != "a" || !ok {
+		t.Fatal(k, ok)
+	}
+	early = q.Await("a")
+	q.Expel("a")
+	q.Add("a", 1<<20)
+	if _, ok := q.Take(); ok {
+		t.Error("a held one goes")
+	}
+	q.Release(early)
+	q.Take()
+	late := q.Await("a") // it goes, and somebody reads it
+	if n := q.Evict("a"); n != 0 || q.Lingering() != 1<<20 {
+		t.Error(n, q.Lingering())
+	}
+	if n := q.Release(late); n != 1<<20 || q.Lingering() != 0 {
+		t.Error(n, q.Lingering())
+	}
+}
+
+// TestMemoryForLinksIsBounded: manifests that lead to as much as one can.
+func TestMemoryForLinksIsBounded(t *testing.T) {
+	q := New[int]()
+	const manifests, children = 100, 45_000
+	for k := range manifests {
+		q.Add(-k-1, 1)
+		var leads []int
+		for c := range children {
+			leads = append(leads, k*children+c)
+		}
+		q.Lead(-k-1, leads)
+	}
+	if len(q.links) > maxLinks+manifests || len(q.links) < maxLinks/2 {
+		t.Errorf("%d links", len(q.links))
+	}
+	for range manifests {
+		k, _ := q.Take()
+		q.Evict(k)
+	}
+	if len(q.links) != 0 || q.leading != 0 {
+		t.Errorf("%d links are left, %d children", len(q.links), q.leading)
+	}
+}
+
 func TestARestartKeepsTheOrder(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	one, two := New[string](), New[string]()
@@ -211,7 +263,7 @@ func TestInvariants(t *testing.T) {
 	const n = 60
 	for range 100_000 {
 		k := r.IntN(n)
-		switch r.IntN(10) {
+		switch r.IntN(12) {
 		case 0, 1:
 			q.Add(k, 1+r.Int64N(1<<24))
 		case 2:
@@ -254,6 +306,10 @@ func TestInvariants(t *testing.T) {
 			}
 		case 9:
 			q.Remove(k)
+		case 10:
+			held[k] = append(held[k], q.Await(k))
+		case 11:
+			q.Expel(k)
 		}
 		mustHold(t, q, tags)
 	}
@@ -284,6 +340,18 @@ func mustHold(t *testing.T, q *Queue[int], tags map[int]int) {
 	for k, l := range q.links {
 		if l.parents != parents[k] {
 			t.Fatalf("%d parents, not %d", l.parents, parents[k])
+		}
+	}
+	leading := 0
+	for _, l := range q.links {
+		leading += len(l.children)
+	}
+	if leading != q.leading {
+		t.Fatalf("%d children, not %d", leading, q.leading)
+	}
+	for k, e := range q.awaited {
+		if e.held == 0 || q.entries[k] != nil {
+			t.Fatalf("%+v is awaited", e)
 		}
 	}
 	for _, e := range q.entries {
