@@ -41,6 +41,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"tarn/blobstore"
 	"tarn/index"
@@ -269,6 +270,10 @@ func New(opts Options) (*Cache, error) {
 	return c, nil
 }
 
+// lockPatience is how long the one before may take to let go of the directory: a
+// process that is ending, or a child of it that is just beginning.
+const lockPatience = time.Second
+
 // lockDir takes the directory for this process; the kernel lets go of it when
 // the process ends, however it ends.
 func lockDir(dir string) (*os.File, error) {
@@ -276,7 +281,12 @@ func lockDir(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data directory is not writable: %w", err)
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	for end := time.Now().Add(lockPatience); errors.Is(err, syscall.EWOULDBLOCK) && time.Now().Before(end); {
+		time.Sleep(lockPatience / 50)
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	}
+	if err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%w: %s", ErrInUse, dir)

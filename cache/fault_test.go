@@ -83,9 +83,11 @@ func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
 	if err := c.Close(); err != nil && steps == nil {
 		return err
 	}
-	if c, err = New(Options{Dir: dir, MaxSize: 1 << 30}); err != nil {
+	next, err := New(Options{Dir: dir, MaxSize: 1 << 30})
+	if err != nil {
 		return err
 	}
+	c = next
 	// One that failed may have taken effect.
 	if now := c.Pins(); err1 == nil && err2 == nil && err3 == nil && !slices.EqualFunc(now, told, Pin.same) {
 		return fmt.Errorf("pinned is %v, and was said to be %v", now, told)
