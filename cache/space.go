@@ -31,7 +31,7 @@ func claimFor(size int64) int64 {
 	switch {
 	case size < 0:
 		return unknownStep
-	case size > firstSegment && size < math.MaxInt64-journalRoom:
+	case size > tailHold && size < math.MaxInt64-journalRoom: // what it leaves has a journal
 		return size + journalRoom
 	}
 	return size
