@@ -472,7 +472,7 @@ func copyAll(t *testing.T, from, to string) {
 }
 
 // runAndDie runs the script in a process of its own, which does not survive it.
-// Some steps are not taken each time: a file may be whole before it is noted.
+// Some steps of a download are not taken each time: a file may be whole before it is noted.
 func runAndDie(t *testing.T, script, template, dir string, tr trial) {
 	t.Helper()
 	for range 10 {
@@ -496,7 +496,9 @@ func runAndDie(t *testing.T, script, template, dir string, tr trial) {
 		}
 		return
 	}
-	t.Skip("the step is not always taken, and was not")
+	if !strings.Contains(tr.step, "pending") && !strings.Contains(tr.step, "journal") {
+		t.Error("the step was never taken")
+	}
 }
 
 func TestOneProcessOfTheFaultTable(t *testing.T) {

@@ -318,6 +318,7 @@ type Verification struct {
 // MiB or file. Errors: the context's, those of the index, and want of descriptors.
 func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
 	var all []digest.Digest
+	started := time.Now()
 	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
 		all = append(all, d)
 		v.OfBytes += o.Size
@@ -331,12 +332,12 @@ func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification
 			v.Bytes += int64(n)
 			report(v)
 		})
-		_, known := c.index.Row(d)
+		row, known := c.index.Row(d)
 		switch {
 		case ctx.Err() != nil:
 			return v, ctx.Err()
 		case err == nil && sound:
-		case errors.Is(err, fs.ErrNotExist) && !known: // it was evicted meanwhile
+		case errors.Is(err, fs.ErrNotExist) && (!known || row.Created.After(started)): // it was evicted meanwhile
 		case lacksDescriptors(err):
 			return v, err
 		case errors.Is(err, fs.ErrNotExist):

@@ -9,8 +9,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // damages are what may become of a stored file.
@@ -181,4 +185,32 @@ func randomBytes(n int) []byte {
 	b := make([]byte, n)
 	crand.Read(b)
 	return b
+}
+
+// TestVerifyDoesNotMissWhatCameBack: it is evicted just before it is opened, and
+// fetched again just after.
+func TestVerifyDoesNotMissWhatCameBack(t *testing.T) {
+	t.Parallel()
+	var before atomic.Pointer[func()]
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if f := before.Load(); f != nil && name == "open blob" && before.CompareAndSwap(f, nil) {
+			(*f)()
+			return &os.PathError{Op: "open", Path: "blob", Err: syscall.ENOENT}
+		}
+		return do()
+	})
+	defer c.Close()
+	body := randomBytes(500_000)
+	pullImage(t, c, "", 0, body)
+	comesBack := func() {
+		if _, err := c.EvictImage(appKey, "", digest.FromBytes(body)); err != nil {
+			t.Error(err)
+		}
+		pullImage(t, c, "", 0, body)
+	}
+	before.Store(&comesBack)
+	v, err := c.Verify(t.Context(), 0, func(Verification) {})
+	if err != nil || len(v.Missing)+len(v.Bad) > 0 || !c.has(body) {
+		t.Errorf("%+v: %v", v, err)
+	}
 }

@@ -742,13 +742,14 @@ type Pruning struct {
 
 // Prune drops what is of no use any more. It returns what the dropped tags meant.
 func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
-	old := make(map[string][][]byte)
+	type found struct{ key, value []byte }
+	old := make(map[string][]found)
 	meant := make(map[string]digest.Digest) // by tags that go
 	err = ix.view(func(tx *bolt.Tx) error {
 		find := func(name []byte, before time.Time, when func(k, v []byte) (time.Time, error)) {
 			tx.Bucket(name).ForEach(func(k, v []byte) error {
 				if t, err := when(k, v); err == nil && t.Before(before) {
-					old[string(name)] = append(old[string(name)], bytes.Clone(k))
+					old[string(name)] = append(old[string(name)], found{bytes.Clone(k), bytes.Clone(v)})
 				}
 				return nil
 			})
@@ -789,9 +790,12 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 		return nil, err
 	}
 	err = ix.update(func(tx *bolt.Tx) error {
-		for name, keys := range old {
-			for _, k := range keys {
-				if err := tx.Bucket([]byte(name)).Delete(k); err != nil {
+		for name, rows := range old {
+			b := tx.Bucket([]byte(name))
+			for _, r := range rows {
+				if !bytes.Equal(b.Get(r.key), r.value) {
+					delete(meant, string(r.key)) // it was written meanwhile
+				} else if err := b.Delete(r.key); err != nil {
 					return err
 				}
 			}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -268,6 +269,43 @@ func TestAConfinedIndexDoesNotGrow(t *testing.T) {
 		if _, ok := ix.Row(put[0].Digest); !ok {
 			t.Error("it is not there")
 		}
+	}
+}
+
+// TestWhatIsConfirmedMeanwhileIsNotPruned: between looking and deleting.
+func TestWhatIsConfirmedMeanwhileIsNotPruned(t *testing.T) {
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	defer ix.Close()
+	now := time.Now()
+	key := RepositoryKey{"docker.io", "app"}.TagKey("v1")
+	ix.NoteTag(key, Tag{Digest: d1, Sequence: 1, Confirmed: now.Add(-time.Hour)})
+	if err := ix.Flush(true); err != nil {
+		t.Fatal(err)
+	}
+	looked := ix.db.Stats().TxN
+	ix.writing.Lock()
+	pruned := make(chan error)
+	go func() {
+		untagged, err := ix.Prune(Pruning{Tags: now.Add(-time.Minute)})
+		if len(untagged) > 0 {
+			err = errors.Join(err, fmt.Errorf("%v is untagged", untagged))
+		}
+		pruned <- err
+	}()
+	deadline := time.Now().Add(10 * time.Second)
+	for s := ix.db.Stats(); (s.TxN == looked || s.OpenTxN > 0) && time.Now().Before(deadline); s = ix.db.Stats() {
+		runtime.Gosched()
+	}
+	fresh := Tag{Digest: d1, Sequence: 2, Confirmed: now}
+	if err := ix.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(tagBucket).Put([]byte(key), fresh.encode()) }); err != nil {
+		t.Error(err)
+	}
+	ix.writing.Unlock()
+	if err := <-pruned; err != nil {
+		t.Error(err)
+	}
+	if got, ok := ix.Tag(key); !ok || got.Sequence != 2 {
+		t.Errorf("%+v, %v", got, ok)
 	}
 }
 
