@@ -323,12 +323,18 @@ func addSizes(a, b int64) int64 {
 	return a + b
 }
 
+// platformName is for people, too: what a manifest says is not for their terminal.
 func platformName(p v1.Platform) string {
 	name := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		name += "/" + p.Variant
 	}
-	return name
+	return strings.Map(func(r rune) rune {
+		if r <= ' ' || r >= 0x7f {
+			return '?'
+		}
+		return r
+	}, name)
 }
 
 // configPlatform reads what an image's config says that it runs on.

@@ -531,3 +531,22 @@ func TestTheListFollowsATagThatAPinHasSeenFirst(t *testing.T) {
 	}
 	settle(t, "the list with both", listed("lab.test/app:v2"))
 }
+
+// TestNamesOfPlatformsArePrintable: a manifest says them, and they come to a terminal.
+func TestNamesOfPlatformsArePrintable(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	b := buildImage(randomBytes(1000), 1000)
+	ix, err := json.Marshal(v1.Index{MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{
+		{Digest: b.manifestDigest, Size: int64(len(b.manifest)), Platform: &v1.Platform{OS: "linux", Architecture: "\x1b[2J\nfake", Variant: "\u202e"}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, ix, b.manifest)
+	images, err := c.Images()
+	if err != nil || len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
+		t.Errorf("%+v: %v", images, err)
+	}
+}
