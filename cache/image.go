@@ -149,7 +149,14 @@ const (
 type imageList struct {
 	due     bool // it may say something else by now
 	written []byte
-	types   map[digest.Digest]string // media types of what it named last
+	types   map[meaning]string // media types of what it named last
+	failing bool               // which was said
+}
+
+// meaning is what a repository has a tag mean.
+type meaning struct {
+	in index.RepositoryKey
+	d  digest.Digest
 }
 
 // layOut makes the directory an OCI image layout, whose list of images is at most
@@ -160,10 +167,6 @@ func (c *Cache) layOut() {
 		return
 	}
 	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
-	type meaning struct {
-		in index.RepositoryKey
-		d  digest.Digest
-	}
 	meant := make(map[string]meaning)
 	if err := c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
 		if t.Digest != "" {
@@ -172,28 +175,29 @@ func (c *Cache) layOut() {
 	}); err != nil {
 		return // of a broken index, the next has its turn
 	}
-	types := make(map[digest.Digest]string)
+	types := make(map[meaning]string)
 	for _, name := range slices.Sorted(maps.Keys(meant)) {
 		d := meant[name].d
 		row, ok := c.index.Row(d)
 		if !ok {
 			continue
 		}
-		if types[d] == "" {
-			types[d] = c.images.types[d]
+		said := meaning{meant[name].in, d}
+		if types[said] == "" {
+			types[said] = c.images.types[said]
 		}
-		if m, ok := c.index.Membership(meant[name].in.MembershipKey("manifests", d)); types[d] == "" && ok && strings.HasSuffix(m.MediaType, "+json") {
-			types[d] = m.MediaType // as its registry calls it, and not as any file
+		if m, ok := c.index.Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && strings.HasSuffix(m.MediaType, "+json") {
+			types[said] = m.MediaType // as its registry calls it, and not as any file
 		}
-		if types[d] == "" {
+		if types[said] == "" {
 			m, _, ok := c.storedManifest(d)
 			if !ok || m.descriptors() == nil {
 				continue
 			}
-			types[d] = m.mediaType()
+			types[said] = m.mediaType()
 		}
 		ix.Manifests = append(ix.Manifests, v1.Descriptor{
-			MediaType: types[d], Digest: d, Size: row.Size,
+			MediaType: types[said], Digest: d, Size: row.Size,
 			Annotations: map[string]string{v1.AnnotationRefName: name},
 		})
 	}
@@ -202,8 +206,14 @@ func (c *Cache) layOut() {
 	if err == nil && !bytes.Equal(data, c.images.written) {
 		err = c.writeFile("list", listName, data, false)
 	}
+	if failing := err != nil; failing != c.images.failing {
+		if c.images.failing = failing; failing {
+			c.log.Sugar().Warnw("the list of images is not written", "file", listName, "cause", err.Error())
+		} else {
+			c.log.Sugar().Infow("the list of images is written again", "file", listName)
+		}
+	}
 	if err != nil {
-		c.log.Sugar().Warnw("the list of images is not written", "file", listName, "cause", err.Error())
 		return
 	}
 	c.images.written, c.images.due = data, false

@@ -550,3 +550,27 @@ func TestNamesOfPlatformsArePrintable(t *testing.T) {
 		t.Errorf("%+v: %v", images, err)
 	}
 }
+
+// TestTheListSaysWhatEachRegistryCallsAnImage: none has a say in what another's is.
+func TestTheListSaysWhatEachRegistryCallsAnImage(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	b := buildImage(randomBytes(1000), 1000)
+	foreign := index.RepositoryKey{Upstream: "a.test", Repository: "x"}
+	types := map[string]string{"a.test/x:v1": "application/vnd.other+json", "lab.test/app:v1": v1.MediaTypeImageIndex}
+	c.index.NoteMembership(foreign.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["a.test/x:v1"]})
+	c.index.NoteMembership(appKey.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["lab.test/app:v1"]})
+	c.NoteTag(foreign.TagKey("v1"), index.Tag{Digest: b.indexDigest, Sequence: 1, Confirmed: time.Now()})
+	pullImage(t, c, "v1", 1, b.own()...)
+	var list v1.Index
+	settle(t, "the list", func() bool {
+		data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
+		return err == nil && json.Unmarshal(data, &list) == nil && len(list.Manifests) == len(types)
+	})
+	for _, d := range list.Manifests {
+		if name := d.Annotations[v1.AnnotationRefName]; d.MediaType != types[name] {
+			t.Errorf("%s is %s, not %s", name, d.MediaType, types[name])
+		}
+	}
+}
