@@ -39,18 +39,18 @@ type Pinned struct {
 	TotalBytes int64 `json:"totalBytes"` // as far as its manifests are here
 }
 
-// order is what POST and DELETE are told.
-type order struct {
-	Image string `json:"image"`
+// Order is what POST and DELETE are told.
+type Order struct {
+	Image string `json:"image,omitempty"`
 	// Platforms of a pin: none are this node's, "all" is all.
-	Platforms []string `json:"platforms"`
+	Platforms []string `json:"platforms,omitempty"`
 	// Rate of verifying, in bytes a second; 0 is as fast as the disk.
-	Rate int64 `json:"rate"`
+	Rate int64 `json:"rate,omitempty"`
 }
 
 const maxOrder = 64 << 10
 
-func readOrder(w http.ResponseWriter, r *http.Request) (o order, ok bool) {
+func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 	// A page of another site cannot send this type unasked.
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
 		serveJSON(w, http.StatusUnsupportedMediaType, failure("the Content-Type must be application/json"))
@@ -70,7 +70,7 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o order, ok bool) {
 }
 
 // named reads the image of an order.
-func (i images) named(w http.ResponseWriter, r *http.Request) (o order, p cache.Pin, ok bool) {
+func (i images) named(w http.ResponseWriter, r *http.Request) (o Order, p cache.Pin, ok bool) {
 	if o, ok = readOrder(w, r); !ok {
 		return o, p, false
 	}

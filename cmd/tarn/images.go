@@ -156,13 +156,6 @@ func newImagesCommand() *cobra.Command {
 	})
 }
 
-// order is what the daemon is told.
-type order struct {
-	Image     string   `json:"image,omitempty"`
-	Platforms []string `json:"platforms,omitempty"`
-	Rate      int64    `json:"rate,omitempty"`
-}
-
 func newPinCommand() *cobra.Command {
 	var d daemon
 	var platforms []string
@@ -179,7 +172,7 @@ Without an image, the pins are listed.`,
 				return d.listPins(cmd)
 			}
 			var answer admin.Pinned
-			return d.do(cmd, "POST", "/api/v1/pins", order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
+			return d.do(cmd, "POST", "/api/v1/pins", admin.Order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
 				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", args[0], size(answer.HereBytes), size(answer.TotalBytes))
 				if answer.HereBytes < answer.TotalBytes || answer.TotalBytes == 0 {
 					fmt.Fprintln(w, "what is missing is kept when it is pulled")
@@ -214,7 +207,7 @@ func newUnpinCommand() *cobra.Command {
 		Short: "Let a pinned image be evicted again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return d.do(cmd, "DELETE", "/api/v1/pins", order{Image: args[0]}, &cache.Pin{}, func(w io.Writer) {
+			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &cache.Pin{}, func(w io.Writer) {
 				fmt.Fprintln(w, "unpinned", args[0])
 			})
 		},
@@ -231,7 +224,7 @@ pulls it just now gets it whole; the next one has it fetched anew.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var answer cache.Evicted
-			return d.do(cmd, "POST", "/api/v1/evict", order{Image: args[0]}, &answer, func(w io.Writer) {
+			return d.do(cmd, "POST", "/api/v1/evict", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
 				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", args[0], answer.Objects, size(answer.Bytes))
 			})
 		},
@@ -258,7 +251,7 @@ dropped and named, and the exit code is 1 then. What is asked for meanwhile is s
 			// Who interrupts it ends it in the daemon, too.
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
-			resp, err := d.ask(ctx, "POST", "/api/v1/verify", order{Rate: bytesPerSecond.bytes})
+			resp, err := d.ask(ctx, "POST", "/api/v1/verify", admin.Order{Rate: bytesPerSecond.bytes})
 			if err != nil {
 				return err
 			}
