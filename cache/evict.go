@@ -327,6 +327,9 @@ func (c *Cache) keepBounds() {
 		c.noteTrouble(err)
 	}
 	after := c.Stats().Evicted
+	if after == before {
+		return
+	}
 	c.log.Sugar().Infow("evicted what was over the bounds", "objects", after.Objects-before.Objects, "bytes", after.Bytes-before.Bytes)
 }
 
