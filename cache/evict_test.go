@@ -134,7 +134,7 @@ func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
 // tags are known.
 func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
 	t.Parallel()
-	const bound, tags = 32 << 20, 20_000
+	const bound, tags = 8 << 20, 5_000
 	dir := t.TempDir()
 	c := openChaos(t, dir, bound)
 	defer c.Close()
@@ -145,7 +145,7 @@ func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
 		c.NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
 	}
 	for c.Stats().Evicted.Objects == 0 { // the first of them takes the tags along
-		if _, err := readAll(c, parallelRequest(&origin{body: randomBytes(150 << 10)}, "one")); err != nil {
+		if _, err := readAll(c, parallelRequest(&origin{body: randomBytes(64 << 10)}, "one")); err != nil {
 			t.Fatal(err)
 		}
 	}
