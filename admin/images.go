@@ -89,6 +89,8 @@ func serveFailure(w http.ResponseWriter, err error) {
 		status = http.StatusNotFound
 	case errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge):
 		status = http.StatusConflict
+	case errors.Is(err, cache.ErrNoPin):
+		status = http.StatusBadRequest
 	case errors.Is(err, cache.ErrClosed):
 		status = http.StatusServiceUnavailable
 	}

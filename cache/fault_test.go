@@ -313,7 +313,7 @@ func again(t *testing.T, dir string) {
 	if err := c.Index().Broken(); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, brokenPins)); err == nil {
+	if _, err := os.Stat(filepath.Join(dir, pinsName+brokenSuffix)); err == nil {
 		t.Error("the pins were broken")
 	}
 	for d, row := range rowsOf(t, c) {

@@ -43,11 +43,30 @@ func (p Pin) same(q Pin) bool {
 	return p.key() == q.key() && p.Tag == q.Tag && p.Digest == q.Digest
 }
 
+func (p Pin) check() error {
+	switch {
+	case p.Upstream == "" || p.Repository == "":
+		return fmt.Errorf("%w: it names no repository", ErrNoPin)
+	case p.Tag == "" && p.Digest == "" || p.Tag != "" && p.Digest != "":
+		return fmt.Errorf("%w: it has neither just a tag nor just a digest", ErrNoPin)
+	case p.Digest != "" && blobstore.CheckDigest(p.Digest) != nil:
+		return fmt.Errorf("%w: %q is no digest", ErrNoPin, p.Digest)
+	}
+	for _, platform := range p.Platforms {
+		if parts := strings.Split(platform, "/"); len(parts) < 2 || len(parts) > 3 || slices.Contains(parts, "") {
+			return fmt.Errorf("%w: the platform %q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
+		}
+	}
+	return nil
+}
+
 var (
 	// ErrPinsTooLarge: what is pinned would not fit.
 	ErrPinsTooLarge = errors.New("pins would take more than there is room for")
 	// ErrPinned: the image is pinned.
 	ErrPinned = errors.New("the image is pinned")
+	// ErrNoPin: it names no image, or no platform.
+	ErrNoPin = errors.New("not a pin")
 	// ErrNotPinned: there is no such pin.
 	ErrNotPinned = errors.New("the image is not pinned")
 	// ErrNotStored: nothing of the image is here.
@@ -55,8 +74,8 @@ var (
 )
 
 const (
-	pinsName   = "pins.json"
-	brokenPins = "pins.json.broken"
+	pinsName     = "pins.json"
+	brokenSuffix = ".broken"
 )
 
 // pins is the committer's, but for the list.
@@ -64,7 +83,8 @@ type pins struct {
 	list   []Pin // guarded by the cache's mutex; replaced, never changed
 	wanted map[digest.Digest]bool
 	leases map[digest.Digest]lease
-	due    bool // they may lead to more by now
+	due    bool  // they may lead to more by now
+	unread error // of the file, which says them still
 }
 
 // Pins returns the pins.
@@ -76,8 +96,11 @@ func (c *Cache) Pins() []Pin {
 
 // Pin adds a pin, or changes the platforms of one, and returns how many bytes of
 // it are here and how many it has, as far as its manifests are here. It fails
-// with ErrPinsTooLarge, and when it cannot be written.
+// with ErrNoPin, with ErrPinsTooLarge, and when it cannot be written.
 func (c *Cache) Pin(p Pin) (t Tree, err error) {
+	if err := p.check(); err != nil {
+		return t, err
+	}
 	err = c.inCommitter(func() error {
 		list := slices.DeleteFunc(c.Pins(), p.same)
 		list = append(list, p)
@@ -121,6 +144,9 @@ func (c *Cache) Unpin(p Pin) error {
 // setPins has other pins hold, and writes them: first they hold, since what is
 // pinned must not make room for that.
 func (c *Cache) setPins(list []Pin) error {
+	if c.pins.unread != nil {
+		return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
+	}
 	before := c.Pins()
 	c.takePins(list)
 	c.repin()
@@ -139,7 +165,7 @@ func (c *Cache) takePins(list []Pin) {
 }
 
 func (c *Cache) writePins() error {
-	data, err := json.MarshalIndent(c.Pins(), "", "  ")
+	data, err := json.MarshalIndent(append([]Pin{}, c.Pins()...), "", "  ") // a list also when it is empty
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)
 	}
@@ -177,8 +203,9 @@ func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 	return err
 }
 
-// readPins is for the start. A file that says nothing is set aside: what it
-// pinned may be evicted then, and is not lost.
+// readPins is for the start. Of a file that was damaged, the pins that say
+// something hold, and it is kept as it was under another name. A file that the disk
+// does not give stays.
 func (c *Cache) readPins() {
 	c.pins.leases = make(map[digest.Digest]lease)
 	path := filepath.Join(c.opts.Dir, pinsName)
@@ -186,16 +213,57 @@ func (c *Cache) readPins() {
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
-	if err == nil {
-		err = json.Unmarshal(data, &c.pins.list)
-	}
 	if err != nil {
-		c.pins.list = nil
-		rerr := os.Rename(path, filepath.Join(c.opts.Dir, brokenPins))
-		c.log.Sugar().Errorw("the pins cannot be read: nothing is pinned", "cause", err.Error(), "kept_as", brokenPins, "renamed", rerr == nil)
+		c.pins.unread = err
+		c.log.Sugar().Errorw("the pins cannot be read: nothing is pinned until tarn is restarted and can", "cause", err.Error())
 		return
 	}
+	if c.pins.list, err = parsePins(data); err != nil {
+		kept, kerr := keepBroken(path)
+		if kerr == nil {
+			kerr = c.writePins()
+		}
+		c.log.Sugar().Errorw("the pins are damaged: what is not in pins.json any more is not pinned", "cause", err.Error(), "pinned", len(c.pins.list), "kept_as", filepath.Base(kept), "error", kerr)
+	}
 	c.repin()
+}
+
+func parsePins(data []byte) (list []Pin, err error) {
+	var all []json.RawMessage
+	if err := json.Unmarshal(data, &all); err != nil {
+		return nil, err
+	}
+	if all == nil {
+		return nil, errors.New("there is no list")
+	}
+	for i, one := range all {
+		var p Pin
+		perr := json.Unmarshal(one, &p)
+		if perr == nil {
+			perr = p.check()
+		}
+		if perr != nil {
+			err = errors.Join(err, fmt.Errorf("pin %d: %w", i+1, perr))
+			continue
+		}
+		list = append(list, p)
+	}
+	return list, err
+}
+
+// maxBroken bounds how many damaged files are kept.
+const maxBroken = 100
+
+// keepBroken gives the file a second name, and none that another one has.
+func keepBroken(path string) (kept string, err error) {
+	kept = path + brokenSuffix
+	for n := 2; n <= maxBroken; n++ {
+		if err = os.Link(path, kept); !errors.Is(err, os.ErrExist) {
+			break
+		}
+		kept = fmt.Sprintf("%s%s.%d", path, brokenSuffix, n)
+	}
+	return kept, err
 }
 
 // repin holds what the pins lead to now, and nothing else any more. It runs in the

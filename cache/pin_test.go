@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -354,17 +355,112 @@ func TestVerifyFindsWhatIsBadAndWhatIsMissing(t *testing.T) {
 	}
 }
 
-// TestBrokenPinsAreSetAside, and keep nobody from starting.
-func TestBrokenPinsAreSetAside(t *testing.T) {
+// TestDamagedPinsAreKept: what says something holds, and nothing is lost, however
+// often it happens.
+func TestDamagedPinsAreKept(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, pinsName), []byte(`[{"upstream":`), 0o600); err != nil {
+	path := filepath.Join(dir, pinsName)
+	d := digest.FromString("x")
+	sound := `{"upstream":"lab.test","repository":"app","tag":"v1","platforms":["linux/amd64"]}`
+	var damaged []string
+	for _, c := range []struct {
+		text   string
+		pinned int
+		sound  bool
+	}{
+		{text: `[{"upstream":`}, {text: ``}, {text: "\x00\x00"}, {text: `null`}, {text: `{}`}, {text: `[` + sound + `] x`},
+		{text: `[1, ` + sound + `]`, pinned: 1}, {text: `[null, ` + sound + `, {}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repository":"app","tagg":"v1"}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstraem":"lab.test","repository":"app","tag":"v1"}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repo":"app","tag":"v1"}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repository":"app","digest":"sha256:zz"}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repository":"app","tag":"v2","digest":"` + d.String() + `"}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repository":"app","tag":"v2","platforms":[""]}]`, pinned: 1},
+		{text: `[` + sound + `, {"upstream":"lab.test","repository":"app","digest":"` + d.String() + `"}]`, pinned: 2, sound: true},
+		{text: `[]`, sound: true},
+	} {
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if !c.sound {
+			damaged = append(damaged, c.text)
+		}
+		for range 2 { // the second one finds what the first one wrote
+			ca := openChaos(t, dir, 1<<30)
+			if n := len(ca.Pins()); n != c.pinned {
+				t.Errorf("%s: %d pins, not %d", c.text, n, c.pinned)
+			}
+			ca.Close()
+		}
+	}
+	kept, err := filepath.Glob(path + brokenSuffix + "*")
+	if err != nil || len(kept) != len(damaged) {
+		t.Errorf("%d files are kept of %d: %v", len(kept), len(damaged), err)
+	}
+	for _, name := range kept {
+		if text, err := os.ReadFile(name); err != nil || !slices.Contains(damaged, string(text)) {
+			t.Errorf("%s says %q: %v", name, text, err)
+		}
+	}
+}
+
+// TestPinsThatCannotBeReadStay: a disk that does not give them just now is no
+// reason to write that there are none.
+func TestPinsThatCannotBeReadStay(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, pinsName)
+	if err := os.Mkdir(path, 0o700); err != nil { // which no read gets anything of
 		t.Fatal(err)
 	}
 	c := openChaos(t, dir, 1<<30)
 	defer c.Close()
-	if _, err := os.Stat(filepath.Join(dir, brokenPins)); err != nil || len(c.Pins()) > 0 {
-		t.Errorf("%v, %v", err, c.Pins())
+	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+	if _, err := c.Pin(p); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), "restart") {
+		t.Error(err)
+	}
+	if n := len(c.Pins()); n != 0 {
+		t.Errorf("%d pins are held that are written nowhere", n)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), brokenSuffix) }) {
+		t.Errorf("%v: %v", entries, err)
+	}
+}
+
+func TestWhatIsNoPinIsRefused(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	for _, p := range []Pin{
+		{}, {Upstream: "lab.test", Repository: "app"}, {Upstream: "lab.test", Tag: "v1"},
+		{Upstream: "lab.test", Repository: "app", Digest: "sha256:zz"},
+		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"amd64"}},
+		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/arm64/v8/x"}},
+		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/"}},
+	} {
+		if _, err := c.Pin(p); !errors.Is(err, ErrNoPin) || len(c.Pins()) > 0 {
+			t.Errorf("%+v: %v", p, err)
+		}
+	}
+}
+
+// TestNamesOfPlatformsArePrintable: a manifest says them, and they come to a terminal.
+func TestNamesOfPlatformsArePrintable(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	b := buildImage(randomBytes(1000), 1000)
+	ix, err := json.Marshal(v1.Index{MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{
+		{Digest: b.manifestDigest, Size: int64(len(b.manifest)), Platform: &v1.Platform{OS: "linux", Architecture: "\x1b[2J\nfake", Variant: "\u202e"}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, ix, b.manifest)
+	images, err := c.Images()
+	if err != nil || len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
+		t.Errorf("%+v: %v", images, err)
 	}
 }
 
@@ -530,25 +626,6 @@ func TestTheListFollowsATagThatAPinHasSeenFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	settle(t, "the list with both", listed("lab.test/app:v2"))
-}
-
-// TestNamesOfPlatformsArePrintable: a manifest says them, and they come to a terminal.
-func TestNamesOfPlatformsArePrintable(t *testing.T) {
-	t.Parallel()
-	c := openChaos(t, t.TempDir(), 1<<30)
-	defer c.Close()
-	b := buildImage(randomBytes(1000), 1000)
-	ix, err := json.Marshal(v1.Index{MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{
-		{Digest: b.manifestDigest, Size: int64(len(b.manifest)), Platform: &v1.Platform{OS: "linux", Architecture: "\x1b[2J\nfake", Variant: "\u202e"}},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	pullImage(t, c, "v1", 1, ix, b.manifest)
-	images, err := c.Images()
-	if err != nil || len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
-		t.Errorf("%+v: %v", images, err)
-	}
 }
 
 // TestTheListSaysWhatEachRegistryCallsAnImage: none has a say in what another's is.
