@@ -23,11 +23,14 @@ package index
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
+	"reflect"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -221,13 +224,42 @@ func Open(path string, steps fault.Steps) (ix *Index, err error) {
 
 // view runs a transaction that reads.
 func (ix *Index) view(f func(*bolt.Tx) error) error {
-	return ix.guarded(func(db *bolt.DB) error { return db.View(f) })
+	return ix.guarded(func(db *bolt.DB) error {
+		tx, err := begin(db)
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback()
+		return f(tx)
+	})
+}
+
+// begin begins a transaction that reads. When bbolt panics there, on meta pages that are
+// not what they should be, it leaves two locks behind, for which all others who read
+// would wait for ever: they are unlocked, and whoever comes next panics, too.
+func begin(db *bolt.DB) (tx *bolt.Tx, err error) {
+	begun := false
+	defer func() {
+		if !begun {
+			fields := reflect.ValueOf(db).Elem()
+			(*sync.RWMutex)(fields.FieldByName("mmaplock").Addr().UnsafePointer()).RUnlock()
+			(*sync.Mutex)(fields.FieldByName("metalock").Addr().UnsafePointer()).Unlock()
+		}
+	}()
+	tx, err = db.Begin(false)
+	begun = true
+	return tx, err
 }
 
 // update runs one that writes.
 func (ix *Index) update(f func(*bolt.Tx) error) error {
 	ix.writing.Lock()
 	defer ix.writing.Unlock()
+	return ix.change(f)
+}
+
+// change is update for who holds writing.
+func (ix *Index) change(f func(*bolt.Tx) error) error {
 	err := ix.guarded(func(db *bolt.DB) error {
 		db.MaxSize = int(ix.limit.Load())
 		return ix.steps.Do("write index", func() error { return db.Update(f) })
@@ -410,7 +442,7 @@ func (ix *Index) Close() error {
 	if ix.Broken() != nil {
 		return nil // the next start sets it aside
 	}
-	return errors.Join(ix.write(nil, nil, ix.due(true)), ix.db.Close())
+	return errors.Join(ix.Flush(true), ix.db.Close())
 }
 
 // Objects calls f for each object. f must not call the index.
@@ -789,7 +821,9 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 	if err != nil || len(old) == 0 {
 		return nil, err
 	}
-	err = ix.update(func(tx *bolt.Tx) error {
+	ix.writing.Lock() // no note is written before it is looked at below
+	defer ix.writing.Unlock()
+	err = ix.change(func(tx *bolt.Tx) error {
 		for name, rows := range old {
 			b := tx.Bucket([]byte(name))
 			for _, r := range rows {
@@ -876,12 +910,21 @@ type Stored struct {
 // one transaction. It takes the notes along that are due, if there is room for them
 // as well.
 func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
-	err := ix.write(put, drop, ix.due(false))
-	if errors.Is(err, ErrFull) {
-		return ix.write(put, drop, notes{})
+	if n := ix.due(false); n.len() <= notesAWrite { // else they are for a Flush
+		err := ix.write(put, drop, n)
+		if err == nil {
+			ix.wrote(n)
+		}
+		if !errors.Is(err, ErrFull) {
+			return err
+		}
 	}
-	return err
+	return ix.write(put, drop, notes{})
 }
+
+// notesAWrite bounds a transaction: what waits for it does not wait long, and what
+// there is no room for is not all done again.
+const notesAWrite = 4096
 
 // usesDue is called with the lock.
 func (ix *Index) usesDue() bool {
@@ -914,8 +957,54 @@ func (ix *Index) due(all bool) notes {
 	return n
 }
 
-func (n notes) none() bool {
-	return len(n.tags)+len(n.memberships)+len(n.yeses)+len(n.challenges)+len(n.uses) == 0
+func (n notes) len() int {
+	return len(n.tags) + len(n.memberships) + len(n.yeses) + len(n.challenges) + len(n.uses)
+}
+
+// parts are as many notes as a transaction takes, each of rows that lie together.
+func (n notes) parts() (parts []notes) {
+	for part := range inParts(n.tags) {
+		parts = append(parts, notes{tags: part})
+	}
+	for part := range inParts(n.memberships) {
+		parts = append(parts, notes{memberships: part})
+	}
+	for part := range inParts(n.yeses) {
+		parts = append(parts, notes{yeses: part})
+	}
+	for part := range inParts(n.challenges) {
+		parts = append(parts, notes{challenges: part})
+	}
+	for part := range inParts(n.uses) {
+		parts = append(parts, notes{uses: part})
+	}
+	return parts
+}
+
+func inParts[K cmp.Ordered, V any](m map[K]V) iter.Seq[map[K]V] {
+	return func(yield func(map[K]V) bool) {
+		for keys := range slices.Chunk(slices.Sorted(maps.Keys(m)), notesAWrite) {
+			part := make(map[K]V, len(keys))
+			for _, k := range keys {
+				part[k] = m[k]
+			}
+			if !yield(part) {
+				return
+			}
+		}
+	}
+}
+
+// sorted is in the order of the keys: bbolt takes many new rows in another order in
+// quadratic time.
+func sorted[K cmp.Ordered, V any](m map[K]V) iter.Seq2[K, V] {
+	return func(yield func(K, V) bool) {
+		for _, k := range slices.Sorted(maps.Keys(m)) {
+			if !yield(k, m[k]) {
+				return
+			}
+		}
+	}
 }
 
 func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
@@ -955,9 +1044,6 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 	forget(ix.yeses, n.yeses)
 	forget(ix.challenges, n.challenges)
 	forget(ix.uses, n.uses)
-	if n.uses != nil {
-		ix.usesFrom = time.Now()
-	}
 	return nil
 }
 
@@ -984,15 +1070,34 @@ func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
 // Flush writes the notes that are due, or all, if there are any.
 func (ix *Index) Flush(all bool) error {
 	n := ix.due(all)
-	if n.none() {
+	parts := []notes{n}
+	switch {
+	case n.len() == 0:
 		return nil
+	case n.len() > notesAWrite:
+		parts = n.parts()
 	}
-	return ix.write(nil, nil, n)
+	for _, part := range parts {
+		if err := ix.write(nil, nil, part); err != nil {
+			return err
+		}
+	}
+	ix.wrote(n)
+	return nil
+}
+
+// wrote has the time of the uses begin again, when all that were due are written.
+func (ix *Index) wrote(n notes) {
+	if n.uses != nil {
+		ix.mu.Lock()
+		defer ix.mu.Unlock()
+		ix.usesFrom = time.Now()
+	}
 }
 
 func (n notes) write(tx *bolt.Tx) error {
 	tb := tx.Bucket(tagBucket)
-	for key, t := range n.tags {
+	for key, t := range sorted(n.tags) {
 		if err := tb.Put([]byte(key), t.encode()); err != nil {
 			return err
 		}
@@ -1002,23 +1107,23 @@ func (n notes) write(tx *bolt.Tx) error {
 			}
 		}
 	}
-	for key, m := range n.memberships {
+	for key, m := range sorted(n.memberships) {
 		if err := putOrDelete(tx.Bucket(membershipBucket), key, m, m == nil); err != nil {
 			return err
 		}
 	}
-	for key, s := range n.yeses {
+	for key, s := range sorted(n.yeses) {
 		if err := putOrDelete(tx.Bucket(yesBucket), key, &s, s.IsZero()); err != nil {
 			return err
 		}
 	}
-	for key, c := range n.challenges {
+	for key, c := range sorted(n.challenges) {
 		if err := putOrDelete(tx.Bucket(challengeBucket), key, &c, false); err != nil {
 			return err
 		}
 	}
 	objects, ub := tx.Bucket(objectBucket), tx.Bucket(useBucket)
-	for d, u := range n.uses {
+	for d, u := range sorted(n.uses) {
 		if objects.Get([]byte(d)) == nil {
 			continue // dropped meanwhile
 		}

@@ -9,11 +9,14 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"go.uber.org/goleak"
 )
 
@@ -397,4 +400,124 @@ func TestASecondWriterDoesNotHangBehindAPanic(t *testing.T) {
 		t.Error("the second writer hangs: it is the committer, and Renew is only ever called by it")
 	}
 	t.Log(ix.Broken())
+}
+
+// TestManyNotesAreWrittenInParts, of which one that does not fit leaves the others
+// written and itself a note.
+func TestManyNotesAreWrittenInParts(t *testing.T) {
+	const many = 3*notesAWrite - 1
+	var writes atomic.Int64
+	failing := int64(-1)
+	ix, err := Open(filepath.Join(t.TempDir(), "index.db"), func(name string, do func() error) error {
+		if name == "write index" && writes.Add(1) == failing {
+			return berrors.ErrMaxSizeReached
+		}
+		return do()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ix.Close()
+	key := func(i int) string {
+		return RepositoryKey{"docker.io", "app"}.MembershipKey("blobs", digest.FromString(fmt.Sprint(i)))
+	}
+	for i := range many {
+		ix.NoteMembership(key(i), Membership{Time: at})
+	}
+	writes.Store(0)
+	failing = 2
+	if err := ix.Flush(false); !errors.Is(err, ErrFull) {
+		t.Fatal(err)
+	}
+	if n := len(ix.memberships); n != many-notesAWrite {
+		t.Errorf("%d are left", n)
+	}
+	// With what is to be written at once, they wait.
+	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil || writes.Load() != 3 {
+		t.Errorf("%d transactions: %v", writes.Load(), err)
+	}
+	if err := ix.Flush(false); err != nil || writes.Load() != 5 || len(ix.memberships) != 0 {
+		t.Errorf("%d transactions, %d are left: %v", writes.Load(), len(ix.memberships), err)
+	}
+	for i := range many {
+		if _, ok := ix.Membership(key(i)); !ok {
+			t.Fatalf("%d is lost", i)
+		}
+	}
+}
+
+// TestNobodyHangsOnABrokenIndex: others ask while one finds out that it is broken.
+func TestNobodyHangsOnABrokenIndex(t *testing.T) {
+	for range 20 {
+		path := filepath.Join(t.TempDir(), "index.db")
+		ix := open(t, path)
+		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil {
+			t.Fatal(err)
+		}
+		var asking sync.WaitGroup
+		var asked atomic.Int64
+		for range 8 {
+			asking.Go(func() {
+				for ix.Broken() == nil {
+					ix.Row(d1)
+					asked.Add(1)
+				}
+			})
+		}
+		for asked.Load() < 1000 {
+			runtime.Gosched()
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		overwrite(t, path, info.Size())
+		asking.Wait() // or for ever
+		if err := ix.Renew(path + ".broken"); err != nil {
+			t.Fatal(err)
+		}
+		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil {
+			t.Error(err)
+		}
+		if err := ix.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// overwrite has zeros in place of the file's bytes, in the same file.
+func overwrite(t *testing.T, path string, size int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(make([]byte, size), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// BenchmarkFlush writes new notes; ten times as many take about ten times as long.
+func BenchmarkFlush(b *testing.B) {
+	for _, n := range []int{5_000, 50_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			ix, err := Open(filepath.Join(b.TempDir(), "index.db"), nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer ix.Close()
+			for round := 0; b.Loop(); round++ {
+				b.StopTimer()
+				for i := range n {
+					ix.NoteMembership(digest.FromString(fmt.Sprint(round, i)).String(), Membership{Time: at})
+				}
+				b.StartTimer()
+				if err := ix.Flush(false); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/note")
+		})
+	}
 }
