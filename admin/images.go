@@ -87,7 +87,7 @@ func serveFailure(w http.ResponseWriter, err error) {
 	switch {
 	case errors.Is(err, cache.ErrNotStored), errors.Is(err, cache.ErrNotPinned):
 		status = http.StatusNotFound
-	case errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge):
+	case errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared):
 		status = http.StatusConflict
 	case errors.Is(err, cache.ErrNoPin):
 		status = http.StatusBadRequest

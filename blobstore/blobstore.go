@@ -123,10 +123,18 @@ func (s *Store) Open(d digest.Digest) (*os.File, error) {
 
 // Read returns a small blob whole, in as few system calls as there can be. One
 // that has another size is an error.
-func (s *Store) Read(d digest.Digest, size int64) ([]byte, error) {
-	fd, err := syscall.Open(s.Path(d), syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+func (s *Store) Read(d digest.Digest, size int64) (body []byte, err error) {
+	err = s.steps.Do("read blob", func() (err error) { body, err = read(s.Path(d), size); return err })
 	if err != nil {
 		return nil, fmt.Errorf("read a blob: %w", err)
+	}
+	return body, nil
+}
+
+func read(path string, size int64) ([]byte, error) {
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
 	}
 	defer syscall.Close(fd)
 	buf := make([]byte, size+1)
@@ -135,7 +143,7 @@ func (s *Store) Read(d digest.Digest, size int64) ([]byte, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read a blob: %w", err)
+		return nil, err
 	}
 	return buf[:n], nil
 }

@@ -141,6 +141,18 @@ func (p *Pending) Close() error {
 	return err
 }
 
+// PendingBytes is what all pending files and their journals take on disk, as far as
+// they can be looked at.
+func (s *Store) PendingBytes() (n int64) {
+	entries, _ := os.ReadDir(s.pendingDir())
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil {
+			n += Allocated(info)
+		}
+	}
+	return n
+}
+
 // Left opens the pending files of an earlier process with what their journals
 // say. Those without a journal cannot be continued: they are deleted, and only
 // what they were meant to become is returned besides.

@@ -181,6 +181,7 @@ type Cache struct {
 	order  *order
 	pins   pins
 	images imageList
+	stuck  bool // over the bounds with nothing to evict, in the committer
 	// tagMoved: a tag means something else than before, and neither the pins nor
 	// the list of images follow yet.
 	tagMoved atomic.Bool
@@ -206,9 +207,11 @@ type Cache struct {
 	parked    map[Key]*partial // files that a flight left, for the next one
 	used      int64            // allocated bytes of blobs and strangers' files under blobs/
 	claimed   int64            // reserved for pending files, written or not
+	made      int64            // all that was ever claimed
 	strangers int64            // of that, by registries that are not listed
 	removals  []removal        // to be tried again
 	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
+	ahead     int64            // that growth
 	evicted   Evicted
 	adopt     int                              // files yet to be adopted
 	strays    map[digest.Digest]bool           // those

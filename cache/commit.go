@@ -68,6 +68,9 @@ func (c *Cache) commitLoop() {
 				c.probe()
 			}
 			c.followTags()
+			if c.pins.partly != nil {
+				c.repin()
+			}
 			c.layOut()
 			c.measureOverhead()
 			c.keepBounds()
@@ -93,7 +96,7 @@ func (c *Cache) commitLoop() {
 // followTags has pins and list follow the tags that moved.
 func (c *Cache) followTags() {
 	if c.tagMoved.Swap(false) {
-		c.repin()
+		c.repinIfDue()
 		c.images.due = true
 	}
 }
@@ -231,8 +234,12 @@ func (c *Cache) commit(batch []*flight) {
 	}
 }
 
-// putRows writes the rows, or of too many for a full store those that fit.
+// putRows writes the rows, or of too many for a full store those that fit. Room for
+// the index is not made by evicting just these.
 func (c *Cache) putRows(rows []index.Stored) error {
+	for _, row := range rows {
+		defer c.letGo(c.await(row.Digest))
+	}
 	err := c.widening(func() error { return c.index.Apply(rows, nil) })
 	if half := len(rows) / 2; half > 0 && errors.Is(err, index.ErrFull) {
 		return errors.Join(c.putRows(rows[:half]), c.putRows(rows[half:]))
@@ -286,23 +293,40 @@ func (c *Cache) drop(d digest.Digest) {
 	if _, sound := c.stored(d); !ok || sound {
 		return // it was replaced meanwhile
 	}
-	c.remove(d, row)
+	c.remove([]index.Stored{{Digest: d, Object: row}})
 	c.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
 }
 
-// remove takes an object away, row first.
-func (c *Cache) remove(d digest.Digest, row index.Object) error {
-	err := c.index.Apply(nil, []digest.Digest{d})
-	c.hot.drop(d) // with the row gone, nobody brings it back
-	if err == nil {
-		if err = c.store.Remove(d); err != nil {
-			c.leftOver(d, row.Alloc)
-		}
+// remove takes objects away, rows first. What the disk does not let go of makes room
+// before all others.
+func (c *Cache) remove(objects []index.Stored) (gone Evicted, failed error) {
+	var all []digest.Digest
+	for _, o := range objects {
+		all = append(all, o.Digest)
 	}
+	err := c.index.Apply(nil, all)
+	if half := len(objects) / 2; half > 0 && errors.Is(err, index.ErrFull) { // with less, fewer pages change
+		for _, part := range [][]index.Stored{objects[:half], objects[half:]} {
+			g, perr := c.remove(part)
+			gone.Objects, gone.Bytes, failed = gone.Objects+g.Objects, gone.Bytes+g.Bytes, errors.Join(failed, perr)
+		}
+		return gone, failed
+	}
+	c.hot.drop(all...) // with the rows gone, nobody brings them back
 	if err != nil {
 		c.noteTrouble(err)
-		return err
+		return gone, err
 	}
-	c.forget(d, row.Alloc)
-	return nil
+	for _, o := range objects {
+		if err := c.store.Remove(o.Digest); err != nil {
+			c.leftOver(o.Digest, o.Object.Alloc)
+			c.noteTrouble(err)
+			failed = errors.Join(failed, err)
+			continue
+		}
+		c.forget(o.Digest, o.Object.Alloc)
+		gone.Objects++
+		gone.Bytes += o.Object.Alloc
+	}
+	return gone, failed
 }

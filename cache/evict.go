@@ -136,9 +136,10 @@ func (c *Cache) takenOff(d digest.Digest) (held int64) {
 // lets go of it.
 func (c *Cache) forget(d digest.Digest, alloc int64) {
 	c.order.mu.Lock()
-	if _, known := c.order.queue.Rank(d); known {
-		alloc = c.order.queue.Remove(d)
+	if _, known := c.order.queue.Rank(d); !known { // somebody may hold it all the same
+		c.order.queue.Add(d, alloc)
 	}
+	alloc = c.order.queue.Remove(d)
 	c.order.mu.Unlock()
 	c.addUsed(-alloc)
 	c.images.due = true
@@ -272,6 +273,7 @@ func (c *Cache) expand(n int64) error {
 	defer c.mu.Unlock()
 	c.claim(ListedDomain, -n)
 	c.overhead += n
+	c.ahead += n
 	return nil
 }
 
@@ -318,8 +320,13 @@ func (c *Cache) mayGo() int64 {
 // keepBounds runs in the committer, now and then: others write to the disk, the
 // index grows, and the bound may be lower than it was.
 func (c *Cache) keepBounds() {
-	short, _, _ := c.tryReserve(ListedDomain, 0)
-	if short <= 0 || c.mayGo() == 0 {
+	short, _, cause := c.tryReserve(ListedDomain, 0)
+	stuck := short > 0 && c.mayGo() == 0
+	if stuck && !c.stuck {
+		c.log.Sugar().Warnw("over the bounds, and nothing may go: all that is stored is pinned or being read", "bytes", short, "pins", len(c.Pins()), "cause", cause.Error())
+	}
+	c.stuck = stuck
+	if short <= 0 || stuck {
 		return
 	}
 	before := c.Stats().Evicted
@@ -441,7 +448,7 @@ func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
 		delete(stored, k.d)
 	}
 	for d, alloc := range stored {
-		q.Add(d, alloc)
+		q.Restore(d, alloc, evict.Rank{})
 	}
 	err = errors.Join(err,
 		c.index.Children(func(d digest.Digest, children []digest.Digest) { q.Lead(d, children) }),
@@ -464,22 +471,31 @@ const growth = 64 << 10
 
 // measureOverhead takes what all but blobs and pending files takes on disk now.
 func (c *Cache) measureOverhead() {
-	n := c.index.Confine() + growth
-	take := func(path string) {
+	var taken int64
+	limit := c.index.Confine()
+	take := func(path string) (n int64) {
 		if info, err := os.Lstat(path); err == nil {
-			n += blobstore.Allocated(info)
+			n = blobstore.Allocated(info)
 		}
+		taken += n
+		return n
 	}
 	for _, dir := range c.store.Directories() {
 		take(dir)
 	}
+	ahead := int64(growth)
 	entries, _ := os.ReadDir(c.opts.Dir) // as far as it can be read
 	for _, e := range entries {
-		if e.Type().IsRegular() && e.Name() != indexName {
+		switch n := int64(0); {
+		case !e.Type().IsRegular():
+		case e.Name() == indexName:
+			n = take(filepath.Join(c.opts.Dir, indexName))
+			ahead += max(0, limit-n)
+		default:
 			take(filepath.Join(c.opts.Dir, e.Name()))
 		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.overhead = n
+	c.overhead, c.ahead = taken+ahead, ahead
 }

@@ -4,6 +4,7 @@ package cache
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -21,6 +23,8 @@ import (
 	"tarn/index"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	berrors "go.etcd.io/bbolt/errors"
 )
 
 // directory is what a directory takes on disk, as du has it. Meanwhile files
@@ -788,5 +792,196 @@ func TestWhateverFailsIsAccountedFor(t *testing.T) {
 			t.Errorf("seed %d: %d bytes are left, of which %d may go", seed, used, c.mayGo())
 		}
 		c.Close()
+	}
+}
+
+// TestRoomForARowIsNotMadeByEvictingWhatItIsOf: the index has to grow for a row of what
+// is stored.
+func TestRoomForARowIsNotMadeByEvictingWhatItIsOf(t *testing.T) {
+	t.Parallel()
+	body := randomBytes(1 << 20)
+	for name, rewrite := range map[string]func(c *Cache, d digest.Digest) error{
+		"another domain has it as well": func(c *Cache, d digest.Digest) error {
+			evil := parallelRequest(&origin{body: body}, "evil")
+			evil.Domain = "evil.example"
+			_, err := readAll(c, evil)
+			return err
+		},
+		"it was verified": func(c *Cache, d digest.Digest) error {
+			_, err := c.verify(t.Context(), d, 0, nil)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var full atomic.Int32
+			c, err := New(Options{Dir: t.TempDir(), MaxSize: 6 << 20, Steps: func(name string, do func() error) error {
+				if name == "write index" && full.Add(-1) >= 0 {
+					return berrors.ErrMaxSizeReached
+				}
+				return do()
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			d := storedBy(t, c, &origin{body: body}).Digest
+			for range 3 {
+				storedBy(t, c, &origin{body: randomBytes(1 << 20)})
+			}
+			var room int64
+			if err := c.inCommitter(func() error { // a download has the rest
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				room = (c.opts.MaxSize - c.used - c.overhead - c.claimed) / fsBlock * fsBlock
+				if name == "another domain has it as well" {
+					room -= claimFor(1<<20) + fsBlock
+				}
+				c.claim(ListedDomain, room)
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			full.Store(2) // once with the notes, and once without
+			if err := rewrite(c, d); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+			full.Store(0)
+			c.unreserve(ListedDomain, room)
+			if c.Stats().Evicted.Objects == 0 {
+				t.Error("it was not put to the test")
+			}
+			if err := landed(c); err != nil {
+				t.Error(err)
+			}
+			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+				t.Error(err)
+			}
+			if err := landed(c); err != nil || c.used != 0 {
+				t.Errorf("%d bytes count of nothing: %v", c.used, err)
+			}
+		})
+	}
+}
+
+// TestWhatWasDeletedBeforeTheIndexBrokeIsNotCounted, nor taken off once more.
+func TestWhatWasDeletedBeforeTheIndexBrokeIsNotCounted(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 64<<20)
+	defer c.Close()
+	lost := storedBy(t, c, &origin{body: randomBytes(3_000_000)})
+	storedBy(t, c, &origin{body: randomBytes(1_000_000)})
+	if err := os.Remove(c.store.Path(lost.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	breakIndex(t, c)
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		t.Error(err)
+	}
+	if err := landed(c); err != nil || c.used != 0 {
+		t.Errorf("%d bytes count of nothing: %v", c.used, err)
+	}
+}
+
+// TestMemoryDoesNotOutliveTheIndex: who delivered what is not known any more.
+func TestMemoryDoesNotOutliveTheIndex(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 64<<20)
+	defer c.Close()
+	req := parallelRequest(&origin{body: randomBytes(500)}, "somebody")
+	req.Domain = "unlisted.example"
+	for range 2 {
+		if _, err := readAll(c, req); err != nil {
+			t.Fatal(err)
+		}
+		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	}
+	if c.hot.get(req.Key) == nil {
+		t.Fatal("it is not in memory")
+	}
+	breakIndex(t, c)
+	if c.hot.get(req.Key) != nil {
+		t.Error("it is in memory still")
+	}
+}
+
+// TestWhatIsHashedCountsToTheEnd: verifying is reading, and the room of what is read is
+// not free.
+func TestWhatIsHashedCountsToTheEnd(t *testing.T) {
+	t.Parallel()
+	const size = 4 << 20
+	c := openChaos(t, t.TempDir(), 64<<20)
+	defer c.Close()
+	storedBy(t, c, &origin{body: randomBytes(size)})
+	used := func() int64 {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.used
+	}
+	before := used()
+	_, err := c.Verify(t.Context(), 0, func(v Verification) {
+		if v.Bytes != 1<<20 {
+			return
+		}
+		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+			t.Error(err)
+		}
+		if n := used(); n != before {
+			t.Errorf("%d bytes count while it is read, not %d", n, before)
+		}
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || used() != 0 {
+		t.Errorf("%d bytes count in the end: %v", used(), err)
+	}
+}
+
+// TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage that it names.
+func TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage(t *testing.T) {
+	t.Parallel()
+	const bound = 6 << 20
+	c := openChaos(t, t.TempDir(), bound)
+	defer c.Close()
+	// Large, and used once, it is the first to go.
+	first, err := json.Marshal(v1.Manifest{
+		MediaType: v1.MediaTypeImageManifest, Config: v1.Descriptor{Digest: digest.FromString("c"), Size: 1}, Annotations: map[string]string{"x": strings.Repeat("x", 1<<20)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	small := buildImage(randomBytes(1000), 1000)
+	pullImage(t, c, "first", 1, first)
+	pullImage(t, c, "small", 1, small.own()...)
+	if err := c.inCommitter(func() error {
+		for i := range 1500 {
+			c.NoteTag(appKey.TagKey(fmt.Sprintf("t%0100d", i)), index.Tag{Digest: small.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
+		}
+		if err := c.widening(func() error { return c.index.Flush(false) }); err != nil {
+			return err
+		}
+		c.measureOverhead()
+		c.mu.Lock()
+		room := (bound - c.used - c.overhead - c.claimed) / fsBlock * fsBlock
+		c.claim(ListedDomain, room) // a download has the rest
+		c.mu.Unlock()
+		c.followTags()
+		c.layOut()
+		c.unreserve(ListedDomain, room)
+		if c.has(first) {
+			t.Error("it was not put to the test")
+		}
+		c.layOut() // the next turn
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := os.ReadFile(filepath.Join(c.opts.Dir, listName)); err != nil || bytes.Contains(list, []byte(":first")) || !bytes.Contains(list, []byte(":small")) {
+		t.Errorf("it names what is not here, or not what is: %v", err)
 	}
 }

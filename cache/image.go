@@ -73,8 +73,8 @@ func (c *Cache) Images() (images []Image, err error) {
 }
 
 // EvictImage removes what a tag or a digest means, and all that nothing else that is
-// stored leads to. Who reads something of it reads on. It fails with ErrNotStored, and
-// with ErrPinned.
+// stored leads to. Who reads something of it reads on. It fails with ErrNotStored, with
+// ErrPinned, and with ErrShared.
 func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (e Evicted, err error) {
 	err = c.inCommitter(func() error {
 		if d == "" {
@@ -84,60 +84,55 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 		if _, ok := c.index.Row(d); d == "" || !ok {
 			return ErrNotStored
 		}
-		kept := make(map[digest.Digest]bool) // by what stays
-		for _, p := range c.Pins() {
-			for pinned := range c.pinned(p).sizes {
-				kept[pinned] = true
-			}
-		}
-		if kept[d] {
+		c.repinIfDue()
+		if c.pins.wanted[d] {
 			return fmt.Errorf("%w: unpin it first", ErrPinned)
 		}
-		mine := c.tree(d, nil).sizes
+		mine := c.under([]digest.Digest{d}, nil)
+		var kept []digest.Digest // by what stays
 		if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
 			if t.Digest != d {
-				kept[t.Digest] = true
+				kept = append(kept, t.Digest)
 			}
 		}); err != nil {
 			return err
 		}
 		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
-			if _, inside := mine[parent]; inside && !kept[parent] {
-				return
-			}
-			for _, child := range children {
-				kept[child] = true
+			if !mine[parent] || c.pins.wanted[parent] {
+				kept = append(kept, children...)
 			}
 		}); err != nil {
 			return err
 		}
-		for changed := true; changed; { // what is kept keeps its own
-			changed = false
-			for parent := range mine {
-				if !kept[parent] {
-					continue
-				}
-				for _, child := range c.index.ChildrenOf(parent) {
-					if _, inside := mine[child]; inside && !kept[child] {
-						kept[child], changed = true, true
-					}
-				}
-			}
+		stay := c.under(kept, mine) // what is kept keeps its own
+		if stay[d] {
+			return ErrShared
 		}
+		var going []index.Stored
 		for d := range mine {
-			row, ok := c.index.Row(d)
-			if !ok || kept[d] {
-				continue
+			if row, ok := c.index.Row(d); ok && !stay[d] && !c.pins.wanted[d] {
+				going = append(going, index.Stored{Digest: d, Object: row})
 			}
-			if err := c.remove(d, row); err != nil {
-				return err
-			}
-			e.Objects++
-			e.Bytes += row.Alloc
 		}
-		return nil
+		e, err = c.remove(going)
+		return err
 	})
 	return e, err
+}
+
+// under returns what these lead to, and they themselves, of those within; nil is all.
+func (c *Cache) under(ds []digest.Digest, within map[digest.Digest]bool) map[digest.Digest]bool {
+	all := make(map[digest.Digest]bool)
+	for len(ds) > 0 {
+		last := len(ds) - 1
+		d := ds[last]
+		ds = ds[:last]
+		if !all[d] && (within == nil || within[d]) {
+			all[d] = true
+			ds = append(ds, c.index.ChildrenOf(d)...)
+		}
+	}
+	return all
 }
 
 const (
@@ -190,8 +185,8 @@ func (c *Cache) layOut() {
 			types[said] = m.MediaType // as its registry calls it, and not as any file
 		}
 		if types[said] == "" {
-			m, _, ok := c.storedManifest(d)
-			if !ok || m.descriptors() == nil {
+			m, _, err := c.storedManifest(d)
+			if err != nil || m.descriptors() == nil {
 				continue
 			}
 			types[said] = m.mediaType()
@@ -203,6 +198,7 @@ func (c *Cache) layOut() {
 	}
 	c.images.types = types
 	data, err := json.MarshalIndent(ix, "", "  ")
+	c.images.due = false // unless what it names goes to make room for it
 	if err == nil && !bytes.Equal(data, c.images.written) {
 		err = c.writeFile("list", listName, data, false)
 	}
@@ -214,9 +210,10 @@ func (c *Cache) layOut() {
 		}
 	}
 	if err != nil {
+		c.images.due = true
 		return
 	}
-	c.images.written, c.images.due = data, false
+	c.images.written = data
 }
 
 // markLayout writes what says that the directory is a layout. Without it, the

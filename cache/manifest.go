@@ -69,15 +69,22 @@ func childrenOf(body []byte) (children []digest.Digest) {
 	return children
 }
 
-// storedManifest reads a manifest that is stored. Anything else leads nowhere.
-func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, ok bool) {
+// storedManifest reads a manifest that is stored. Anything else that is leads nowhere.
+// It fails with ErrNotStored, with errChanged, and when the disk does not give it now.
+func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err error) {
 	row, ok := c.index.Row(d)
-	if !ok || row.Size > maxManifest || c.index.ChildrenOf(d) == nil {
-		return m, row.Size, ok
+	switch {
+	case !ok:
+		return m, 0, ErrNotStored
+	case row.Size > maxManifest || c.index.ChildrenOf(d) == nil:
+		return m, row.Size, nil
 	}
 	body, err := c.store.Read(d, row.Size)
-	if err != nil || d.Algorithm().FromBytes(body) != d {
-		return m, row.Size, false
+	if err != nil {
+		return m, row.Size, err
 	}
-	return parseManifest(body), row.Size, true
+	if d.Algorithm().FromBytes(body) != d {
+		return m, row.Size, errChanged
+	}
+	return parseManifest(body), row.Size, nil
 }

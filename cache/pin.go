@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -71,6 +72,8 @@ var (
 	ErrNotPinned = errors.New("the image is not pinned")
 	// ErrNotStored: nothing of the image is here.
 	ErrNotStored = errors.New("the image is not here")
+	// ErrShared: the image is one of another's, which stays.
+	ErrShared = errors.New("the image belongs to another one that is here, such as an index: evict that")
 )
 
 const (
@@ -84,6 +87,7 @@ type pins struct {
 	wanted map[digest.Digest]bool
 	leases map[digest.Digest]lease
 	due    bool  // they may lead to more by now
+	partly error // why what they lead to is not all known
 	unread error // of the file, which says them still
 }
 
@@ -106,9 +110,11 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		list = append(list, p)
 		all := make(map[digest.Digest]int64)
 		for _, p := range list {
-			for d, size := range c.pinned(p).sizes {
-				all[d] = size
-			}
+			t = c.pinned(p)
+			maps.Copy(all, t.sizes)
+		}
+		if t.err != nil {
+			return fmt.Errorf("what is pinned cannot be read: %w", t.err)
 		}
 		var sum int64
 		for _, size := range all {
@@ -120,11 +126,7 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		if sum > room {
 			return fmt.Errorf("%w: with this one they take %d bytes, and max_size leaves %d: unpin something, or raise max_size", ErrPinsTooLarge, sum, room)
 		}
-		if err := c.setPins(list); err != nil {
-			return err
-		}
-		t = c.pinned(p)
-		return nil
+		return c.setPins(list)
 	})
 	return t, err
 }
@@ -199,8 +201,20 @@ func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 	}
 	if err != nil {
 		os.Remove(temporary)
+		return err
+	}
+	if durable {
+		err = c.opts.Steps.Do("fsync for "+what, func() error { return syncDir(c.opts.Dir) })
 	}
 	return err
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // readPins is for the start. Of a file that was damaged, the pins that say
@@ -209,6 +223,7 @@ func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 func (c *Cache) readPins() {
 	c.pins.leases = make(map[digest.Digest]lease)
 	path := filepath.Join(c.opts.Dir, pinsName)
+	os.Remove(path + ".new") // of a process that ended while it wrote
 	data, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return
@@ -219,8 +234,13 @@ func (c *Cache) readPins() {
 		return
 	}
 	if c.pins.list, err = parsePins(data); err != nil {
-		kept, kerr := keepBroken(path)
+		kept, kerr := "", c.expand(int64(len(data)))
 		if kerr == nil {
+			kept, kerr = keepBroken(path, data)
+		}
+		if kerr != nil {
+			c.pins.unread = kerr // it is not written over
+		} else {
 			kerr = c.writePins()
 		}
 		c.log.Sugar().Errorw("the pins are damaged: what is not in pins.json any more is not pinned", "cause", err.Error(), "pinned", len(c.pins.list), "kept_as", filepath.Base(kept), "error", kerr)
@@ -254,34 +274,51 @@ func parsePins(data []byte) (list []Pin, err error) {
 // maxBroken bounds how many damaged files are kept.
 const maxBroken = 100
 
-// keepBroken gives the file a second name, and none that another one has.
-func keepBroken(path string) (kept string, err error) {
+// keepBroken writes what a damaged file says into one beside it, under a name that
+// none has.
+func keepBroken(path string, data []byte) (kept string, err error) {
+	var f *os.File
 	kept = path + brokenSuffix
 	for n := 2; n <= maxBroken; n++ {
-		if err = os.Link(path, kept); !errors.Is(err, os.ErrExist) {
+		if f, err = os.OpenFile(kept, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600); !errors.Is(err, os.ErrExist) {
 			break
 		}
 		kept = fmt.Sprintf("%s%s.%d", path, brokenSuffix, n)
 	}
+	if err != nil {
+		return kept, err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		os.Remove(kept)
+	}
 	return kept, err
 }
 
-// repin holds what the pins lead to now, and nothing else any more. It runs in the
-// committer.
+// repin holds what the pins lead to now, and nothing else any more, unless a manifest
+// cannot be read just now. It runs in the committer.
 func (c *Cache) repin() {
+	before := c.pins.wanted
 	c.pins.wanted = make(map[digest.Digest]bool)
-	c.pins.due = false
+	c.pins.due, c.pins.partly = false, nil
 	list := c.Pins()
 	moved := false
 	for i, p := range list {
-		if tag, ok := c.index.Tag(p.key().TagKey(p.Tag)); ok && p.Digest == "" && tag.Digest != "" && tag.Digest != p.Meant {
-			list[i].Meant, moved = tag.Digest, true
+		if c.moved(p) {
+			list[i].Meant, moved = c.means(p), true
 		}
 	}
 	for _, p := range list {
-		for d := range c.pinned(p).sizes {
+		t := c.pinned(p)
+		for d := range t.sizes {
 			c.pins.wanted[d] = true
 		}
+		if t.err != nil {
+			c.pins.partly = t.err
+		}
+	}
+	if c.pins.partly != nil {
+		maps.Copy(c.pins.wanted, before)
 	}
 	for d, l := range c.pins.leases {
 		if !c.pins.wanted[d] {
@@ -301,28 +338,39 @@ func (c *Cache) repin() {
 }
 
 func (c *Cache) repinIfDue() {
-	if c.pins.due {
+	if c.pins.due || slices.ContainsFunc(c.Pins(), c.moved) {
 		c.repin()
 	}
 }
 
 // pin holds what is wanted, once.
 func (c *Cache) pin(d digest.Digest) {
-	if c.pins.leases[d] == nil {
-		if l := c.hold(d); l != nil {
-			c.pins.leases[d] = l
-		}
+	c.order.mu.Lock()
+	l := c.pins.leases[d]
+	gone := l != nil && l.Gone()
+	if l == nil || gone { // another one has come in its place
+		c.pins.leases[d] = c.order.queue.Hold(d)
+	}
+	c.order.mu.Unlock()
+	if gone {
+		c.letGo(l)
 	}
 }
 
-// pinned is what a pin leads to.
-func (c *Cache) pinned(p Pin) Tree {
-	root := cmp.Or(p.Digest, p.Meant)
-	if tag, _ := c.index.Tag(p.key().TagKey(p.Tag)); p.Digest == "" && tag.Digest != "" {
-		root = tag.Digest
+// means is the digest that a pin is of, "" while its tag has meant nothing.
+func (c *Cache) means(p Pin) digest.Digest {
+	if p.Digest != "" {
+		return p.Digest
 	}
-	return c.tree(root, p.Platforms)
+	tag, _ := c.index.Tag(p.key().TagKey(p.Tag))
+	return cmp.Or(tag.Digest, p.Meant)
 }
+
+// moved tells whether a pin's tag means something else than when it was followed last.
+func (c *Cache) moved(p Pin) bool { return p.Digest == "" && c.means(p) != p.Meant }
+
+// pinned is what a pin leads to.
+func (c *Cache) pinned(p Pin) Tree { return c.tree(c.means(p), p.Platforms) }
 
 // Tree is an image as far as its manifests are here.
 type Tree struct {
@@ -332,6 +380,7 @@ type Tree struct {
 	// Platforms that there is something of.
 	Platforms []string
 	sizes     map[digest.Digest]int64
+	err       error // a manifest that is here cannot be read
 }
 
 // tree walks from a digest over the manifests that are here, to these platforms
@@ -343,13 +392,17 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 	}
 	var walk func(d digest.Digest, size int64, platform *v1.Platform)
 	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
-		if _, seen := t.sizes[d]; seen {
+		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
 			return
 		}
-		m, stored, ok := c.storedManifest(d)
-		if ok {
+		m, stored, err := c.storedManifest(d)
+		ok := err == nil
+		switch {
+		case ok:
 			size = stored
 			t.Here += size
+		case !errors.Is(err, ErrNotStored):
+			t.err = err
 		}
 		t.sizes[d] = size
 		t.Total = addSizes(t.Total, size)
@@ -362,7 +415,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 				continue
 			}
 			if child.Platform != nil && len(platforms) > 0 && !slices.ContainsFunc(platforms, func(p string) bool {
-				name := platformName(*child.Platform)
+				name, p := plainArm64(platformName(*child.Platform)), plainArm64(p)
 				return name == p || strings.HasPrefix(name, p+"/")
 			}) {
 				continue
@@ -381,6 +434,18 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 	}
 	walk(root, 0, nil)
 	return t
+}
+
+// maxTree bounds what one image leads to: a manifest of the largest size names some
+// 40,000, and an index as many such manifests.
+const maxTree = 1 << 15
+
+// plainArm64: v8 is what arm64 is without a variant.
+func plainArm64(platform string) string {
+	if name, ok := strings.CutSuffix(platform, "/v8"); ok && strings.HasSuffix(name, "/arm64") {
+		return name
+	}
+	return platform
 }
 
 // addSizes adds what a manifest may only claim.

@@ -30,7 +30,7 @@ func TestAPinReadsItsManifestsOnce(t *testing.T) {
 	t.Parallel()
 	var opened atomic.Int64
 	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
-		if name == "open blob" {
+		if name == "read blob" {
 			opened.Add(1)
 		}
 		return do()
@@ -649,5 +649,279 @@ func TestTheListSaysWhatEachRegistryCallsAnImage(t *testing.T) {
 		if name := d.Annotations[v1.AnnotationRefName]; d.MediaType != types[name] {
 			t.Errorf("%s is %s, not %s", name, d.MediaType, types[name])
 		}
+	}
+}
+
+// TestAPinHoldsWhileAManifestCannotBeRead: that it leads nowhere now says nothing.
+func TestAPinHoldsWhileAManifestCannotBeRead(t *testing.T) {
+	t.Parallel()
+	for name, cause := range map[string]error{"no descriptors": syscall.EMFILE, "the disk": syscall.EIO} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var failing atomic.Bool
+			c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+				if name == "read blob" && failing.Load() {
+					return cause
+				}
+				return do()
+			})
+			defer c.Close()
+			one := buildImage(randomBytes(3000), 70_000)
+			pullImage(t, c, "v1", 1, one.own()...)
+			p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+			if _, err := c.Pin(p); err != nil {
+				t.Fatal(err)
+			}
+			failing.Store(true)
+			if err := c.inCommitter(func() error { c.repin(); return c.evict(1 << 40) }); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); !errors.Is(err, cause) {
+				t.Errorf("a pin of what cannot be read: %v", err)
+			}
+			failing.Store(false)
+			for i, b := range one.own() {
+				if !c.has(b) {
+					t.Errorf("object %d of a pinned image was evicted", i)
+				}
+			}
+			if err := c.Unpin(p); err != nil {
+				t.Error(err)
+			}
+			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+				t.Errorf("it is held for ever: %v", err)
+			}
+		})
+	}
+}
+
+// TestAManifestThatCameAsABlobLeadsToItsLayers: whoever asks first may ask so.
+func TestAManifestThatCameAsABlobLeadsToItsLayers(t *testing.T) {
+	t.Parallel()
+	for _, domain := range []string{ListedDomain, "unlisted.example"} {
+		t.Run(domain, func(t *testing.T) {
+			t.Parallel()
+			c := openChaos(t, t.TempDir(), 1<<30)
+			defer c.Close()
+			one := buildImage(randomBytes(3000), 70_000)
+			for _, m := range [][]byte{one.index, one.manifest} {
+				r := parallelRequest(&origin{body: m}, "somebody")
+				r.Domain = domain
+				if _, err := readAll(c, r); err != nil {
+					t.Fatal(err)
+				}
+			}
+			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+			pullImage(t, c, "v1", 1, one.own()...)
+			if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || !c.has(one.layer) {
+				t.Errorf("a layer of what is pinned is gone: %v", err)
+			}
+		})
+	}
+}
+
+// TestPinsHoldWhileTheIndexIsRebuilt: all that may go is evicted all the time meanwhile.
+func TestPinsHoldWhileTheIndexIsRebuilt(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	m := v1.Manifest{MediaType: v1.MediaTypeImageManifest}
+	var layers [][]byte
+	for range 30 {
+		layers = append(layers, randomBytes(20_000))
+		m.Layers = append(m.Layers, v1.Descriptor{Digest: digest.FromBytes(layers[len(layers)-1]), Size: 20_000})
+	}
+	manifest, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, append([][]byte{manifest}, layers...)...)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+		t.Fatal(err)
+	}
+	c = openChaos(t, dir, 1<<30)
+	defer c.Close()
+	for c.Stats().Adopting > 0 {
+		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, l := range layers {
+		if !c.has(l) {
+			t.Errorf("layer %d of a pinned image was evicted", i)
+		}
+	}
+}
+
+// TestAPinHoldsWhatComesBack: a disk did not let go of the damaged one, and lost the next.
+func TestAPinHoldsWhatComesBack(t *testing.T) {
+	t.Parallel()
+	var failing atomic.Value
+	failing.Store("")
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if name == failing.Load() {
+			return syscall.EIO
+		}
+		return do()
+	})
+	defer c.Close()
+	body := randomBytes(100_000)
+	req := storedBy(t, c, &origin{body: body})
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: req.Digest}); err != nil {
+		t.Fatal(err)
+	}
+	if err := flip(c.store.Path(req.Digest), body, 100); err != nil {
+		t.Fatal(err)
+	}
+	failing.Store("remove blob")
+	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad) != 1 {
+		t.Fatal(v, err)
+	}
+	failing.Store("fsync directory")
+	if _, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil {
+		t.Fatal(err)
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	failing.Store("")
+	storedBy(t, c, &origin{body: body})
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || !c.has(body) {
+		t.Errorf("what is pinned was evicted: %v", err)
+	}
+}
+
+// TestDamagedPinsThatCannotBeKeptAreNotWrittenOver.
+func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, pinsName)
+	for n := range maxBroken + 1 {
+		name := path + brokenSuffix
+		if n > 0 {
+			name = fmt.Sprintf("%s.%d", name, n)
+		}
+		if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	damaged := []byte(`[{"upstream":"lab.test","repository":"app","tag":"v1"}, {"upst`)
+	if err := os.WriteFile(path, damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := openChaos(t, dir, 1<<30)
+	defer c.Close()
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}); !errors.Is(err, os.ErrExist) {
+		t.Error(err)
+	}
+	if text, err := os.ReadFile(path); err != nil || !bytes.Equal(text, damaged) {
+		t.Errorf("%s: %v", text, err)
+	}
+}
+
+// TestEvictingManyLayersIsOneTransaction: whoever waits for the disk waits for that.
+func TestEvictingManyLayersIsOneTransaction(t *testing.T) {
+	t.Parallel()
+	var written atomic.Int64
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if name == "write index" {
+			written.Add(1)
+		}
+		return do()
+	})
+	defer c.Close()
+	m := v1.Manifest{MediaType: v1.MediaTypeImageManifest}
+	layers := make([][]byte, 40)
+	for i := range layers {
+		layers[i] = randomBytes(1000)
+		m.Layers = append(m.Layers, v1.Descriptor{Digest: digest.FromBytes(layers[i]), Size: 1000})
+	}
+	manifest, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, append([][]byte{manifest}, layers...)...)
+	if err := c.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	before := written.Load()
+	if e, err := c.EvictImage(appKey, "v1", ""); err != nil || e.Objects != 41 {
+		t.Errorf("%+v: %v", e, err)
+	}
+	if n := written.Load() - before; n > 2 { // a tick may come in between
+		t.Errorf("%d transactions", n)
+	}
+}
+
+// TestAnImageOfAnIndexIsEvictedWithIt, and not alone.
+func TestAnImageOfAnIndexIsEvictedWithIt(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(3000), 7000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	c.NoteTag(appKey.TagKey("v1-amd64"), index.Tag{Digest: one.manifestDigest, Sequence: 2, Confirmed: time.Now()})
+	if e, err := c.EvictImage(appKey, "v1-amd64", ""); !errors.Is(err, ErrShared) || e.Objects != 0 || !c.has(one.manifest) {
+		t.Errorf("%+v: %v", e, err)
+	}
+	if e, err := c.EvictImage(appKey, "v1", ""); err != nil || e.Objects != 1 || !c.has(one.layer) {
+		t.Errorf("the index: %+v: %v", e, err)
+	}
+	if e, err := c.EvictImage(appKey, "v1-amd64", ""); err != nil || e.Objects != 4 {
+		t.Errorf("and then alone: %+v: %v", e, err)
+	}
+}
+
+// TestV8IsWhatArm64Is without a variant, either way.
+func TestV8IsWhatArm64Is(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(3000), 7000) // says linux/arm64/v8
+	plain, err := json.Marshal(v1.Index{MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{
+		{Digest: digest.FromBytes(one.other), Size: int64(len(one.other)), Platform: &v1.Platform{OS: "linux", Architecture: "arm64"}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v8", 1, one.index, one.other, one.otherLayer)
+	pullImage(t, c, "plain", 1, plain)
+	for _, tag := range []string{"v8", "plain"} {
+		for _, platform := range []string{"linux/arm64", "linux/arm64/v8"} {
+			tree := c.tree(digest.FromBytes(map[string][]byte{"v8": one.index, "plain": plain}[tag]), []string{platform})
+			if _, ok := tree.sizes[one.otherLayerDigst]; !ok {
+				t.Errorf("%s is not %s", tag, platform)
+			}
+		}
+	}
+}
+
+// TestVerifyEndsWithTheCache.
+func TestVerifyEndsWithTheCache(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	for range 3 {
+		storedBy(t, c, &origin{body: randomBytes(1 << 20)})
+	}
+	closed := make(chan error, 1)
+	v, err := c.Verify(t.Context(), 0, func(v Verification) {
+		if v.Files == 1 && v.Bytes == 1<<20 {
+			go func() { closed <- c.Close() }()
+			<-c.ctx.Done()
+		}
+	})
+	if !errors.Is(err, ErrClosed) || v.Files > 1 {
+		t.Errorf("%+v: %v", v, err)
+	}
+	if err := <-closed; err != nil {
+		t.Error(err)
 	}
 }

@@ -246,7 +246,7 @@ func (c *Cache) take(f finding) {
 		}
 		return
 	}
-	c.remove(f.digest, row)
+	c.remove([]index.Stored{{Digest: f.digest, Object: row}})
 	c.log.Sugar().Errorw("a file on the disk was changed, and is dropped", "digest", f.digest)
 }
 
@@ -315,8 +315,12 @@ type Verification struct {
 
 // Verify hashes every stored file, rate bytes a second or as fast as it can when
 // that is 0, and drops what is not what its digest says. It reports after each
-// MiB or file. Errors: the context's, those of the index, and want of descriptors.
+// MiB or file. Errors: the context's,
+// ErrClosed, those of the index, and want of descriptors.
 func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(c.ctx, func() { cancel(ErrClosed) })()
 	var all []digest.Digest
 	started := time.Now()
 	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
@@ -335,7 +339,7 @@ func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification
 		row, known := c.index.Row(d)
 		switch {
 		case ctx.Err() != nil:
-			return v, ctx.Err()
+			return v, context.Cause(ctx)
 		case err == nil && sound:
 		case errors.Is(err, fs.ErrNotExist) && (!known || row.Created.After(started)): // it was evicted meanwhile
 		case lacksDescriptors(err):

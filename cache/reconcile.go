@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"tarn/blobstore"
@@ -97,9 +99,10 @@ func (c *Cache) open() (strays []stray, err error) {
 	if err := c.restoreOrder(stored); err != nil {
 		return nil, errors.Join(err, c.index.Close())
 	}
-	c.readPins()
-	c.images.due = true
 	c.measureOverhead()
+	c.readPins()
+	c.order.queue.Resume() // nobody else has it yet
+	c.images.due = true
 	parked := c.restoreAll(left)
 	swept := len(deleted) + len(left) - parked
 	if parked+swept+len(gone)+len(strays)+foreign > 0 {
@@ -208,9 +211,20 @@ func (c *Cache) renew() {
 		c.flying.Done()        // the next commit tries again
 		return
 	}
+	lies := make(map[digest.Digest]bool, len(strays))
+	for _, s := range strays {
+		lies[s.digest] = true
+	}
+	var meant []digest.Digest // by what is noted still
+	if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) { meant = append(meant, t.Digest) }); err != nil {
+		c.noteTrouble(err)
+	}
 	c.order.mu.Lock()
+	c.order.queue.Retag(meant)
+	c.order.queue.Retain(func(d digest.Digest) bool { return lies[d] })
 	used += c.order.queue.Lingering() // and is taken off when its readers have gone
 	c.order.mu.Unlock()
+	c.hot.clear() // its rows are gone
 	c.mu.Lock()
 	c.used = used
 	c.mu.Unlock()
@@ -299,9 +313,11 @@ func (c *Cache) unstray(d digest.Digest) bool {
 // adoptAll hashes the strays, one after the other, and has the committer take
 // them in or remove them. Requests are served meanwhile; one for a stray
 // fetches it and finds the same bytes. What the disk does not read is tried
-// again, later each time.
+// again, later each time. Small ones come first: manifests say what of the others
+// is pinned.
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
+	slices.SortFunc(strays, func(a, b stray) int { return cmp.Compare(a.info.Size(), b.info.Size()) })
 	n := len(strays)
 	for pause := firstAdoptPause; ; pause = min(2*pause, lastAdoptPause) {
 		if strays = c.adoptOnce(strays); c.ctx.Err() != nil {
@@ -354,8 +370,11 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 }
 
 // hashes tells whether the file's bytes are what its name says. It reads rate
-// bytes a second, or as fast as it can when that is 0, and reports each piece.
+// bytes a second, or as fast as it can when that is 0, and reports each piece. The file
+// is held meanwhile, like anybody's who reads.
 func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report func(n int)) (bool, error) {
+	held := c.await(d)
+	defer c.letGo(held)
 	f, err := c.store.Open(d)
 	if err != nil {
 		return false, err

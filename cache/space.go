@@ -67,19 +67,36 @@ func (c *Cache) reserveFree(domain string, n int64) (short int64, share bool, er
 	}
 }
 
+// errMinFree is the errNoRoom of the filesystem.
+var errMinFree = fmt.Errorf("%w on the filesystem", errNoRoom)
+
 // tryReserve returns besides by how many bytes it falls short, and whether that
 // is by the share of registries that are not listed.
 func (c *Cache) tryReserve(domain string, n int64) (short int64, share bool, err error) {
+	// What is claimed may be written already, and is not free any more. That takes a
+	// look at each file, and is asked only where it makes the difference.
+	if short, share, err = c.tryWith(domain, n, func() int64 { return 0 }); errors.Is(err, errMinFree) {
+		short, share, err = c.tryWith(domain, n, c.store.PendingBytes)
+	}
+	return short, share, err
+}
+
+func (c *Cache) tryWith(domain string, n int64, pending func() int64) (short int64, share bool, err error) {
+	// In this order, whatever is written, given up or committed meanwhile counts as
+	// not free rather than as free.
+	c.mu.Lock()
+	claimed, made := c.claimed, c.made
+	c.mu.Unlock()
+	unwritten := max(0, claimed-pending())
 	free, _, err := c.store.Free()
 	if err != nil {
 		return 0, false, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// Free space on the disk has what was written of the claims already
-	// taken off; counting all of them is on the safe side.
-	if short := c.opts.MinFree - (free - c.claimed - n); short > 0 {
-		return short, false, fmt.Errorf("%w: %d bytes more would leave less than %d of the filesystem free", errNoRoom, n, c.opts.MinFree)
+	unwritten += c.made - made
+	if short := c.opts.MinFree - (free - unwritten - c.ahead - n); short > 0 {
+		return short, false, fmt.Errorf("%w: %d bytes more would leave less than %d free", errMinFree, n, c.opts.MinFree)
 	}
 	if short := c.used + c.overhead + c.claimed + n - c.opts.MaxSize; short > 0 {
 		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
@@ -94,6 +111,7 @@ func (c *Cache) tryReserve(domain string, n int64) (short int64, share bool, err
 // claim is called with the lock.
 func (c *Cache) claim(domain string, n int64) {
 	c.claimed += n
+	c.made += max(0, n)
 	if domain != ListedDomain {
 		c.strangers += n
 	}

@@ -99,17 +99,32 @@ func (q *Queue[K]) Add(k K, size int64) {
 	q.Use(k)
 }
 
-// Restore enters what an earlier Queue had, as it was ranked there. All of them
-// come before the first Add, those that were used last at the end. Who was Lost
-// is so again after Lose.
+// Restore enters what an earlier Queue had, as it was ranked there, or with no rank
+// what came too late to be. All of them come before the first Add, those that were
+// used last at the end, and Resume behind them. Who was Lost is so again after Lose.
 func (q *Queue[K]) Restore(k K, size int64, r Rank) {
-	if q.entries[k] != nil {
-		return
+	if q.entries[k] == nil {
+		q.insert(k, size, r)
 	}
-	if len(q.entries) == 0 || r.Priority < q.inflation {
-		q.inflation = r.Priority // about what it was: the next victim's
+}
+
+// Resume ends the restoring, when all is held that may not go: only what goes says
+// what the inflation was.
+func (q *Queue[K]) Resume() {
+	var unranked []*Entry[K]
+	first := true
+	for _, e := range q.entries {
+		switch {
+		case e.rank.Uses == 0:
+			unranked = append(unranked, e)
+		case e.at < 0 || e.orphan:
+		case first || e.rank.Priority < q.inflation:
+			q.inflation, first = e.rank.Priority, false // about what it was: the next victim's
+		}
 	}
-	q.insert(k, size, r)
+	for _, e := range unranked {
+		q.Use(e.key)
+	}
 }
 
 func (q *Queue[K]) insert(k K, size int64, r Rank) {
@@ -138,6 +153,18 @@ func (q *Queue[K]) leave(e *Entry[K]) {
 		q.free -= e.size
 	}
 }
+
+// Retain removes all that keep says no to. What is held of that lingers.
+func (q *Queue[K]) Retain(keep func(k K) bool) {
+	for k := range q.entries {
+		if !keep(k) {
+			q.Remove(k)
+		}
+	}
+}
+
+// Gone tells whether an entry was removed.
+func (e *Entry[K]) Gone() bool { return e.gone }
 
 // Rank returns the rank of an entry.
 func (q *Queue[K]) Rank(k K) (r Rank, ok bool) {
@@ -199,6 +226,17 @@ func (q *Queue[K]) Untag(k K) { q.tag(k, -1) }
 
 // Lose says that what led to the key has gone, unless something does now.
 func (q *Queue[K]) Lose(k K) { q.tag(k, 0) }
+
+// Retag says what tags mean, in place of all that was said before. Nothing is lost by
+// that: who forgot the tags knows them again when they are asked for.
+func (q *Queue[K]) Retag(meant []K) {
+	for _, l := range q.links {
+		l.tags = 0
+	}
+	for _, k := range meant {
+		q.Tag(k)
+	}
+}
 
 func (q *Queue[K]) tag(k K, n int) {
 	l := q.link(k)

@@ -247,12 +247,45 @@ func TestARestartKeepsTheOrder(t *testing.T) {
 			two.Restore(k, one.entries[k].size, rank)
 		}
 	}
+	two.Resume()
 	two.Add("new", 5<<20) // and what comes is not behind all that was there
 	order := drain(two)
 	if order[0] == "new" {
 		t.Error("what is new goes first")
 	}
 	mustGo(t, one, slices.DeleteFunc(order, func(k string) bool { return k == "new" })...)
+}
+
+// TestWhatNeverGoesSaysNothingOfTheInflation: it was used last when that was low.
+func TestWhatNeverGoesSaysNothingOfTheInflation(t *testing.T) {
+	q := New[string]()
+	q.Restore("pinned", 1<<20, Rank{Uses: 1, Priority: 2})
+	q.Restore("unused", 1<<20, Rank{Uses: 1, Priority: 700})
+	q.Restore("used", 1<<20, Rank{Uses: 2, Priority: 700})
+	q.Restore("too late for a rank", 1<<20, Rank{})
+	q.Hold("pinned")
+	q.Resume()
+	q.Use("used")
+	if order := drain(q); !slices.Equal(order, []string{"unused", "too late for a rank", "used"}) {
+		t.Error(order)
+	}
+}
+
+// TestForgottenTagsAreKnownAgain, and counted once.
+func TestForgottenTagsAreKnownAgain(t *testing.T) {
+	q := New[string]()
+	q.Add("a", 1<<20)
+	q.Add("b", 1<<20)
+	q.Tag("a")
+	q.Tag("b")
+	q.Retag([]string{"b"})
+	q.Tag("a") // somebody asks for it
+	q.Use("b")
+	q.Use("a")
+	q.Untag("a") // and it moves
+	if order := drain(q); !slices.Equal(order, []string{"a", "b"}) {
+		t.Error(order)
+	}
 }
 
 // TestInvariants has a great many operations in random order.
