@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"mime"
 	"net/http"
 	"runtime"
@@ -48,7 +49,10 @@ type Order struct {
 	Rate int64 `json:"rate,omitempty"`
 }
 
-const maxOrder = 64 << 10
+const (
+	maxOrder     = 64 << 10
+	orderTimeout = 10 * time.Second
+)
 
 func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 	// A page of another site cannot send this type unasked.
@@ -56,9 +60,18 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 		serveJSON(w, http.StatusUnsupportedMediaType, failure("the Content-Type must be application/json"))
 		return o, false
 	}
+	control := http.NewResponseController(w)
+	control.SetReadDeadline(time.Now().Add(orderTimeout))
 	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxOrder))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&o); err != nil {
+	err := dec.Decode(&o)
+	if err == nil {
+		if _, more := dec.Token(); more != io.EOF {
+			err = errors.New("there is something behind it")
+		}
+	}
+	control.SetReadDeadline(time.Time{}) // verifying takes longer, and listens whether the client leaves
+	if err != nil {
 		serveJSON(w, http.StatusBadRequest, failure("the body cannot be read: "+err.Error()))
 		return o, false
 	}
@@ -87,7 +100,7 @@ func serveFailure(w http.ResponseWriter, err error) {
 	switch {
 	case errors.Is(err, cache.ErrNotStored), errors.Is(err, cache.ErrNotPinned):
 		status = http.StatusNotFound
-	case errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared):
+	case errors.Is(err, cache.ErrVerifying), errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared):
 		status = http.StatusConflict
 	case errors.Is(err, cache.ErrNoPin):
 		status = http.StatusBadRequest
@@ -181,11 +194,13 @@ func (i images) verify(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	w.Header().Set("Content-Type", "application/x-ndjson")
 	control := http.NewResponseController(w)
 	lines := json.NewEncoder(w)
 	var last time.Time
 	send := func(v Verified) {
+		if last.IsZero() {
+			w.Header().Set("Content-Type", "application/x-ndjson")
+		}
 		last = time.Now()
 		control.SetWriteDeadline(last.Add(reportTimeout))
 		lines.Encode(v) // who has left has ended the context
@@ -196,6 +211,10 @@ func (i images) verify(w http.ResponseWriter, r *http.Request) {
 			send(Verified{Verification: v})
 		}
 	})
+	if errors.Is(err, cache.ErrVerifying) {
+		serveFailure(w, err)
+		return
+	}
 	end := Verified{Verification: v, Done: err == nil}
 	if err != nil {
 		end.Error = fmt.Sprintf("verify: %v", err)

@@ -113,11 +113,15 @@ func (s *Store) Path(d digest.Digest) string {
 	return filepath.Join(s.algDir(d.Algorithm()), d.Encoded())
 }
 
+// openFlags neither follow a link nor wait for the other end of a pipe, which somebody
+// may have put in a blob's place.
+const openFlags = syscall.O_RDONLY | syscall.O_NOFOLLOW | syscall.O_NONBLOCK
+
 // Open opens a blob for reading. The error wraps fs.ErrNotExist when there is
 // none.
 func (s *Store) Open(d digest.Digest) (*os.File, error) {
 	var f *os.File
-	err := s.steps.Do("open blob", func() (err error) { f, err = os.Open(s.Path(d)); return err })
+	err := s.steps.Do("open blob", func() (err error) { f, err = os.OpenFile(s.Path(d), openFlags, 0); return err })
 	return f, err
 }
 
@@ -132,7 +136,7 @@ func (s *Store) Read(d digest.Digest, size int64) (body []byte, err error) {
 }
 
 func read(path string, size int64) ([]byte, error) {
-	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	fd, err := syscall.Open(path, openFlags|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}

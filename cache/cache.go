@@ -181,7 +181,8 @@ type Cache struct {
 	order  *order
 	pins   pins
 	images imageList
-	stuck  bool // over the bounds with nothing to evict, in the committer
+	// verifying: one at a time reads all that is stored.
+	verifying sync.Mutex
 	// tagMoved: a tag means something else than before, and neither the pins nor
 	// the list of images follow yet.
 	tagMoved atomic.Bool
@@ -217,6 +218,8 @@ type Cache struct {
 	strays    map[digest.Digest]bool           // those
 	bad       map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
 	trouble   error                            // the disk's last refusal; nil after the next success
+	said      error                            // what the log says of that
+	saidAt    time.Time
 }
 
 // ErrInUse: another process has the data directory.

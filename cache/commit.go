@@ -38,7 +38,6 @@ func (c *Cache) commitLoop() {
 	notes := time.NewTicker(noteInterval)
 	defer notes.Stop()
 	c.keepBounds() // which may have been others for the last process
-	c.markLayout()
 	c.layOut()
 	for {
 		select {
@@ -71,9 +70,13 @@ func (c *Cache) commitLoop() {
 			if c.pins.partly != nil {
 				c.repin()
 			}
+			if c.pins.unwritten {
+				c.writePins()
+			}
 			c.layOut()
 			c.measureOverhead()
 			c.keepBounds()
+			c.sayTrouble()
 		case <-c.done:
 			for { // what was verified before the last flight landed
 				select {

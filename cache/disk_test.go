@@ -4,6 +4,7 @@ package cache
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -504,7 +505,13 @@ const unreadable = "/proc/self/mem"
 // not read it, which a reader finds out, or the scrubber.
 func TestAnUnreadableSectorIsFetchedAnew(t *testing.T) {
 	t.Parallel()
-	c := openChaos(t, t.TempDir(), 1<<30)
+	var failing atomic.Bool
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		if name == "open blob" && failing.Load() {
+			return syscall.EIO
+		}
+		return do()
+	})
 	defer c.Close()
 	o := &origin{body: randomBytes(3_000_000)}
 	req := storedBy(t, c, o)
@@ -538,15 +545,62 @@ func TestAnUnreadableSectorIsFetchedAnew(t *testing.T) {
 	bad.Close()
 	mustBeFetched()
 
-	path := c.store.Path(req.Digest)
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(unreadable, path); err != nil {
-		t.Fatal(err)
-	}
+	failing.Store(true)
 	c.scrubOnce(time.Now().Add(2*scrubAfter), 0)
+	failing.Store(false)
 	mustBeFetched()
+}
+
+// TestWhatIsNoFileIsDropped: a pipe is not waited for, nor a link followed, which may have
+// no end.
+func TestWhatIsNoFileIsDropped(t *testing.T) {
+	t.Parallel()
+	for name, put := range map[string]func(path string) error{
+		"pipe":      func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+	} {
+		for _, size := range []int{500, 300_000} {
+			t.Run(fmt.Sprint(name, " in place of ", size), func(t *testing.T) {
+				t.Parallel()
+				c := openChaos(t, t.TempDir(), 1<<30)
+				defer c.Close()
+				o := &origin{body: randomBytes(size)}
+				req := storedBy(t, c, o)
+				for _, finds := range []func() error{
+					func() error { got, err := readAll(c, req); return cmp.Or(err, is(got, o.body)) },
+					func() error {
+						v, err := c.Verify(t.Context(), 0, func(Verification) {})
+						if len(v.Bad) != 1 {
+							err = errors.Join(err, fmt.Errorf("%+v", v))
+						}
+						return err
+					},
+				} {
+					path := c.store.Path(req.Digest)
+					if err := cmp.Or(os.Remove(path), put(path)); err != nil {
+						t.Fatal(err)
+					}
+					if err := finds(); err != nil {
+						t.Error(err)
+					}
+					settle(t, "row and file", func() bool {
+						_, ok := c.Has(req.Key)
+						info, err := os.Lstat(path)
+						return !ok && err != nil || ok && err == nil && info.Mode().IsRegular()
+					})
+					storedBy(t, c, o)
+				}
+			})
+		}
+	}
+}
+
+func is(got, want []byte) error {
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("%d bytes that are not it", len(got))
+	}
+	return nil
 }
 
 // TestStraysAreAdoptedWhenTheDiskIsBack: that they cannot be read now is no reason
@@ -633,7 +687,7 @@ func TestWhatIsReadCountsOnceThroughABrokenIndex(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.EvictImage(appKey, "", req.Digest); err != nil {
+	if err := evictOne(c, req.Digest); err != nil {
 		t.Fatal(err)
 	}
 	used := c.Stats().UsedBytes

@@ -320,13 +320,12 @@ func (c *Cache) mayGo() int64 {
 // keepBounds runs in the committer, now and then: others write to the disk, the
 // index grows, and the bound may be lower than it was.
 func (c *Cache) keepBounds() {
-	short, _, cause := c.tryReserve(ListedDomain, 0)
-	stuck := short > 0 && c.mayGo() == 0
-	if stuck && !c.stuck {
-		c.log.Sugar().Warnw("over the bounds, and nothing may go: all that is stored is pinned or being read", "bytes", short, "pins", len(c.Pins()), "cause", cause.Error())
-	}
-	c.stuck = stuck
-	if short <= 0 || stuck {
+	short, _, err := c.tryReserve(ListedDomain, 0)
+	switch {
+	case short <= 0:
+		return
+	case c.mayGo() == 0:
+		c.noteTrouble(fmt.Errorf("%w: %d bytes over the bounds, and what is stored is all pinned or being read", err, short))
 		return
 	}
 	before := c.Stats().Evicted
@@ -465,9 +464,14 @@ func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
 	return err
 }
 
-// growth is what directories and small files may take more of before the
-// overhead is measured again.
-const growth = 64 << 10
+const (
+	// growth is what directories and small files may take more of before the
+	// overhead is measured again.
+	growth = 64 << 10
+	// smallGrowth of that is a small file's that is written anew: room for what it
+	// takes now is kept besides.
+	smallGrowth = growth / 4
+)
 
 // measureOverhead takes what all but blobs and pending files takes on disk now.
 func (c *Cache) measureOverhead() {
@@ -486,13 +490,14 @@ func (c *Cache) measureOverhead() {
 	ahead := int64(growth)
 	entries, _ := os.ReadDir(c.opts.Dir) // as far as it can be read
 	for _, e := range entries {
-		switch n := int64(0); {
+		switch path := filepath.Join(c.opts.Dir, e.Name()); {
 		case !e.Type().IsRegular():
 		case e.Name() == indexName:
-			n = take(filepath.Join(c.opts.Dir, indexName))
-			ahead += max(0, limit-n)
+			ahead += max(0, limit-take(path))
+		case e.Name() == pinsName || e.Name() == listName:
+			ahead += take(path)
 		default:
-			take(filepath.Join(c.opts.Dir, e.Name()))
+			take(path)
 		}
 	}
 	c.mu.Lock()

@@ -686,7 +686,7 @@ func TestWhatIsEvictedIsNotServedFromMemory(t *testing.T) {
 	})
 	defer c.Close()
 	for _, evict := range []func(digest.Digest) error{
-		func(d digest.Digest) error { _, err := c.EvictImage(appKey, "", d); return err },
+		func(d digest.Digest) error { return evictOne(c, d) },
 		func(digest.Digest) error { return c.inCommitter(func() error { return c.evict(1 << 40) }) },
 	} {
 		body := randomBytes(500)
@@ -752,7 +752,7 @@ func TestWhateverFailsIsAccountedFor(t *testing.T) {
 					p := Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(b)}
 					switch r.IntN(9) {
 					case 0:
-						c.EvictImage(appKey, "", p.Digest)
+						evictOne(c, p.Digest)
 					case 1:
 						c.Verify(t.Context(), 0, func(Verification) {})
 					case 2:
@@ -983,5 +983,78 @@ func TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage(t *testing.T) {
 	}
 	if list, err := os.ReadFile(filepath.Join(c.opts.Dir, listName)); err != nil || bytes.Contains(list, []byte(":first")) || !bytes.Contains(list, []byte(":small")) {
 		t.Errorf("it names what is not here, or not what is: %v", err)
+	}
+}
+
+// TestEverythingInTheDirectoryCounts: whatever its files are of.
+func TestEverythingInTheDirectoryCounts(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, size := range map[string]int{brokenName: 1 << 20, "foreign.bin": 300_000, pinsName + brokenSuffix: 10_000} {
+		if err := os.WriteFile(filepath.Join(dir, name), randomBytes(size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := openChaos(t, dir, 1<<30)
+	defer c.Close()
+	small := buildImage(randomBytes(1000), 1000)
+	pullImage(t, c, "v1", 1, small.own()...)
+	for i := range 3000 { // a list of a MB
+		c.NoteTag(appKey.TagKey(fmt.Sprintf("t%0100d", i)), index.Tag{Digest: small.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
+	}
+	if err := c.inCommitter(func() error { c.followTags(); c.layOut(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	// Between two looks, what grows has been made room for.
+	if s, n := c.Stats(), directory(dir); s.UsedBytes < n || n < 2<<20 {
+		t.Errorf("%d bytes count, and %d are there", s.UsedBytes, n)
+	}
+}
+
+// TestMinFreeIsKept: where it cannot be, nothing is stored, and all pass through.
+func TestMinFreeIsKept(t *testing.T) {
+	t.Parallel()
+	c, err := New(Options{Dir: t.TempDir(), MaxSize: 1 << 30, MinFree: 1 << 60})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, size := range []int{100, 1 << 20} {
+		req := parallelRequest(&origin{body: randomBytes(size)}, "one")
+		o, err := c.Open(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := io.Copy(io.Discard, o.Content)
+		o.Close()
+		if err != nil || n != int64(size) || o.Source != Passed {
+			t.Errorf("%d bytes of %d, from %d: %v", n, size, o.Source, err)
+		}
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	if s := c.Stats(); s.PendingBytes != 0 || s.Trouble == "" {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestPartsOfADownloadAreOneUse: a client that asks for a layer in ten ranges has used it once.
+func TestPartsOfADownloadAreOneUse(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	req := storedBy(t, c, &origin{body: randomBytes(1 << 20)})
+	uses := func() int {
+		u, _ := c.index.Use(req.Digest)
+		return u.Uses
+	}
+	before := uses()
+	for i := range 10 {
+		req.Offset, req.Ranged = int64(i)*100_000, true
+		if _, err := readAll(c, req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := uses() - before; n != 1 {
+		t.Errorf("that were %d uses", n)
 	}
 }

@@ -86,6 +86,7 @@ type worker struct {
 	answered        bool
 	cut             bool // it leaves what comes behind end to another
 	ticket          *ticket
+	beside          bool // others were at work when it began
 }
 
 func newWorker(t *ticket, start, end int64) *worker {
@@ -334,6 +335,7 @@ func (f *flight) ticket() *ticket {
 // send starts a worker, with its answer if that is here already. Called with
 // the lock.
 func (f *flight) send(w *worker, a *answer) {
+	w.beside = len(f.workers) > 0
 	f.workers[w] = struct{}{}
 	f.working.Go(func() {
 		err := f.bring(w, a)
@@ -362,9 +364,9 @@ func (f *flight) landed(w *worker, err error) {
 	case errors.Is(err, ErrRange) && !f.whole:
 		f.whole, f.cause = true, err
 		return
-	case errors.Is(err, ErrRefused) && len(f.workers) > 0:
+	case errors.Is(err, ErrRefused) && (len(f.workers) > 0 || w.beside):
 		// Some sources bear few connections. The next one tells.
-		f.parallel, f.cause = len(f.workers), err
+		f.parallel, f.cause = max(1, len(f.workers)), err
 		f.rest(firstRest)
 		return
 	case errors.Is(err, ErrRefused):

@@ -44,7 +44,7 @@ func (c *Cache) Images() (images []Image, err error) {
 			return
 		}
 		t := c.tree(d, nil)
-		i := Image{Upstream: k.Upstream, Repository: k.Repository, Tag: tag, Digest: d, Platforms: t.Platforms, HereBytes: t.Here, TotalBytes: t.Total, Confirmed: confirmed}
+		i := Image{Upstream: k.Upstream, Repository: k.Repository, Tag: tag, Digest: d, Platforms: append([]string{}, t.Platforms...), HereBytes: t.Here, TotalBytes: t.Total, Confirmed: confirmed}
 		u, _ := c.index.Use(d)
 		i.Used = u.Time
 		i.Pinned = slices.ContainsFunc(pins, func(p Pin) bool {
@@ -72,30 +72,34 @@ func (c *Cache) Images() (images []Image, err error) {
 	return images, err
 }
 
-// EvictImage removes what a tag or a digest means, and all that nothing else that is
-// stored leads to. Who reads something of it reads on. It fails with ErrNotStored, with
-// ErrPinned, and with ErrShared.
+// EvictImage removes what a tag or a digest of a repository means, under whatever other
+// names it is known, and all that nothing else that is stored leads to. Who reads
+// something of it reads on. It fails with ErrNotStored, with ErrPinned, and with ErrShared.
 func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (e Evicted, err error) {
 	err = c.inCommitter(func() error {
 		if d == "" {
 			t, _ := c.index.Tag(k.TagKey(tag))
 			d = t.Digest
 		}
-		if _, ok := c.index.Row(d); d == "" || !ok {
+		_, stored := c.index.Row(d)
+		_, here := c.index.Membership(k.MembershipKey("manifests", d))
+		mine := c.under([]digest.Digest{d}, nil)
+		var kept []digest.Digest // by what stays
+		if err := c.index.Tags(func(in index.RepositoryKey, _ string, t index.Tag) {
+			if t.Digest != d {
+				kept = append(kept, t.Digest)
+			} else if in == k {
+				here = true
+			}
+		}); err != nil {
+			return err
+		}
+		if !stored || !here {
 			return ErrNotStored
 		}
 		c.repinIfDue()
 		if c.pins.wanted[d] {
-			return fmt.Errorf("%w: unpin it first", ErrPinned)
-		}
-		mine := c.under([]digest.Digest{d}, nil)
-		var kept []digest.Digest // by what stays
-		if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
-			if t.Digest != d {
-				kept = append(kept, t.Digest)
-			}
-		}); err != nil {
-			return err
+			return fmt.Errorf("%w, as %s: unpin that first", ErrPinned, c.pinnedAs(d))
 		}
 		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
 			if !mine[parent] || c.pins.wanted[parent] {
@@ -118,6 +122,17 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 		return err
 	})
 	return e, err
+}
+
+// pinnedAs names the pins that lead to a digest.
+func (c *Cache) pinnedAs(d digest.Digest) string {
+	var names []string
+	for _, p := range c.Pins() {
+		if _, ok := c.pinned(p).sizes[d]; ok {
+			names = append(names, p.String())
+		}
+	}
+	return strings.Join(names, ", ")
 }
 
 // under returns what these lead to, and they themselves, of those within; nil is all.
@@ -145,6 +160,7 @@ type imageList struct {
 	due     bool // it may say something else by now
 	written []byte
 	types   map[meaning]string // media types of what it named last
+	marked  bool               // the directory says that it is a layout
 	failing bool               // which was said
 }
 
@@ -158,6 +174,9 @@ type meaning struct {
 // noteInterval behind (OCI image-spec "Image Layout"). A manifest in it may lead
 // to layers that are not here, as the specification allows.
 func (c *Cache) layOut() {
+	if !c.images.marked {
+		c.images.marked = c.markLayout()
+	}
 	if !c.images.due {
 		return
 	}
@@ -216,17 +235,13 @@ func (c *Cache) layOut() {
 	c.images.written = data
 }
 
-// markLayout writes what says that the directory is a layout. Without it, the
-// directory is as good for everybody else.
-func (c *Cache) markLayout() {
+// markLayout writes what says that the directory is a layout, and tells whether it is
+// there. Without it, the directory is as good for everybody else, and the list, which is
+// written next, says why it is not.
+func (c *Cache) markLayout() bool {
 	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
 	if there, rerr := os.ReadFile(filepath.Join(c.opts.Dir, layoutName)); rerr == nil && bytes.Equal(there, data) {
-		return
+		return true
 	}
-	if err == nil {
-		err = c.writeFile("layout", layoutName, data, false)
-	}
-	if err != nil {
-		c.log.Sugar().Warnw("the directory is not marked as an image layout", "file", layoutName, "cause", err.Error())
-	}
+	return err == nil && c.writeFile("layout", layoutName, data, false) == nil
 }

@@ -11,6 +11,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -40,9 +41,19 @@ func (p Pin) key() index.RepositoryKey {
 	return index.RepositoryKey{Upstream: p.Upstream, Repository: p.Repository}
 }
 
+// String is the name of the image that is pinned.
+func (p Pin) String() string {
+	if p.Digest != "" {
+		return p.Upstream + "/" + p.Repository + "@" + p.Digest.String()
+	}
+	return p.Upstream + "/" + p.Repository + ":" + p.Tag
+}
+
 func (p Pin) same(q Pin) bool {
 	return p.key() == q.key() && p.Tag == q.Tag && p.Digest == q.Digest
 }
+
+var platformPattern = regexp.MustCompile(`^[a-z0-9._-]+(/[a-z0-9._-]+){1,2}$`)
 
 func (p Pin) check() error {
 	switch {
@@ -54,7 +65,7 @@ func (p Pin) check() error {
 		return fmt.Errorf("%w: %q is no digest", ErrNoPin, p.Digest)
 	}
 	for _, platform := range p.Platforms {
-		if parts := strings.Split(platform, "/"); len(parts) < 2 || len(parts) > 3 || slices.Contains(parts, "") {
+		if !platformPattern.MatchString(platform) {
 			return fmt.Errorf("%w: the platform %q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
 		}
 	}
@@ -89,6 +100,8 @@ type pins struct {
 	due    bool  // they may lead to more by now
 	partly error // why what they lead to is not all known
 	unread error // of the file, which says them still
+	// unwritten: the file does not say them, or it is not known whether it does.
+	unwritten bool
 }
 
 // Pins returns the pins.
@@ -100,7 +113,8 @@ func (c *Cache) Pins() []Pin {
 
 // Pin adds a pin, or changes the platforms of one, and returns how many bytes of
 // it are here and how many it has, as far as its manifests are here. It fails
-// with ErrNoPin, with ErrPinsTooLarge, and when it cannot be written.
+// with ErrNoPin, also when an index that is here has nothing for its platforms, with
+// ErrPinsTooLarge, and when it cannot be written.
 func (c *Cache) Pin(p Pin) (t Tree, err error) {
 	if err := p.check(); err != nil {
 		return t, err
@@ -113,25 +127,44 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 			t = c.pinned(p)
 			maps.Copy(all, t.sizes)
 		}
-		if t.err != nil {
+		switch {
+		case t.err != nil:
 			return fmt.Errorf("what is pinned cannot be read: %w", t.err)
+		case len(t.others) > 0:
+			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others, ", "), strings.Join(p.Platforms, ", "))
 		}
 		var sum int64
 		for _, size := range all {
 			sum = addSizes(sum, roundUp(min(size, math.MaxInt64-fsBlock)))
 		}
-		c.mu.Lock()
-		room := c.opts.MaxSize - c.overhead
-		c.mu.Unlock()
-		if sum > room {
-			return fmt.Errorf("%w: with this one they take %d bytes, and max_size leaves %d: unpin something, or raise max_size", ErrPinsTooLarge, sum, room)
+		room, err := c.room()
+		if err != nil {
+			return err
 		}
-		return c.setPins(list)
+		if sum > room {
+			return fmt.Errorf("%w: with this one they take %d bytes, and max_size and min_free leave %d: unpin something", ErrPinsTooLarge, sum, room)
+		}
+		before := c.Pins()
+		if err := c.setPins(list); err != nil {
+			c.takePins(before)
+			c.repin()
+			return err
+		}
+		return nil
 	})
 	return t, err
 }
 
-// Unpin removes a pin. It fails with ErrNotPinned, and when that cannot be written.
+// room is how many bytes could be stored if all that is went.
+func (c *Cache) room() (int64, error) {
+	free, _, err := c.store.Free()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return min(c.opts.MaxSize-c.overhead, c.used+free-c.ahead-c.opts.MinFree), err
+}
+
+// Unpin removes a pin. It fails with ErrNotPinned, and when that cannot be written, and
+// then it is done all the same: with what goes now, there may be room to write it.
 func (c *Cache) Unpin(p Pin) error {
 	return c.inCommitter(func() error {
 		before := c.Pins()
@@ -149,15 +182,9 @@ func (c *Cache) setPins(list []Pin) error {
 	if c.pins.unread != nil {
 		return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
 	}
-	before := c.Pins()
 	c.takePins(list)
 	c.repin()
-	err := c.writePins()
-	if err != nil {
-		c.takePins(before)
-		c.repin()
-	}
-	return err
+	return c.writePins()
 }
 
 func (c *Cache) takePins(list []Pin) {
@@ -171,20 +198,27 @@ func (c *Cache) writePins() error {
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)
 	}
-	if err != nil {
+	if c.pins.unwritten = err != nil; err != nil {
 		return fmt.Errorf("write the pins: %w", err)
 	}
 	return nil
 }
 
-// writeFile replaces a small file of the directory as one step, for which it makes
-// room. What is not durable may be empty after a power cut, and is what the next
+// writeFile replaces a small file of the directory as one step. For much more than the
+// file takes now it makes room; less is always there. What is not durable may be empty after a power cut, and is what the next
 // start writes anyway.
 func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
-	if err := c.expand(int64(len(data))); err != nil {
-		return err
-	}
 	path := filepath.Join(c.opts.Dir, name)
+	more := roundUp(int64(len(data))) - smallGrowth
+	if info, err := os.Lstat(path); err == nil {
+		more -= blobstore.Allocated(info)
+	}
+	if more > 0 {
+		if err := c.expand(more); err != nil {
+			return err
+		}
+	}
+	defer c.measureOverhead()
 	temporary := path + ".new"
 	err := c.opts.Steps.Do("write "+what, func() error {
 		f, err := os.OpenFile(temporary, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
@@ -380,7 +414,8 @@ type Tree struct {
 	// Platforms that there is something of.
 	Platforms []string
 	sizes     map[digest.Digest]int64
-	err       error // a manifest that is here cannot be read
+	err       error    // a manifest that is here cannot be read
+	others    []string // platforms of an index that has none of those asked for
 }
 
 // tree walks from a digest over the manifests that are here, to these platforms
@@ -390,6 +425,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 	if blobstore.CheckDigest(root) != nil {
 		return t
 	}
+	none := true
 	var walk func(d digest.Digest, size int64, platform *v1.Platform)
 	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
 		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
@@ -418,8 +454,12 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 				name, p := plainArm64(platformName(*child.Platform)), plainArm64(p)
 				return name == p || strings.HasPrefix(name, p+"/")
 			}) {
+				if d == root {
+					t.others = append(t.others, platformName(*child.Platform))
+				}
 				continue
 			}
+			none = false
 			if _, here := c.index.Row(child.Digest); here || len(platforms) > 0 {
 				walk(child.Digest, child.Size, child.Platform)
 			} else {
@@ -433,6 +473,9 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		}
 	}
 	walk(root, 0, nil)
+	if !none {
+		t.others = nil
+	}
 	return t
 }
 

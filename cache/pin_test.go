@@ -157,6 +157,13 @@ func pullImage(t *testing.T, c *Cache, tag string, sequence uint64, bodies ...[]
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 }
 
+// evictOne evicts what its registry has called a manifest.
+func evictOne(c *Cache, d digest.Digest) error {
+	c.index.NoteMembership(appKey.MembershipKey("manifests", d), index.Membership{Time: time.Now()})
+	_, err := c.EvictImage(appKey, "", d)
+	return err
+}
+
 func (c *Cache) has(body []byte) bool {
 	_, ok := c.Has(Key{ListedDomain, digest.FromBytes(body)})
 	return ok
@@ -923,5 +930,162 @@ func TestVerifyEndsWithTheCache(t *testing.T) {
 	}
 	if err := <-closed; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPinsOverALowerBoundCanBeRemoved, one after the other, and until then the disk's
+// trouble says so.
+func TestPinsOverALowerBoundCanBeRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 64<<20)
+	var pins []Pin
+	for i := range 4 {
+		tag := fmt.Sprint("v", i)
+		pullImage(t, c, tag, uint64(i+1), buildImage(randomBytes(900_000), 900_000).own()...)
+		pins = append(pins, Pin{Upstream: "lab.test", Repository: "app", Tag: tag})
+		if _, err := c.Pin(pins[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Close()
+	const bound = 3 << 20
+	c = openChaos(t, dir, bound)
+	defer c.Close()
+	settle(t, "trouble", func() bool { return strings.Contains(c.Stats().Trouble, "pinned") })
+	if list, err := os.ReadFile(filepath.Join(dir, listName)); err != nil || bytes.Count(list, []byte(":v")) != len(pins) {
+		t.Errorf("%s: %v", list, err)
+	}
+	for _, p := range pins {
+		if err := c.Unpin(p); err != nil {
+			t.Error(err)
+		}
+	}
+	settle(t, "the bound", func() bool { return directory(dir) <= bound })
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUnpinningIsDoneWhenItCannotBeWritten, and written when it can.
+func TestUnpinningIsDoneWhenItCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	var failing atomic.Bool
+	dir := t.TempDir()
+	c := withSteps(t, dir, func(name string, do func() error) error {
+		if failing.Load() && name == "write pins" {
+			return syscall.ENOSPC
+		}
+		return do()
+	})
+	defer c.Close()
+	one := buildImage(randomBytes(1000), 70_000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+	if _, err := c.Pin(p); err != nil {
+		t.Fatal(err)
+	}
+	failing.Store(true)
+	if err := c.Unpin(p); !errors.Is(err, syscall.ENOSPC) || len(c.Pins()) != 0 {
+		t.Errorf("%v: %v", c.Pins(), err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+		t.Errorf("it is held still: %v", err)
+	}
+	failing.Store(false)
+	settle(t, "the file", func() bool {
+		text, err := os.ReadFile(filepath.Join(dir, pinsName))
+		return err == nil && string(text) == "[]"
+	})
+}
+
+// TestAPinOfNothingIsRefused: the index that is here has nothing for the platform.
+func TestAPinOfNothingIsRefused(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	pullImage(t, c, "v1", 1, buildImage(randomBytes(1000), 1000).own()...)
+	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/s390x"}}
+	if _, err := c.Pin(p); !errors.Is(err, ErrNoPin) || !strings.Contains(err.Error(), "linux/arm64/v8, linux/amd64") || len(c.Pins()) != 0 {
+		t.Error(err)
+	}
+	p.Platforms = append(p.Platforms, "linux/arm64")
+	if _, err := c.Pin(p); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWhatMustStayFreeIsNoRoomForPins.
+func TestWhatMustStayFreeIsNoRoomForPins(t *testing.T) {
+	t.Parallel()
+	c, err := New(Options{Dir: t.TempDir(), MaxSize: 1 << 50, MinFree: 1 << 50})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromString("x")}); !errors.Is(err, ErrPinsTooLarge) {
+		t.Error(err)
+	}
+}
+
+// TestTheDirectoryIsMarkedWhenTheDiskIsBack.
+func TestTheDirectoryIsMarkedWhenTheDiskIsBack(t *testing.T) {
+	t.Parallel()
+	var failing atomic.Bool
+	failing.Store(true)
+	dir := t.TempDir()
+	c := withSteps(t, dir, func(name string, do func() error) error {
+		if failing.Load() && (name == "write layout" || name == "write list") {
+			return syscall.ENOSPC
+		}
+		return do()
+	})
+	defer c.Close()
+	if err := c.inCommitter(func() error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, layoutName)); err == nil {
+		t.Error("it was not put to the test")
+	}
+	failing.Store(false)
+	settle(t, "both files", func() bool {
+		_, err := os.Stat(filepath.Join(dir, layoutName))
+		_, lerr := os.Stat(filepath.Join(dir, listName))
+		return err == nil && lerr == nil
+	})
+}
+
+// TestOneVerifyAtATime: two would take twice what one may.
+func TestOneVerifyAtATime(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	storedBy(t, c, &origin{body: randomBytes(1 << 20)})
+	once := sync.OnceFunc(func() {
+		if _, err := c.Verify(t.Context(), 0, func(Verification) {}); !errors.Is(err, ErrVerifying) {
+			t.Error(err)
+		}
+	})
+	for range 2 {
+		if v, err := c.Verify(t.Context(), 0, func(Verification) { once() }); err != nil || v.Files != 1 {
+			t.Errorf("%+v: %v", v, err)
+		}
+	}
+}
+
+// TestVerifyKeepsItsRate.
+func TestVerifyKeepsItsRate(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	for range 4 {
+		storedBy(t, c, &origin{body: randomBytes(1 << 20)})
+	}
+	begun := time.Now()
+	if _, err := c.Verify(t.Context(), 8<<20, func(Verification) {}); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begun); took < 450*time.Millisecond {
+		t.Errorf("4 MiB at 8 MiB a second took %v", took)
 	}
 }

@@ -303,6 +303,9 @@ func (c *Cache) verify(ctx context.Context, d digest.Digest, rate int64, report 
 	return sound, nil
 }
 
+// ErrVerifying: it is being done already.
+var ErrVerifying = errors.New("what is stored is being verified already")
+
 // Verification is how far Verify has come.
 type Verification struct {
 	Files   int             `json:"files"`
@@ -316,8 +319,12 @@ type Verification struct {
 // Verify hashes every stored file, rate bytes a second or as fast as it can when
 // that is 0, and drops what is not what its digest says. It reports after each
 // MiB or file. Errors: the context's,
-// ErrClosed, those of the index, and want of descriptors.
+// ErrClosed, ErrVerifying, those of the index, and want of descriptors.
 func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
+	if !c.verifying.TryLock() {
+		return v, ErrVerifying
+	}
+	defer c.verifying.Unlock()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(c.ctx, func() { cancel(ErrClosed) })()

@@ -203,7 +203,7 @@ func TestVerifyDoesNotMissWhatCameBack(t *testing.T) {
 	body := randomBytes(500_000)
 	pullImage(t, c, "", 0, body)
 	comesBack := func() {
-		if _, err := c.EvictImage(appKey, "", digest.FromBytes(body)); err != nil {
+		if err := evictOne(c, digest.FromBytes(body)); err != nil {
 			t.Error(err)
 		}
 		pullImage(t, c, "", 0, body)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"tarn/blobstore"
@@ -376,10 +377,16 @@ func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report 
 	held := c.await(d)
 	defer c.letGo(held)
 	f, err := c.store.Open(d)
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) {
+		return false, nil // a link, or a socket
+	}
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return false, err // there is no end to some
+	}
 	v := d.Verifier()
 	buf := make([]byte, 1<<20)
 	for ctx.Err() == nil {

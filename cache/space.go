@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"time"
 )
 
 // maxFlights bounds the descriptors of what waits to be committed: a disk that
@@ -125,11 +126,27 @@ func (c *Cache) unreserve(domain string, n int64) {
 
 func roundUp(n int64) int64 { return (n + fsBlock - 1) / fsBlock * fsBlock }
 
-// noteTrouble remembers whether the disk stores; it speaks on a change only.
+// troublePause is how long the log says nothing of trouble that comes and goes.
+const troublePause = time.Minute
+
+// noteTrouble remembers whether the disk stores. It speaks on a change only.
 func (c *Cache) noteTrouble(err error) {
 	c.mu.Lock()
-	before := c.trouble
 	c.trouble = err
+	c.mu.Unlock()
+	c.sayTrouble()
+}
+
+// sayTrouble is for the committer, too, which speaks of what has changed too soon
+// after it had the last time.
+func (c *Cache) sayTrouble() {
+	c.mu.Lock()
+	err, before := c.trouble, c.said
+	if (err == nil) == (before == nil) || time.Since(c.saidAt) < troublePause {
+		c.mu.Unlock()
+		return
+	}
+	c.said, c.saidAt = err, time.Now()
 	c.mu.Unlock()
 	switch {
 	case err != nil && before == nil:

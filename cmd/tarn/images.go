@@ -49,8 +49,8 @@ func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 }
 
 func (d *daemon) address() (string, error) {
-	if d.admin != "" {
-		return d.admin, nil
+	if d.admin != "" { // as people copy it
+		return strings.TrimSuffix(strings.TrimPrefix(d.admin, "http://"), "/"), nil
 	}
 	c, err := loadConfig(d.config)
 	if err != nil {
@@ -118,8 +118,15 @@ func (d *daemon) do(cmd *cobra.Command, method, path string, order, answer any, 
 	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
 		return fmt.Errorf("the daemon's answer: %w", err)
 	}
-	show(cmd.OutOrStdout())
-	return nil
+	return shown(cmd, show)
+}
+
+// shown prints it at once, so that it fails when it cannot be printed.
+func shown(cmd *cobra.Command, show func(w io.Writer)) error {
+	var text bytes.Buffer
+	show(&text)
+	_, err := text.WriteTo(cmd.OutOrStdout())
+	return err
 }
 
 func size(n int64) string { return units.HumanSizeWithPrecision(float64(n), 3) }
@@ -191,11 +198,7 @@ func (d *daemon) listPins(cmd *cobra.Command) error {
 		defer tw.Flush()
 		fmt.Fprintln(tw, "IMAGE\tPLATFORMS")
 		for _, p := range answer.Pins {
-			image := p.Upstream + "/" + p.Repository
-			if image += ":" + p.Tag; p.Digest != "" {
-				image = p.Upstream + "/" + p.Repository + "@" + p.Digest.String()
-			}
-			fmt.Fprintf(tw, "%s\t%s\n", image, cmp.Or(strings.Join(p.Platforms, ","), "all"))
+			fmt.Fprintf(tw, "%s\t%s\n", p, cmp.Or(strings.Join(p.Platforms, ","), "all"))
 		}
 	})
 }
@@ -245,7 +248,7 @@ dropped and named, and the exit code is 1 then. What is asked for meanwhile is s
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			bytesPerSecond, err := parseSize(rate)
-			if err != nil || bytesPerSecond.share != 0 {
+			if err != nil || strings.HasSuffix(rate, "%") {
 				return fmt.Errorf("--rate: %w", cmp.Or(err, errSize))
 			}
 			// Who interrupts it ends it in the daemon, too.
@@ -266,44 +269,46 @@ dropped and named, and the exit code is 1 then. What is asked for meanwhile is s
 // follow shows how far verifying has come, and what came out.
 func (d *daemon) follow(cmd *cobra.Command, lines io.Reader) error {
 	var bar *progressbar.ProgressBar
-	if term.IsTerminal(int(os.Stderr.Fd())) {
-		bar = progressbar.DefaultBytes(0, "verify")
-	}
+	watched := term.IsTerminal(int(os.Stderr.Fd()))
 	var v admin.Verified
 	for dec := json.NewDecoder(lines); ; {
 		next := admin.Verified{}
 		if err := dec.Decode(&next); err != nil {
 			break
 		}
-		if v = next; bar != nil {
-			bar.ChangeMax64(v.OfBytes)
+		v = next
+		if watched && bar == nil {
+			bar = progressbar.DefaultBytes(max(1, v.OfBytes), "verify")
+		}
+		if bar != nil {
 			bar.Set64(v.Bytes)
 		}
 	}
 	if bar != nil {
 		bar.Exit()
 	}
-	switch {
-	case v.Error != "":
-		return errors.New(v.Error)
-	case !v.Done:
-		return errors.New("the daemon has not come to the end; what was bad up to there is in its log")
-	}
-	w := cmd.OutOrStdout()
-	if d.output == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		if err := e.Encode(v.Verification); err != nil {
-			return err
+	if err := shown(cmd, func(w io.Writer) {
+		if d.output == "json" {
+			e := json.NewEncoder(w)
+			e.SetIndent("", "  ")
+			e.Encode(v.Verification)
+			return
 		}
-	} else {
 		for _, b := range v.Bad {
 			fmt.Fprintln(w, "bad, dropped:", b)
 		}
 		for _, m := range v.Missing {
 			fmt.Fprintln(w, "missing:     ", m)
 		}
-		fmt.Fprintf(w, "%d files, %s: %d bad, %d missing\n", v.Files, size(v.Bytes), len(v.Bad), len(v.Missing))
+		fmt.Fprintf(w, "%d of %d files, %s: %d bad, %d missing\n", v.Files, v.OfFiles, size(v.Bytes), len(v.Bad), len(v.Missing))
+	}); err != nil {
+		return err
+	}
+	switch {
+	case v.Error != "":
+		return errors.New(v.Error)
+	case !v.Done:
+		return errors.New("verify has not come to its end")
 	}
 	if n := len(v.Bad) + len(v.Missing); n > 0 {
 		return fmt.Errorf("%d of %d files were not as they were stored", n, v.OfFiles)

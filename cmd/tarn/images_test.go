@@ -89,13 +89,14 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 	}
 	mustSay("1MB of 1MB are here", 0, "pin", "lab.test/team/app:v1")
 	mustSay("pinned", 0, "images")
-	mustSay("unpin it first", 1, "evict", "lab.test/team/app:v1")
+	mustSay("as lab.test/team/app:v1: unpin that first", 1, "evict", "lab.test/team/app:v1")
 	mustSay("0B of 0B", 0, "pin", "lab.test/team/app:other", "--platform", "all")
 	mustSay("lab.test/team/app:other   all", 0, "pin")
 	mustSay("unpinned", 0, "unpin", "lab.test/team/app:other")
 	mustSay("not pinned", 1, "unpin", "lab.test/team/app:other")
 	mustSay("not an image", 1, "pin", "lab.test/Team")
 	mustSay("not here", 1, "evict", "lab.test/team/app:v3")
+	mustSay("not here", 1, "evict", "lab.test/team/other@"+two.Manifest.String())
 	mustSay("3 objects", 0, "evict", "lab.test/team/app@"+two.Manifest.String())
 	if images := all(); len(images) != 1 || images[0].HereBytes != images[0].TotalBytes {
 		t.Errorf("%+v", images)

@@ -40,6 +40,8 @@ const (
 	// shutdownGrace is how long running answers may take after SIGTERM. A
 	// DaemonSet's pod is given 30 s.
 	shutdownGrace = 25 * time.Second
+	// adminGrace is the same for what people have asked for.
+	adminGrace = time.Second
 	// readHeaderTimeout bounds how long a client may take for its request.
 	readHeaderTimeout = 10 * time.Second
 	// idleTimeout closes connections that nobody uses; containerd opens new
@@ -138,13 +140,12 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	defer p.Close()
 
 	registryServer := newServer(p, log)
-	servers := []*http.Server{registryServer}
+	var adminServer *http.Server
 	failed := make(chan error, 2)
 	go func() { failed <- registryServer.Serve(listener) }()
 	if adminListener != nil {
-		s := newServer(newAdmin(cfg, store, p, upstreams, registry, adminListener), log)
-		servers = append(servers, s)
-		go func() { failed <- s.Serve(adminListener) }()
+		adminServer = newServer(newAdmin(cfg, store, p, upstreams, registry, adminListener), log)
+		go func() { failed <- adminServer.Serve(adminListener) }()
 	}
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
@@ -156,14 +157,20 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	// Shutdown closes the listener before it waits, so that clients are
 	// refused and go to the registry itself.
-	grace, cancel := context.WithTimeout(context.Background(), shutdownGrace)
-	defer cancel()
-	for _, s := range servers {
-		if serr := s.Shutdown(grace); serr != nil {
-			s.Close() // those that are still running are cut
-		}
+	shutdown(registryServer, shutdownGrace)
+	if adminServer != nil {
+		shutdown(adminServer, adminGrace)
 	}
 	return err
+}
+
+// shutdown waits so long for what is running, and cuts it then.
+func shutdown(s *http.Server, grace time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	if err := s.Shutdown(ctx); err != nil {
+		s.Close()
+	}
 }
 
 // newServer is a server that speaks HTTP/1.1 only: a body that breaks off must

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"tarn/internal/registrytest"
+
+	"golang.org/x/sys/unix"
+)
+
+// runWithImage has a tarn with one image stored, whose layer has so many bytes.
+func runWithImage(t *testing.T, size int) (p *process, layer string) {
+	t.Helper()
+	r := registrytest.New(t)
+	image := r.Image("team/app", "v1", noises(1, size)[0])
+	dir := t.TempDir()
+	p = run(t, dir, "--upstream", "lab.test="+r.URL)
+	p.pull("team/app", "v1", append(image.Layers, image.Config)...)
+	layer = filepath.Join(dir, "blobs", "sha256", image.Layers[0].Encoded())
+	p.until("it is stored", func() bool { _, err := os.Stat(layer); return err == nil })
+	return p, layer
+}
+
+// terminal is a pseudo-terminal: what is written to tty is read from the other one.
+func terminal(t *testing.T) (screen, tty *os.File) {
+	t.Helper()
+	screen, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { screen.Close() })
+	n := 0
+	if err = unix.IoctlSetPointerInt(int(screen.Fd()), unix.TIOCSPTLCK, 0); err == nil {
+		n, err = unix.IoctlGetInt(int(screen.Fd()), unix.TIOCGPTN)
+	}
+	if err == nil {
+		tty, err = os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return screen, tty
+}
+
+// TestVerifyShowsHowFarItHasCome to who looks at a terminal.
+func TestVerifyShowsHowFarItHasCome(t *testing.T) {
+	t.Parallel()
+	p, _ := runWithImage(t, 4<<20)
+	screen, tty := terminal(t)
+	cmd := command("verify", "--rate", "8MiB", "--admin", p.admin)
+	cmd.Stderr = tty
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	tty.Close()
+	shown, err := io.ReadAll(screen) // ends with EIO when nobody has the terminal
+	if err != nil && !errors.Is(err, syscall.EIO) {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if !regexp.MustCompile(`[1-9][0-9]%`).Match(shown) || !bytes.Contains(shown, []byte("verify 100%")) {
+		t.Errorf("%q", shown)
+	}
+}
+
+// TestAVerifyEndsWithWhoAskedForIt, with an error, and the next one begins.
+func TestAVerifyEndsWithWhoAskedForIt(t *testing.T) {
+	t.Parallel()
+	p, _ := runWithImage(t, 3<<20)
+	screen, tty := terminal(t)
+	cmd := command("verify", "--rate", "1", "--admin", p.admin)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, tty
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	tty.Close()
+	if _, err := screen.Read(make([]byte, 1)); err != nil { // it has begun
+		t.Fatal(err)
+	}
+	if _, words, code := p.tell("verify"); code != 1 || !strings.Contains(words, "already") {
+		t.Errorf("a second one: %d: %s", code, words)
+	}
+	cmd.Process.Signal(syscall.SIGINT)
+	shown, _ := io.ReadAll(screen)
+	if err := cmd.Wait(); err == nil || !bytes.Contains(shown, []byte("not come to its end")) {
+		t.Errorf("%v: %s", err, shown)
+	}
+	p.until("it has ended", func() bool { _, _, code := p.tell("verify", "--rate", "0"); return code == 0 })
+}
+
+// TestAVerifyDoesNotHoldUpTheEnd, and says that it is none.
+func TestAVerifyDoesNotHoldUpTheEnd(t *testing.T) {
+	t.Parallel()
+	p, _ := runWithImage(t, 3<<20)
+	resp, err := http.Post(p.admin+"/api/v1/verify", "application/json", strings.NewReader(`{"rate":1}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	p.terminate() // within 20 s, and not after the grace of 25
+	if said, _ := io.ReadAll(resp.Body); len(said) == 0 || bytes.Contains(said, []byte(`"done":true`)) {
+		t.Errorf("%s", said)
+	}
+}
+
+// TestWhatIsMissingIsAnError, and so is what cannot be printed.
+func TestWhatIsMissingIsAnError(t *testing.T) {
+	t.Parallel()
+	p, layer := runWithImage(t, 200_000)
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, args := range [][]string{{"images"}, {"images", "-o", "json"}, {"pin"}, {"verify"}} {
+		cmd := command(append(args, "--admin", p.admin)...)
+		cmd.Stdout = full
+		if err := cmd.Run(); err == nil {
+			t.Errorf("tarn %v has printed nothing, and says that it has", args)
+		}
+	}
+	if err := os.Remove(layer); err != nil {
+		t.Fatal(err)
+	}
+	out, words, code := p.tell("verify")
+	if code != 1 || !strings.Contains(out, "missing:") || !strings.Contains(words, "1 of 3 files were not as they were stored") {
+		t.Errorf("%d: %s%s", code, out, words)
+	}
+}
+
+// TestAnOrderIsOneDocument of the right form.
+func TestAnOrderIsOneDocument(t *testing.T) {
+	t.Parallel()
+	p := run(t, t.TempDir())
+	for body, want := range map[string]int{
+		`{"image":"app"} {"image":"app"}`:                                     400,
+		`{"image":"app"}x`:                                                    400,
+		`{"image":"app","platforms":["linux/\u001b[31mamd64"]}`:               400,
+		`{"image":"app","platforms":["linux/a\nevil.example/fake:v1   all"]}`: 400,
+		`{"image":"app","platforms":["LINUX/AMD64"]}`:                         400,
+		`{"image":"app","force":true}`:                                        400,
+		`{"image":"` + strings.Repeat("a", 1<<20) + `"}`:                      400,
+		`{"image":"app"}` + "\n":                                              200,
+	} {
+		resp, err := http.Post(p.admin+"/api/v1/pins", "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		said, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%.60s: %s %s", body, resp.Status, said)
+		}
+	}
+}
