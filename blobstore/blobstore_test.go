@@ -67,6 +67,23 @@ func TestACommitMakesFilesVisibleAndPrivate(t *testing.T) {
 	}
 }
 
+func TestPendingBytesAreWhatIsWritten(t *testing.T) {
+	s := open(t)
+	p := pending(t, s, strings.Repeat("x", 100_000))
+	if err := p.Note([]byte("journal")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.File.WriteAt([]byte("end"), 1<<30); err != nil { // most of it is a hole
+		t.Fatal(err)
+	}
+	if n := s.PendingBytes(); n < 100_000 || n > 200_000 {
+		t.Errorf("%d bytes", n)
+	}
+	if err := p.Discard(); err != nil || s.PendingBytes() != 0 {
+		t.Errorf("%d bytes of nothing: %v", s.PendingBytes(), err)
+	}
+}
+
 func TestAFileThatCannotBeCommittedLeavesTheOthersAlone(t *testing.T) {
 	s := open(t)
 	good, closed, lost := pending(t, s, "good"), pending(t, s, "closed"), pending(t, s, "lost")

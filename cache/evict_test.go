@@ -1058,3 +1058,42 @@ func TestPartsOfADownloadAreOneUse(t *testing.T) {
 		t.Errorf("that were %d uses", n)
 	}
 }
+
+// TestWhatIsWrittenIsNotFreeOnce, and not once more because it was claimed; what is claimed
+// meanwhile and what the index may grow by is to be written yet.
+func TestWhatIsWrittenIsNotFreeOnce(t *testing.T) {
+	t.Parallel()
+	const much = 1 << 40 // more than other tests write meanwhile
+	c, err := New(Options{Dir: t.TempDir(), MaxSize: 1 << 50, MinFree: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	claim := func(n int64) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.claim(ListedDomain, n)
+	}
+	claim(much)
+	for _, step := range []struct {
+		what    string
+		pending func() int64
+		short   bool
+	}{
+		{"nothing is written yet", func() int64 { return 0 }, true},
+		{"all is written", func() int64 { return much }, false},
+		{"more is claimed meanwhile", func() int64 { claim(much); return much }, true},
+		{"that is given back", func() int64 { claim(-much); return 2 * much }, false},
+	} {
+		if short, _, err := c.tryWith(ListedDomain, 0, step.pending); short > 0 != step.short || errors.Is(err, errMinFree) != step.short {
+			t.Errorf("%s: %d bytes short: %v", step.what, short, err)
+		}
+	}
+	claim(-much)
+	c.mu.Lock()
+	c.ahead += much
+	c.mu.Unlock()
+	if short, _, err := c.tryReserve(ListedDomain, 0); short <= 0 || !errors.Is(err, errMinFree) {
+		t.Errorf("the index: %d bytes short: %v", short, err)
+	}
+}

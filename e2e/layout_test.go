@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,7 +18,7 @@ import (
 )
 
 // TestTheDirectoryOfAKilledTarnIsAnImageLayout: skopeo reads cached images out of
-// it, by tag.
+// it, by tag, and other clients by digest.
 func TestTheDirectoryOfAKilledTarnIsAnImageLayout(t *testing.T) {
 	newRegistry(t, nil)
 	dir := folder(t, work(), "layout")
@@ -45,6 +46,17 @@ func TestTheDirectoryOfAKilledTarnIsAnImageLayout(t *testing.T) {
 	})
 	tarn.kill(t)
 	for _, i := range images {
+		for _, read := range [][]string{
+			{"oras", "manifest", "fetch", "--oci-layout", dir + "@" + i.top.Digest.String()},
+			{"regctl", "manifest", "get", "--format", "raw-body", "ocidir://" + dir + "@" + i.top.Digest.String()},
+		} {
+			if os.Getenv(envAllClients) == "" {
+				break
+			}
+			if out, err := exec.Command(read[0], read[1:]...).Output(); err != nil || digest.FromBytes(out) != i.top.Digest {
+				t.Errorf("%v reads %q: %v", read, out, err)
+			}
+		}
 		out := t.TempDir()
 		mustRun(t, "skopeo", "--insecure-policy", "copy", "oci:"+dir+":"+i.ref(), "oci:"+out+":x")
 		data, err := os.ReadFile(filepath.Join(out, "index.json"))
