@@ -72,8 +72,8 @@ func (c *Cache) Images() (images []Image, err error) {
 	return images, err
 }
 
-// EvictImage removes what a tag or a digest of a repository means, under whatever other
-// names it is known, and all that nothing else that is stored leads to. Who reads
+// EvictImage removes what a tag means, or a digest, under whatever other names it is
+// known, and all that nothing else that is stored leads to. Who reads
 // something of it reads on. It fails with ErrNotStored, with ErrPinned, and with ErrShared.
 func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (e Evicted, err error) {
 	err = c.inCommitter(func() error {
@@ -81,25 +81,21 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 			t, _ := c.index.Tag(k.TagKey(tag))
 			d = t.Digest
 		}
-		_, stored := c.index.Row(d)
-		_, here := c.index.Membership(k.MembershipKey("manifests", d))
-		mine := c.under([]digest.Digest{d}, nil)
-		var kept []digest.Digest // by what stays
-		if err := c.index.Tags(func(in index.RepositoryKey, _ string, t index.Tag) {
-			if t.Digest != d {
-				kept = append(kept, t.Digest)
-			} else if in == k {
-				here = true
-			}
-		}); err != nil {
-			return err
-		}
-		if !stored || !here {
+		if _, ok := c.index.Row(d); d == "" || !ok {
 			return ErrNotStored
 		}
 		c.repinIfDue()
 		if c.pins.wanted[d] {
 			return fmt.Errorf("%w, as %s: unpin that first", ErrPinned, c.pinnedAs(d))
+		}
+		mine := c.under([]digest.Digest{d}, nil)
+		var kept []digest.Digest // by what stays
+		if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
+			if t.Digest != d {
+				kept = append(kept, t.Digest)
+			}
+		}); err != nil {
+			return err
 		}
 		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
 			if !mine[parent] || c.pins.wanted[parent] {

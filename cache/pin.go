@@ -179,9 +179,6 @@ func (c *Cache) Unpin(p Pin) error {
 // setPins has other pins hold, and writes them: first they hold, since what is
 // pinned must not make room for that.
 func (c *Cache) setPins(list []Pin) error {
-	if c.pins.unread != nil {
-		return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
-	}
 	c.takePins(list)
 	c.repin()
 	return c.writePins()
@@ -194,6 +191,9 @@ func (c *Cache) takePins(list []Pin) {
 }
 
 func (c *Cache) writePins() error {
+	if c.pins.unread != nil { // it says more than is known
+		return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
+	}
 	data, err := json.MarshalIndent(append([]Pin{}, c.Pins()...), "", "  ") // a list also when it is empty
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)

@@ -157,9 +157,7 @@ func pullImage(t *testing.T, c *Cache, tag string, sequence uint64, bodies ...[]
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 }
 
-// evictOne evicts what its registry has called a manifest.
 func evictOne(c *Cache, d digest.Digest) error {
-	c.index.NoteMembership(appKey.MembershipKey("manifests", d), index.Membership{Time: time.Now()})
 	_, err := c.EvictImage(appKey, "", d)
 	return err
 }
@@ -820,7 +818,7 @@ func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	damaged := []byte(`[{"upstream":"lab.test","repository":"app","tag":"v1"}, {"upst`)
+	damaged := []byte(`[{"upstream":"lab.test","repository":"app","tag":"v1"}, {"upst":1}]`)
 	if err := os.WriteFile(path, damaged, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -828,6 +826,10 @@ func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
 	defer c.Close()
 	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}); !errors.Is(err, os.ErrExist) {
 		t.Error(err)
+	}
+	c.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 1, Confirmed: time.Now()})
+	if err := c.inCommitter(func() error { c.followTags(); return nil }); err != nil {
+		t.Fatal(err)
 	}
 	if text, err := os.ReadFile(path); err != nil || !bytes.Equal(text, damaged) {
 		t.Errorf("%s: %v", text, err)

@@ -222,8 +222,9 @@ func newEvictCommand() *cobra.Command {
 	return d.register(&cobra.Command{
 		Use:   "evict IMAGE",
 		Short: "Remove an image from the store",
-		Long: `Remove an image from the store, with all that no other stored image has. Who
-pulls it just now gets it whole; the next one has it fetched anew.`,
+		Long: `Remove an image from the store, under whatever names it is known, with all that
+no other stored image has. By digest, the name says nothing. Who pulls it just now gets
+it whole; the next one has it fetched anew.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var answer cache.Evicted
