@@ -49,10 +49,7 @@ type Order struct {
 	Rate int64 `json:"rate,omitempty"`
 }
 
-const (
-	maxOrder     = 64 << 10
-	orderTimeout = 10 * time.Second
-)
+const maxOrder = 64 << 10
 
 func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 	// A page of another site cannot send this type unasked.
@@ -60,8 +57,6 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 		serveJSON(w, http.StatusUnsupportedMediaType, failure("the Content-Type must be application/json"))
 		return o, false
 	}
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Now().Add(orderTimeout))
 	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxOrder))
 	dec.DisallowUnknownFields()
 	err := dec.Decode(&o)
@@ -70,7 +65,6 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 			err = errors.New("there is something behind it")
 		}
 	}
-	control.SetReadDeadline(time.Time{}) // verifying takes longer, and listens whether the client leaves
 	if err != nil {
 		serveJSON(w, http.StatusBadRequest, failure("the body cannot be read: "+err.Error()))
 		return o, false
@@ -79,6 +73,8 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 		serveJSON(w, http.StatusBadRequest, failure("rate is negative"))
 		return o, false
 	}
+	// All is read, and from now on it is listened whether the client leaves.
+	http.NewResponseController(w).SetReadDeadline(time.Time{})
 	return o, true
 }
 

@@ -85,6 +85,9 @@ func (c *Cache) commitLoop() {
 					c.commit(batch)
 				default:
 					c.followTags()
+					if c.pins.unwritten {
+						c.writePins()
+					}
 					c.layOut()
 					if err := c.widening(func() error { return c.index.Flush(true) }); err != nil {
 						c.noteTrouble(err)

@@ -322,7 +322,7 @@ func (c *Cache) mayGo() int64 {
 func (c *Cache) keepBounds() {
 	short, _, err := c.tryReserve(ListedDomain, 0)
 	switch {
-	case short <= 0:
+	case short <= 0 || c.isRebuilding():
 		return
 	case c.mayGo() == 0:
 		c.noteTrouble(fmt.Errorf("%w: %d bytes over the bounds, and what is stored is all pinned or being read", err, short))
@@ -339,9 +339,15 @@ func (c *Cache) keepBounds() {
 	c.log.Sugar().Infow("evicted what was over the bounds", "objects", after.Objects-before.Objects, "bytes", after.Bytes-before.Bytes)
 }
 
+func (c *Cache) isRebuilding() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.rebuilding
+}
+
 // evict frees so many bytes, or all that may go. It runs in the committer.
 func (c *Cache) evict(short int64) error {
-	for short > 0 {
+	for short > 0 && !c.isRebuilding() {
 		c.followTags() // what they pin does not go
 		victims := c.choose(short)
 		if len(victims) == 0 {

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -97,17 +98,22 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 		}); err != nil {
 			return err
 		}
+		var others []string // that lead to it
 		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
-			if !mine[parent] || c.pins.wanted[parent] {
-				kept = append(kept, children...)
+			if c.isLost(parent) || mine[parent] && !c.pins.wanted[parent] {
+				return
+			}
+			kept = append(kept, children...)
+			if slices.Contains(children, d) {
+				others = append(others, parent.String())
 			}
 		}); err != nil {
 			return err
 		}
-		stay := c.under(kept, mine) // what is kept keeps its own
-		if stay[d] {
-			return ErrShared
+		if len(others) > 0 {
+			return fmt.Errorf("%w, %s: evict that", ErrShared, strings.Join(others, ", "))
 		}
+		stay := c.under(kept, mine) // what is kept keeps its own
 		var going []index.Stored
 		for d := range mine {
 			if row, ok := c.index.Row(d); ok && !stay[d] && !c.pins.wanted[d] {
@@ -123,12 +129,21 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 // pinnedAs names the pins that lead to a digest.
 func (c *Cache) pinnedAs(d digest.Digest) string {
 	var names []string
-	for _, p := range c.Pins() {
-		if _, ok := c.pinned(p).sizes[d]; ok {
-			names = append(names, p.String())
+	for name, tree := range c.pins.trees {
+		if _, ok := tree[d]; ok {
+			names = append(names, name)
 		}
 	}
+	slices.Sort(names)
 	return strings.Join(names, ", ")
+}
+
+// isLost tells whether nothing leads to an object any more that has before.
+func (c *Cache) isLost(d digest.Digest) bool {
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	rank, _ := c.order.queue.Rank(d)
+	return rank.Lost
 }
 
 // under returns what these lead to, and they themselves, of those within; nil is all.
@@ -186,6 +201,7 @@ func (c *Cache) layOut() {
 		return // of a broken index, the next has its turn
 	}
 	types := make(map[meaning]string)
+	unread := false
 	for _, name := range slices.Sorted(maps.Keys(meant)) {
 		d := meant[name].d
 		row, ok := c.index.Row(d)
@@ -201,6 +217,7 @@ func (c *Cache) layOut() {
 		}
 		if types[said] == "" {
 			m, _, err := c.storedManifest(d)
+			unread = unread || err != nil && !errors.Is(err, ErrNotStored)
 			if err != nil || m.descriptors() == nil {
 				continue
 			}
@@ -213,7 +230,7 @@ func (c *Cache) layOut() {
 	}
 	c.images.types = types
 	data, err := json.MarshalIndent(ix, "", "  ")
-	c.images.due = false // unless what it names goes to make room for it
+	c.images.due = unread // or what it names goes to make room for it
 	if err == nil && !bytes.Equal(data, c.images.written) {
 		err = c.writeFile("list", listName, data, false)
 	}

@@ -4,6 +4,7 @@ package cache
 
 import (
 	"encoding/json"
+	"os"
 
 	"tarn/blobstore"
 
@@ -84,6 +85,10 @@ func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err err
 		return m, row.Size, err
 	}
 	if d.Algorithm().FromBytes(body) != d {
+		if info, err := os.Lstat(c.store.Path(d)); err == nil {
+			c.distrust(d, info)
+			c.dropSoon(d)
+		}
 		return m, row.Size, errChanged
 	}
 	return parseManifest(body), row.Size, nil

@@ -84,7 +84,7 @@ var (
 	// ErrNotStored: nothing of the image is here.
 	ErrNotStored = errors.New("the image is not here")
 	// ErrShared: the image is one of another's, which stays.
-	ErrShared = errors.New("the image belongs to another one that is here, such as an index: evict that")
+	ErrShared = errors.New("the image belongs to another one that is here")
 )
 
 const (
@@ -94,8 +94,9 @@ const (
 
 // pins is the committer's, but for the list.
 type pins struct {
-	list   []Pin // guarded by the cache's mutex; replaced, never changed
-	wanted map[digest.Digest]bool
+	list   []Pin                              // guarded by the cache's mutex; replaced, never changed
+	trees  map[string]map[digest.Digest]int64 // what each led to last, by its name
+	wanted map[digest.Digest]bool             // by any of them
 	leases map[digest.Digest]lease
 	due    bool  // they may lead to more by now
 	partly error // why what they lead to is not all known
@@ -130,6 +131,8 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		switch {
 		case t.err != nil:
 			return fmt.Errorf("what is pinned cannot be read: %w", t.err)
+		case len(t.sizes) >= maxTree:
+			return fmt.Errorf("%w: it leads to more than %d objects", ErrPinsTooLarge, maxTree)
 		case len(t.others) > 0:
 			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others, ", "), strings.Join(p.Platforms, ", "))
 		}
@@ -267,19 +270,19 @@ func (c *Cache) readPins() {
 		c.log.Sugar().Errorw("the pins cannot be read: nothing is pinned until tarn is restarted and can", "cause", err.Error())
 		return
 	}
-	if c.pins.list, err = parsePins(data); err != nil {
+	c.pins.list, err = parsePins(data)
+	c.pins.unread = err // so that it is not written over
+	c.repin()           // so that they do not make room for that
+	if err != nil {
 		kept, kerr := "", c.expand(int64(len(data)))
 		if kerr == nil {
 			kept, kerr = keepBroken(path, data)
 		}
-		if kerr != nil {
-			c.pins.unread = kerr // it is not written over
-		} else {
+		if c.pins.unread = kerr; kerr == nil {
 			kerr = c.writePins()
 		}
 		c.log.Sugar().Errorw("the pins are damaged: what is not in pins.json any more is not pinned", "cause", err.Error(), "pinned", len(c.pins.list), "kept_as", filepath.Base(kept), "error", kerr)
 	}
-	c.repin()
 }
 
 func parsePins(data []byte) (list []Pin, err error) {
@@ -332,7 +335,8 @@ func keepBroken(path string, data []byte) (kept string, err error) {
 // repin holds what the pins lead to now, and nothing else any more, unless a manifest
 // cannot be read just now. It runs in the committer.
 func (c *Cache) repin() {
-	before := c.pins.wanted
+	before := c.pins.trees
+	c.pins.trees = make(map[string]map[digest.Digest]int64)
 	c.pins.wanted = make(map[digest.Digest]bool)
 	c.pins.due, c.pins.partly = false, nil
 	list := c.Pins()
@@ -344,15 +348,14 @@ func (c *Cache) repin() {
 	}
 	for _, p := range list {
 		t := c.pinned(p)
+		if t.err != nil {
+			c.pins.partly = t.err
+			maps.Copy(t.sizes, before[p.String()])
+		}
+		c.pins.trees[p.String()] = t.sizes
 		for d := range t.sizes {
 			c.pins.wanted[d] = true
 		}
-		if t.err != nil {
-			c.pins.partly = t.err
-		}
-	}
-	if c.pins.partly != nil {
-		maps.Copy(c.pins.wanted, before)
 	}
 	for d, l := range c.pins.leases {
 		if !c.pins.wanted[d] {
@@ -454,7 +457,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 				name, p := plainArm64(platformName(*child.Platform)), plainArm64(p)
 				return name == p || strings.HasPrefix(name, p+"/")
 			}) {
-				if d == root {
+				if d == root && child.Platform.OS != "unknown" { // as attestations have it
 					t.others = append(t.others, platformName(*child.Platform))
 				}
 				continue

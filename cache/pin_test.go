@@ -728,43 +728,6 @@ func TestAManifestThatCameAsABlobLeadsToItsLayers(t *testing.T) {
 	}
 }
 
-// TestPinsHoldWhileTheIndexIsRebuilt: all that may go is evicted all the time meanwhile.
-func TestPinsHoldWhileTheIndexIsRebuilt(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	c := openChaos(t, dir, 1<<30)
-	m := v1.Manifest{MediaType: v1.MediaTypeImageManifest}
-	var layers [][]byte
-	for range 30 {
-		layers = append(layers, randomBytes(20_000))
-		m.Layers = append(m.Layers, v1.Descriptor{Digest: digest.FromBytes(layers[len(layers)-1]), Size: 20_000})
-	}
-	manifest, err := json.Marshal(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pullImage(t, c, "v1", 1, append([][]byte{manifest}, layers...)...)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
-		t.Fatal(err)
-	}
-	c.Close()
-	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
-		t.Fatal(err)
-	}
-	c = openChaos(t, dir, 1<<30)
-	defer c.Close()
-	for c.Stats().Adopting > 0 {
-		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for i, l := range layers {
-		if !c.has(l) {
-			t.Errorf("layer %d of a pinned image was evicted", i)
-		}
-	}
-}
-
 // TestAPinHoldsWhatComesBack: a disk did not let go of the damaged one, and lost the next.
 func TestAPinHoldsWhatComesBack(t *testing.T) {
 	t.Parallel()
@@ -995,10 +958,145 @@ func TestUnpinningIsDoneWhenItCannotBeWritten(t *testing.T) {
 		t.Errorf("it is held still: %v", err)
 	}
 	failing.Store(false)
-	settle(t, "the file", func() bool {
-		text, err := os.ReadFile(filepath.Join(dir, pinsName))
-		return err == nil && string(text) == "[]"
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(filepath.Join(dir, pinsName)); err != nil || string(text) != "[]" {
+		t.Errorf("%s: %v", text, err)
+	}
+}
+
+// TestRoomForDamagedPinsIsNotMadeOfPins: of a full store, what is pinned would go first,
+// since its tag has moved.
+func TestRoomForDamagedPinsIsNotMadeOfPins(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 64<<20)
+	one := buildImage(randomBytes(300_000), 700_000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 2, buildImage(randomBytes(300_000), 700_000).own()...)
+	press(t, c, 10)
+	full := c.Stats().UsedBytes
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, pinsName)
+	text, err := os.ReadFile(path)
+	if err == nil {
+		text = append(bytes.Replace(text, []byte("["), []byte(`[{"upstream": 1},`), 1), bytes.Repeat([]byte(" "), 100_000)...)
+		err = os.WriteFile(path, text, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = openChaos(t, dir, full)
+	defer c.Close()
+	for i, b := range one.own() {
+		if !c.has(b) {
+			t.Errorf("object %d of what is pinned was evicted", i)
+		}
+	}
+	if len(c.Pins()) != 1 || c.Stats().Evicted.Objects == 0 {
+		t.Errorf("%v, %+v", c.Pins(), c.Stats())
+	}
+}
+
+// TestAPinThatCannotBeReadHoldsNoOther.
+func TestAPinThatCannotBeReadHoldsNoOther(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one, two := buildImage(randomBytes(3000), 70_000), buildImage(randomBytes(3000), 7000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	pullImage(t, c, "v2", 2, two.own()...)
+	for _, tag := range []string{"v1", "v2"} {
+		if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: tag}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := flip(c.store.Path(two.indexDigest), two.index, 10); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Unpin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+		t.Errorf("what is not pinned is held: %v", err)
+	}
+	if !c.has(two.layer) {
+		t.Error("what is pinned was evicted")
+	}
+	settle(t, "the changed file has gone", func() bool { return !c.has(two.index) })
+}
+
+// TestTheListNamesWhatCouldNotBeReadOnce, in its next turn.
+func TestTheListNamesWhatCouldNotBeReadOnce(t *testing.T) {
+	t.Parallel()
+	var failing atomic.Bool
+	dir := t.TempDir()
+	c := withSteps(t, dir, func(name string, do func() error) error {
+		if name == "read blob" && failing.Load() {
+			return syscall.EIO
+		}
+		return do()
 	})
+	defer c.Close()
+	named := func() (yes bool) {
+		if err := c.inCommitter(func() error {
+			c.followTags()
+			c.layOut()
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		list, err := os.ReadFile(filepath.Join(dir, listName))
+		return err == nil && bytes.Contains(list, []byte("lab.test/app:v1"))
+	}
+	failing.Store(true)
+	pullImage(t, c, "v1", 1, buildImage(randomBytes(3000), 7000).own()...)
+	if named() {
+		t.Error("it was not put to the test")
+	}
+	failing.Store(false)
+	if !named() {
+		t.Error("it is missing still")
+	}
+}
+
+// TestAnOrphanHoldsNoImage: an index whose tag has moved is in no list.
+func TestAnOrphanHoldsNoImage(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	one := buildImage(randomBytes(3000), 7000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	pullImage(t, c, "v1-amd64", 2, one.manifest)
+	pullImage(t, c, "v1", 3, buildImage(one.base, 8000).own()...)
+	if e, err := c.EvictImage(appKey, "v1-amd64", ""); err != nil || e.Objects != 3 || c.has(one.layer) || !c.has(one.base) {
+		t.Errorf("%+v: %v", e, err)
+	}
+}
+
+// TestAPinOfTooManyObjectsIsRefused: what is not walked would not be held.
+func TestAPinOfTooManyObjectsIsRefused(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<40)
+	defer c.Close()
+	var all v1.Index
+	for i := range maxTree {
+		all.Manifests = append(all.Manifests, v1.Descriptor{Digest: digest.FromString(fmt.Sprint(i)), Size: 1})
+	}
+	body, err := json.Marshal(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pullImage(t, c, "v1", 1, body)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
+		t.Error(err)
+	}
 }
 
 // TestAPinOfNothingIsRefused: the index that is here has nothing for the platform.

@@ -3,7 +3,6 @@
 package cache
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
@@ -209,21 +207,20 @@ func (c *Cache) renew() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.adopt -= len(strays) // they stay strays
-		c.flying.Done()        // the next commit tries again
+		c.rebuilding = false
+		c.flying.Done() // the next commit tries again
 		return
 	}
 	lies := make(map[digest.Digest]bool, len(strays))
 	for _, s := range strays {
 		lies[s.digest] = true
 	}
-	var meant []digest.Digest // by what is noted still
-	if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) { meant = append(meant, t.Digest) }); err != nil {
-		c.noteTrouble(err)
-	}
 	c.order.mu.Lock()
-	c.order.queue.Retag(meant)
 	c.order.queue.Retain(func(d digest.Digest) bool { return lies[d] })
 	used += c.order.queue.Lingering() // and is taken off when its readers have gone
+	for d := range lies {             // until it is adopted
+		c.order.queue.Expel(d)
+	}
 	c.order.mu.Unlock()
 	c.hot.clear() // its rows are gone
 	c.mu.Lock()
@@ -261,6 +258,7 @@ func (c *Cache) expect(strays []stray) bool {
 		c.strays[s.digest] = true
 	}
 	c.adopt += len(strays)
+	c.rebuilding = true
 	c.flying.Add(1)
 	return true
 }
@@ -314,14 +312,17 @@ func (c *Cache) unstray(d digest.Digest) bool {
 // adoptAll hashes the strays, one after the other, and has the committer take
 // them in or remove them. Requests are served meanwhile; one for a stray
 // fetches it and finds the same bytes. What the disk does not read is tried
-// again, later each time. Small ones come first: manifests say what of the others
-// is pinned.
+// again, later each time. Nothing is evicted before all were tried once: until then
+// it is not known what is pinned, and what was looked at first would go.
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
-	slices.SortFunc(strays, func(a, b stray) int { return cmp.Compare(a.info.Size(), b.info.Size()) })
 	n := len(strays)
 	for pause := firstAdoptPause; ; pause = min(2*pause, lastAdoptPause) {
-		if strays = c.adoptOnce(strays); c.ctx.Err() != nil {
+		strays = c.adoptOnce(strays)
+		c.mu.Lock()
+		c.rebuilding = false
+		c.mu.Unlock()
+		if c.ctx.Err() != nil {
 			return
 		}
 		if len(strays) == 0 {

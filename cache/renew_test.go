@@ -4,8 +4,10 @@ package cache
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 )
 
@@ -109,5 +111,73 @@ func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
 		}
 		settle(t, "the adoption", func() bool { _, ok := c.Has(req.Key); return ok })
 		c.Close()
+	}
+}
+
+// TestNothingIsEvictedBeforeAllIsAdopted: without an index, and over the bound, what was
+// looked at first would go, and what is pinned is not known yet.
+func TestNothingIsEvictedBeforeAllIsAdopted(t *testing.T) {
+	t.Parallel()
+	const images, bound = 8, 6 << 20
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	var all []built
+	for i := range images {
+		all = append(all, buildImage(randomBytes(100_000), 900_000))
+		pullImage(t, c, fmt.Sprint("v", i), uint64(i+1), all[i].own()...)
+	}
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v0"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+		t.Fatal(err)
+	}
+	var opened atomic.Int64
+	goOn := make(chan struct{})
+	slow := func(name string, do func() error) error {
+		if name == "open blob" && opened.Add(1) == 3*images { // of five
+			<-goOn
+		}
+		return do()
+	}
+	c, err := New(Options{Dir: dir, MaxSize: bound, Steps: slow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	settle(t, "the middle", func() bool { return opened.Load() >= 3*images })
+	body := randomBytes(1 << 20)
+	if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("%d bytes: %v", len(got), err)
+	}
+	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if e := c.Stats().Evicted; e.Objects > 0 {
+		t.Errorf("%+v", e)
+	}
+	close(goOn)
+	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
+	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for i, image := range all {
+		if !c.has(image.index) || !c.has(image.manifest) || !c.has(image.config) {
+			t.Errorf("of image %d, what was looked at first is gone", i)
+		}
+	}
+	for i, b := range all[0].own() {
+		if !c.has(b) {
+			t.Errorf("object %d of what is pinned is gone", i)
+		}
+	}
+	if n := directory(dir); n > bound {
+		t.Errorf("%d bytes on the disk", n)
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
 	}
 }

@@ -442,7 +442,11 @@ func (ix *Index) Close() error {
 	if ix.Broken() != nil {
 		return nil // the next start sets it aside
 	}
-	return errors.Join(ix.Flush(true), ix.db.Close())
+	err := ix.Flush(true)
+	if ix.Broken() != nil {
+		return nil // bbolt may wait for itself
+	}
+	return errors.Join(err, ix.db.Close())
 }
 
 // Objects calls f for each object. f must not call the index.
@@ -1008,7 +1012,10 @@ func sorted[K cmp.Ordered, V any](m map[K]V) iter.Seq2[K, V] {
 }
 
 func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
-	err := ix.update(func(tx *bolt.Tx) error {
+	ix.writing.Lock()
+	defer ix.writing.Unlock()
+	ix.refresh(n)
+	err := ix.change(func(tx *bolt.Tx) error {
 		if err := dropObjects(tx, drop); err != nil {
 			return err
 		}
@@ -1045,6 +1052,29 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 	forget(ix.challenges, n.challenges)
 	forget(ix.uses, n.uses)
 	return nil
+}
+
+// refresh has the notes be as they are now: what another transaction has written since
+// they were looked at, such as what an authority took back, is not written over. It is
+// called with writing held, so that they are the last word until they are forgotten.
+func (ix *Index) refresh(n notes) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	refresh(n.tags, ix.tags)
+	refresh(n.memberships, ix.memberships)
+	refresh(n.yeses, ix.yeses)
+	refresh(n.challenges, ix.challenges)
+	refresh(n.uses, ix.uses)
+}
+
+func refresh[K comparable, V any](some, now map[K]V) {
+	for k := range some {
+		if v, ok := now[k]; ok {
+			some[k] = v
+		} else {
+			delete(some, k)
+		}
+	}
 }
 
 func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {

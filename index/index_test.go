@@ -485,6 +485,52 @@ func TestNobodyHangsOnABrokenIndex(t *testing.T) {
 	}
 }
 
+// TestWhatWasTakenBackMeanwhileStaysSo: an authority takes something back between a look
+// at the notes and the transaction that writes them, and that is flushed.
+func TestWhatWasTakenBackMeanwhileStaysSo(t *testing.T) {
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	defer ix.Close()
+	repo := RepositoryKey{"docker.io", "library/app"}
+	tag, member, yes := repo.TagKey("v1"), repo.MembershipKey("manifests", d1), repo.YesKey("somebody")
+	ix.NoteMembership(member, Membership{Time: at})
+	ix.NoteYes(yes, at)
+	ix.NoteTag(tag, Tag{Digest: d1, Confirmed: at, Sequence: 1})
+	seen := ix.due(true)
+	ix.DeleteMembership(member)
+	ix.DeleteYes(yes)
+	ix.NoteTag(tag, Tag{Digest: d2, Confirmed: at, Sequence: 2})
+	if err := ix.Flush(false); err != nil {
+		t.Fatal(err)
+	}
+	if err := ix.write(nil, nil, seen); err != nil {
+		t.Fatal(err)
+	}
+	if m, ok := ix.Membership(member); ok {
+		t.Errorf("the membership is back: %+v", m)
+	}
+	if asked := ix.Yes(yes); !asked.IsZero() {
+		t.Errorf("the yes is back: %v", asked)
+	}
+	if got, _ := ix.Tag(tag); got.Digest != d2 {
+		t.Errorf("the tag is back: %+v", got)
+	}
+}
+
+// TestClosingFindsOutThatTheFileIsBroken, and does not wait for itself.
+func TestClosingFindsOutThatTheFileIsBroken(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index.db")
+	ix := open(t, path)
+	ix.NoteYes("k", at)
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	overwrite(t, path, info.Size())
+	if err := ix.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // overwrite has zeros in place of the file's bytes, in the same file.
 func overwrite(t *testing.T, path string, size int64) {
 	t.Helper()

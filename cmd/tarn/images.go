@@ -49,8 +49,12 @@ func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 }
 
 func (d *daemon) address() (string, error) {
-	if d.admin != "" { // as people copy it
-		return strings.TrimSuffix(strings.TrimPrefix(d.admin, "http://"), "/"), nil
+	if d.admin != "" {
+		address := strings.TrimSuffix(strings.TrimPrefix(d.admin, "http://"), "/") // as people copy it
+		if strings.Contains(address, "://") {
+			return "", fmt.Errorf("--admin: %q is neither host:port nor unix:/path", d.admin)
+		}
+		return address, nil
 	}
 	c, err := loadConfig(d.config)
 	if err != nil {

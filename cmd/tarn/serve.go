@@ -145,6 +145,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	go func() { failed <- registryServer.Serve(listener) }()
 	if adminListener != nil {
 		adminServer = newServer(newAdmin(cfg, store, p, upstreams, registry, adminListener), log)
+		adminServer.ReadTimeout = readHeaderTimeout // its bodies are small
 		go func() { failed <- adminServer.Serve(adminListener) }()
 	}
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir),

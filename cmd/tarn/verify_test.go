@@ -7,13 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"tarn/internal/registrytest"
 
@@ -167,4 +170,34 @@ func TestAnOrderIsOneDocument(t *testing.T) {
 			t.Errorf("%.60s: %s %s", body, resp.Status, said)
 		}
 	}
+}
+
+// TestHalfAnOrderIsNotWaitedForLong.
+func TestHalfAnOrderIsNotWaitedForLong(t *testing.T) {
+	t.Parallel()
+	p := run(t, t.TempDir())
+	var waiting sync.WaitGroup
+	for _, head := range []string{
+		"POST /api/v1/pins HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+		"POST /api/v1/pins HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\nx",
+		"POST /api/v1/evict HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 1000\r\n\r\nx",
+		"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx",
+	} {
+		waiting.Go(func() {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(p.admin, "http://"))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(2 * readHeaderTimeout))
+			if _, err := io.WriteString(conn, head); err != nil {
+				t.Error(err)
+			}
+			if said, err := io.ReadAll(conn); err != nil {
+				t.Errorf("%s: %v", said, err)
+			}
+		})
+	}
+	waiting.Wait()
 }

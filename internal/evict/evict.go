@@ -227,17 +227,6 @@ func (q *Queue[K]) Untag(k K) { q.tag(k, -1) }
 // Lose says that what led to the key has gone, unless something does now.
 func (q *Queue[K]) Lose(k K) { q.tag(k, 0) }
 
-// Retag says what tags mean, in place of all that was said before. Nothing is lost by
-// that: who forgot the tags knows them again when they are asked for.
-func (q *Queue[K]) Retag(meant []K) {
-	for _, l := range q.links {
-		l.tags = 0
-	}
-	for _, k := range meant {
-		q.Tag(k)
-	}
-}
-
 func (q *Queue[K]) tag(k K, n int) {
 	l := q.link(k)
 	if l.tags += n; l.tags > 0 {

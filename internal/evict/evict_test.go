@@ -271,23 +271,6 @@ func TestWhatNeverGoesSaysNothingOfTheInflation(t *testing.T) {
 	}
 }
 
-// TestForgottenTagsAreKnownAgain, and counted once.
-func TestForgottenTagsAreKnownAgain(t *testing.T) {
-	q := New[string]()
-	q.Add("a", 1<<20)
-	q.Add("b", 1<<20)
-	q.Tag("a")
-	q.Tag("b")
-	q.Retag([]string{"b"})
-	q.Tag("a") // somebody asks for it
-	q.Use("b")
-	q.Use("a")
-	q.Untag("a") // and it moves
-	if order := drain(q); !slices.Equal(order, []string{"a", "b"}) {
-		t.Error(order)
-	}
-}
-
 // TestInvariants has a great many operations in random order.
 func TestInvariants(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
