@@ -32,7 +32,11 @@ func runWithImage(t *testing.T, size int) (p *process, layer string) {
 	p = run(t, dir, "--upstream", "lab.test="+r.URL)
 	p.pull("team/app", "v1", append(image.Layers, image.Config)...)
 	layer = filepath.Join(dir, "blobs", "sha256", image.Layers[0].Encoded())
-	p.until("it is stored", func() bool { _, err := os.Stat(layer); return err == nil })
+	p.until("it is stored", func() bool {
+		var s struct{ Index struct{ Objects int } }
+		fetchJSON(t, p.admin+"/api/v1/status", &s)
+		return s.Index.Objects == 3
+	})
 	return p, layer
 }
 
