@@ -216,8 +216,8 @@ type Cache struct {
 	evicted   Evicted
 	adopt     int                    // files yet to be adopted
 	strays    map[digest.Digest]bool // those
-	// rebuilding: not all of them were tried once.
-	rebuilding bool
+	// rebuilding is how often not all of them were tried once.
+	rebuilding int
 	bad        map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
 	trouble    error                            // the disk's last refusal; nil after the next success
 	said       error                            // what the log says of that

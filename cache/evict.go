@@ -342,7 +342,7 @@ func (c *Cache) keepBounds() {
 func (c *Cache) isRebuilding() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.rebuilding
+	return c.rebuilding > 0
 }
 
 // evict frees so many bytes, or all that may go. It runs in the committer.

@@ -207,7 +207,7 @@ func (c *Cache) renew() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.adopt -= len(strays) // they stay strays
-		c.rebuilding = false
+		c.rebuilding--
 		c.flying.Done() // the next commit tries again
 		return
 	}
@@ -258,7 +258,7 @@ func (c *Cache) expect(strays []stray) bool {
 		c.strays[s.digest] = true
 	}
 	c.adopt += len(strays)
-	c.rebuilding = true
+	c.rebuilding++
 	c.flying.Add(1)
 	return true
 }
@@ -317,23 +317,22 @@ func (c *Cache) unstray(d digest.Digest) bool {
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	n := len(strays)
-	for pause := firstAdoptPause; ; pause = min(2*pause, lastAdoptPause) {
-		strays = c.adoptOnce(strays)
-		c.mu.Lock()
-		c.rebuilding = false
-		c.mu.Unlock()
-		if c.ctx.Err() != nil {
-			return
-		}
-		if len(strays) == 0 {
-			break
-		}
+	strays = c.adoptOnce(strays)
+	c.mu.Lock()
+	c.rebuilding--
+	c.mu.Unlock()
+	for pause := firstAdoptPause; len(strays) > 0; pause = min(2*pause, lastAdoptPause) {
 		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
+			strays = c.adoptOnce(strays)
 		case <-c.ctx.Done():
 			timer.Stop()
+			return
 		}
+	}
+	if c.ctx.Err() != nil {
+		return
 	}
 	c.log.Sugar().Infow("adopted files without a row", "files", n)
 }

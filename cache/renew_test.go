@@ -160,7 +160,7 @@ func TestNothingIsEvictedBeforeAllIsAdopted(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	close(goOn)
-	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
+	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 && !c.isRebuilding() })
 	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
 		t.Fatal(err)
 	}
