@@ -214,14 +214,12 @@ type Cache struct {
 	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
 	ahead     int64            // that growth
 	evicted   Evicted
-	adopt     int                    // files yet to be adopted
-	strays    map[digest.Digest]bool // those
-	// rebuilding is how often not all of them were tried once.
-	rebuilding int
-	bad        map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
-	trouble    error                            // the disk's last refusal; nil after the next success
-	said       error                            // what the log says of that
-	saidAt     time.Time
+	adopt     int                              // files yet to be adopted
+	strays    map[digest.Digest]bool           // those
+	bad       map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
+	trouble   error                            // the disk's last refusal; nil after the next success
+	said      error                            // what the log says of that
+	saidAt    time.Time
 }
 
 // ErrInUse: another process has the data directory.

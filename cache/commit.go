@@ -4,6 +4,7 @@ package cache
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"slices"
 	"time"
@@ -161,8 +162,10 @@ func (c *Cache) commit(batch []*flight) {
 	var grown int64
 	// Bytes that count of what lies in their places, before and after.
 	replaced, placed := make([]int64, len(fresh)), make(map[*flight]int64)
+	hashed := make([]fs.FileInfo, len(fresh)) // what they look like, soon after
 	for i, f := range fresh {
-		replaced[i] = c.inPlaceOf(f.key.Digest)
+		replaced[i] = c.countedOf(f.key.Digest)
+		hashed[i], _ = f.pending.File.Stat()
 	}
 	for i, err := range c.store.Commit(files) {
 		f := fresh[i]
@@ -176,6 +179,9 @@ func (c *Cache) commit(batch []*flight) {
 			continue
 		}
 		row := describe(index.Object{Size: f.size, Alloc: blobstore.Allocated(info), Created: now}, info)
+		if !sameBytes(hashed[i], info) {
+			row.Verified = time.Unix(0, 0) // it is hashed again when it is asked for
+		}
 		rows = append(rows, index.Stored{Digest: f.key.Digest, Domain: f.key.Domain, Object: row, Children: f.children})
 		for _, t := range twins {
 			if t.key.Digest == f.key.Digest {
@@ -265,8 +271,27 @@ func (c *Cache) withoutRow(f *flight) bool {
 	return true
 }
 
-// inPlaceOf is how many bytes are counted of what lies, or should lie, under a
-// digest.
+// sameBytes tells whether a file was not written to since it looked as before.
+func sameBytes(before, info fs.FileInfo) bool {
+	if before == nil {
+		return false
+	}
+	b, l := blobstore.LookOf(before), blobstore.LookOf(info) // renaming counts as a change
+	return before.Size() == info.Size() && b.Inode == l.Inode && b.Modified == l.Modified
+}
+
+// countedOf is how many bytes are counted of what lies, or should lie, under a digest.
+func (c *Cache) countedOf(d digest.Digest) int64 {
+	if row, ok := c.index.Row(d); ok {
+		return row.Alloc
+	}
+	c.order.mu.Lock()
+	defer c.order.mu.Unlock()
+	size, _ := c.order.queue.Size(d)
+	return size
+}
+
+// inPlaceOf is how many bytes are to be counted of that.
 func (c *Cache) inPlaceOf(d digest.Digest) int64 {
 	if row, ok := c.index.Row(d); ok {
 		return row.Alloc

@@ -551,6 +551,34 @@ func TestAnUnreadableSectorIsFetchedAnew(t *testing.T) {
 	mustBeFetched()
 }
 
+// TestWholeAFileThatIsChangedInItsCommitIsNotVouchedFor: after its hash, and before the look
+// that its row remembers.
+func TestWholeAFileThatIsChangedInItsCommitIsNotVouchedFor(t *testing.T) {
+	t.Parallel()
+	body := randomBytes(300_000)
+	path := ""
+	var once sync.Once
+	c := withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		err := do()
+		if name == "rename blob" {
+			once.Do(func() {
+				if err := flip(path, body, 7); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		return err
+	})
+	defer c.Close()
+	path = c.store.Path(digest.FromBytes(body))
+	storedBy(t, c, &origin{body: body})
+	for range 3 {
+		if got, _ := readAll(c, parallelRequest(&origin{body: body}, "two")); len(got) == len(body) && !bytes.Equal(got, body) {
+			t.Error("wrong bytes went out whole")
+		}
+	}
+}
+
 // TestWhatIsNoFileIsDropped: a pipe is not waited for, nor a link followed, which may have
 // no end.
 func TestWhatIsNoFileIsDropped(t *testing.T) {

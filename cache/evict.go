@@ -322,7 +322,7 @@ func (c *Cache) mayGo() int64 {
 func (c *Cache) keepBounds() {
 	short, _, err := c.tryReserve(ListedDomain, 0)
 	switch {
-	case short <= 0 || c.isRebuilding():
+	case short <= 0:
 		return
 	case c.mayGo() == 0:
 		c.noteTrouble(fmt.Errorf("%w: %d bytes over the bounds, and what is stored is all pinned or being read", err, short))
@@ -339,15 +339,9 @@ func (c *Cache) keepBounds() {
 	c.log.Sugar().Infow("evicted what was over the bounds", "objects", after.Objects-before.Objects, "bytes", after.Bytes-before.Bytes)
 }
 
-func (c *Cache) isRebuilding() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.rebuilding > 0
-}
-
 // evict frees so many bytes, or all that may go. It runs in the committer.
 func (c *Cache) evict(short int64) error {
-	for short > 0 && !c.isRebuilding() {
+	for short > 0 {
 		c.followTags() // what they pin does not go
 		victims := c.choose(short)
 		if len(victims) == 0 {
@@ -380,7 +374,6 @@ func (c *Cache) choose(short int64) (victims []digest.Digest) {
 // evictAll evicts what was taken: rows first, then files. What cannot go stays
 // in the order. It runs in the committer.
 func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
-	victims = slices.DeleteFunc(victims, c.leaveToAdopter)
 	c.images.due = true
 	err := c.index.Apply(nil, victims)
 	c.hot.drop(victims...)                                                   // with the rows gone, nobody brings them back
@@ -404,6 +397,9 @@ func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 			gone.Objects++
 		}
 		c.order.mu.Unlock()
+		if err == nil {
+			c.unstray(d) // whoever adopts finds that it has gone
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -411,18 +407,6 @@ func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 	c.evicted.Objects += gone.Objects
 	c.evicted.Bytes += gone.Bytes
 	return gone.Bytes, err
-}
-
-// leaveToAdopter is for what lost its row with the index: whoever looks at all
-// such files brings it back into the order.
-func (c *Cache) leaveToAdopter(d digest.Digest) bool {
-	stray := c.isStray(d)
-	if stray {
-		c.order.mu.Lock()
-		defer c.order.mu.Unlock()
-		c.order.queue.Expel(d)
-	}
-	return stray
 }
 
 // Evicted is what had to make room since the start.

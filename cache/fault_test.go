@@ -110,7 +110,7 @@ func pullIntoLittleRoom(dir string, steps fault.Steps, mend func() bool) error {
 		if got, err := readAll(c, parallelRequest(&origin{body: bodies[i]}, "one")); err != nil || !bytes.Equal(got, bodies[i]) {
 			return fmt.Errorf("image %d: %d bytes: %w", i, len(got), err)
 		}
-		if err := rest(c, func() bool { s := c.Stats(); return s.Flights+s.Adopting == 0 }); err != nil {
+		if err := rest(c, settled(c)); err != nil {
 			return err
 		}
 	}
@@ -158,7 +158,7 @@ func pullAll(dir string, steps fault.Steps, mend func() bool, broken bool) error
 			return fmt.Errorf("image %d: %d bytes: %w", i, len(got), err)
 		}
 	}
-	if err := rest(c, func() bool { s := c.Stats(); return s.Flights+s.Adopting == 0 }); err != nil {
+	if err := rest(c, settled(c)); err != nil {
 		return err
 	}
 	if mend() {
@@ -202,6 +202,11 @@ func landed(c *Cache) error {
 		return fmt.Errorf("%d bytes of blobs count as %d, %d pending as %d, of which %d are parked", blobs, c.used, pending, c.claimed, claims)
 	}
 	return nil
+}
+
+// settled: nothing more happens, unless the disk is mended.
+func settled(c *Cache) func() bool {
+	return func() bool { s := c.Stats(); return s.Flights == 0 && (s.Adopting == 0 || s.Trouble != "") }
 }
 
 func rest(c *Cache, ok func() bool) error {

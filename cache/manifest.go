@@ -70,26 +70,35 @@ func childrenOf(body []byte) (children []digest.Digest) {
 	return children
 }
 
-// storedManifest reads a manifest that is stored. Anything else that is leads nowhere.
-// It fails with ErrNotStored, with errChanged, and when the disk does not give it now.
+// storedManifest reads a manifest that is stored, or has no row yet. Anything else that
+// is stored leads nowhere. It fails with ErrNotStored, with errChanged, and when the disk
+// does not give it now.
 func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err error) {
-	row, ok := c.index.Row(d)
+	row, known := c.index.Row(d)
 	switch {
-	case !ok:
+	case !known && !c.isStray(d):
 		return m, 0, ErrNotStored
-	case row.Size > maxManifest || c.index.ChildrenOf(d) == nil:
+	case known && (row.Size > maxManifest || c.index.ChildrenOf(d) == nil):
 		return m, row.Size, nil
 	}
-	body, err := c.store.Read(d, row.Size)
+	info, err := os.Lstat(c.store.Path(d))
 	if err != nil {
 		return m, row.Size, err
 	}
+	size = info.Size()
+	if size > maxManifest {
+		return m, size, nil
+	}
+	body, err := c.store.Read(d, size)
+	if err != nil {
+		return m, size, err
+	}
 	if d.Algorithm().FromBytes(body) != d {
-		if info, err := os.Lstat(c.store.Path(d)); err == nil {
+		if known {
 			c.distrust(d, info)
 			c.dropSoon(d)
 		}
-		return m, row.Size, errChanged
+		return m, size, errChanged
 	}
-	return parseManifest(body), row.Size, nil
+	return parseManifest(body), size, nil
 }

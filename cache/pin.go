@@ -170,6 +170,9 @@ func (c *Cache) room() (int64, error) {
 // then it is done all the same: with what goes now, there may be room to write it.
 func (c *Cache) Unpin(p Pin) error {
 	return c.inCommitter(func() error {
+		if err := c.unreadPins(); err != nil {
+			return err
+		}
 		before := c.Pins()
 		list := slices.DeleteFunc(slices.Clone(before), p.same)
 		if len(list) == len(before) {
@@ -193,9 +196,17 @@ func (c *Cache) takePins(list []Pin) {
 	c.pins.list = list
 }
 
+// unreadPins is an error where the file says more than is known.
+func (c *Cache) unreadPins() error {
+	if c.pins.unread == nil {
+		return nil
+	}
+	return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
+}
+
 func (c *Cache) writePins() error {
-	if c.pins.unread != nil { // it says more than is known
-		return fmt.Errorf("what is pinned could not be read when tarn started, and stays: restart it when it can be: %w", c.pins.unread)
+	if err := c.unreadPins(); err != nil {
+		return err
 	}
 	data, err := json.MarshalIndent(append([]Pin{}, c.Pins()...), "", "  ") // a list also when it is empty
 	if err == nil {
@@ -352,6 +363,9 @@ func (c *Cache) repin() {
 			c.pins.partly = t.err
 			maps.Copy(t.sizes, before[p.String()])
 		}
+		if also := c.pins.trees[p.String()]; also != nil { // somebody has written it twice
+			maps.Copy(t.sizes, also)
+		}
 		c.pins.trees[p.String()] = t.sizes
 		for d := range t.sizes {
 			c.pins.wanted[d] = true
@@ -463,7 +477,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 				continue
 			}
 			none = false
-			if _, here := c.index.Row(child.Digest); here || len(platforms) > 0 {
+			if c.isHere(child.Digest) || len(platforms) > 0 {
 				walk(child.Digest, child.Size, child.Platform)
 			} else {
 				t.sizes[child.Digest] = child.Size // a pin keeps it when it comes
@@ -480,6 +494,12 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		t.others = nil
 	}
 	return t
+}
+
+// isHere tells whether an object is stored, if only as a file.
+func (c *Cache) isHere(d digest.Digest) bool {
+	_, known := c.index.Row(d)
+	return known || c.isStray(d)
 }
 
 // maxTree bounds what one image leads to: a manifest of the largest size names some

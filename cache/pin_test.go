@@ -428,6 +428,9 @@ func TestPinsThatCannotBeReadStay(t *testing.T) {
 	if n := len(c.Pins()); n != 0 {
 		t.Errorf("%d pins are held that are written nowhere", n)
 	}
+	if err := c.Unpin(p); !errors.Is(err, syscall.EISDIR) {
+		t.Error(err)
+	}
 	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), brokenSuffix) }) {
 		t.Errorf("%v: %v", entries, err)
 	}
@@ -1187,5 +1190,74 @@ func TestVerifyKeepsItsRate(t *testing.T) {
 	}
 	if took := time.Since(begun); took < 450*time.Millisecond {
 		t.Errorf("4 MiB at 8 MiB a second took %v", took)
+	}
+}
+
+// TestAnImageThatIsWrittenTwiceIsPinnedForBoth, also while it cannot be read.
+func TestAnImageThatIsWrittenTwiceIsPinnedForBoth(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	one := buildImage(randomBytes(3000), 7000)
+	pullImage(t, c, "v1", 1, append(one.own(), one.other, one.otherLayer)...)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const entry = `{"upstream":"lab.test","repository":"app","tag":"v1","platforms":["linux/%s"]}`
+	if err := os.WriteFile(filepath.Join(dir, pinsName), fmt.Appendf(nil, "["+entry+","+entry+"]", "amd64", "arm64"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c = openChaos(t, dir, 1<<30)
+	defer c.Close()
+	if err := evictOne(c, one.manifestDigest); !errors.Is(err, ErrPinned) || !strings.Contains(err.Error(), "as lab.test/app:v1") {
+		t.Error(err)
+	}
+	if err := flip(c.store.Path(one.indexDigest), one.index, 10); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.inCommitter(func() error { c.repin(); return c.evict(1 << 40) }); err != nil || !c.has(one.layer) || !c.has(one.otherLayer) {
+		t.Errorf("a layer was evicted: %v", err)
+	}
+}
+
+// TestAGoodManifestIsNotDropped for what was read before it came.
+func TestAGoodManifestIsNotDropped(t *testing.T) {
+	t.Parallel()
+	var armed atomic.Bool
+	var c *Cache
+	one := buildImage(randomBytes(3000), 7000)
+	c = withSteps(t, t.TempDir(), func(name string, do func() error) error {
+		err := do()
+		if name == "read blob" && armed.CompareAndSwap(true, false) {
+			if err := evictOne(c, one.indexDigest); err != nil { // and it is fetched anew
+				t.Error(err)
+			}
+			req := parallelRequest(&origin{body: one.index}, "two")
+			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, one.index) {
+				t.Error(err)
+			}
+			waitStored(t, c, req.Key)
+		}
+		return err
+	})
+	defer c.Close()
+	pullImage(t, c, "v1", 1, one.own()...)
+	if err := c.inCommitter(func() error { c.layOut(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := flip(c.store.Path(one.indexDigest), one.index, 10); err != nil {
+		t.Fatal(err)
+	}
+	armed.Store(true)
+	if _, err := c.Images(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // what it has told the committer is done by then
+		if err := c.inCommitter(func() error { c.dropBad(); return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if armed.Load() || !c.has(one.index) {
+		t.Error("the good one was dropped")
 	}
 }

@@ -120,8 +120,8 @@ func (f *flight) recheck(s *suspect) {
 		f.state = verified
 		f.changed.Broadcast()
 		f.mu.Unlock()
+		f.leaveTable() // before it waits: who comes now looks at the file again
 		c.tell(finding{digest: f.key.Digest, info: s.info, sound: true})
-		f.leaveTable()
 		f.cancel()
 	}
 }
@@ -230,22 +230,20 @@ func (c *Cache) take(f finding) {
 	}
 	domain := ""
 	if !ok { // a stray that somebody asked for before its turn
-		if err != nil {
-			return
-		}
-		if !c.unstray(f.digest) {
+		if err != nil || !c.isStray(f.digest) {
 			return
 		}
 		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
 	}
 	if f.sound && err == nil {
-		c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)})
-		if !ok {
+		if err := c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)}); err == nil && !ok {
+			c.unstray(f.digest)
 			c.enter(f.digest, row.Alloc, nil)
 			c.repinIfDue()
 		}
 		return
 	}
+	c.unstray(f.digest)
 	c.remove([]index.Stored{{Digest: f.digest, Object: row}})
 	c.log.Sugar().Errorw("a file on the disk was changed, and is dropped", "digest", f.digest)
 }

@@ -95,6 +95,11 @@ func (c *Cache) open() (strays []stray, err error) {
 			}
 		}
 	}
+	// What has no row may make room like all others, and may be pinned.
+	for _, s := range strays {
+		stored[s.digest] = blobstore.Allocated(s.info)
+		c.strays[s.digest] = true
+	}
 	if err := c.restoreOrder(stored); err != nil {
 		return nil, errors.Join(err, c.index.Close())
 	}
@@ -207,26 +212,29 @@ func (c *Cache) renew() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.adopt -= len(strays) // they stay strays
-		c.rebuilding--
-		c.flying.Done() // the next commit tries again
+		c.flying.Done()        // the next commit tries again
 		return
 	}
-	lies := make(map[digest.Digest]bool, len(strays))
+	lies := make(map[digest.Digest]int64, len(strays))
 	for _, s := range strays {
-		lies[s.digest] = true
+		lies[s.digest] = blobstore.Allocated(s.info)
 	}
 	c.order.mu.Lock()
-	c.order.queue.Retain(func(d digest.Digest) bool { return lies[d] })
-	used += c.order.queue.Lingering() // and is taken off when its readers have gone
-	for d := range lies {             // until it is adopted
-		c.order.queue.Expel(d)
+	q := c.order.queue
+	q.Retain(func(d digest.Digest) bool { _, ok := lies[d]; return ok })
+	for d, alloc := range lies { // the others keep their ranks
+		if size, known := q.Size(d); !known || size != alloc {
+			q.Add(d, alloc)
+		}
 	}
+	used += q.Lingering() // and is taken off when its readers have gone
 	c.order.mu.Unlock()
 	c.hot.clear() // its rows are gone
 	c.mu.Lock()
 	c.used = used
 	c.mu.Unlock()
 	c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", cause.Error(), "kept_as", brokenName)
+	c.repin()
 	go c.adoptAll(strays)
 }
 
@@ -258,7 +266,6 @@ func (c *Cache) expect(strays []stray) bool {
 		c.strays[s.digest] = true
 	}
 	c.adopt += len(strays)
-	c.rebuilding++
 	c.flying.Add(1)
 	return true
 }
@@ -290,7 +297,7 @@ type adoption struct {
 	stray
 	sound    bool            // they are what the name says
 	children []digest.Digest // if it is a manifest
-	done     chan struct{}
+	done     chan error      // told once whether it has a row, or none for good
 }
 
 func (c *Cache) isStray(d digest.Digest) bool {
@@ -311,16 +318,12 @@ func (c *Cache) unstray(d digest.Digest) bool {
 
 // adoptAll hashes the strays, one after the other, and has the committer take
 // them in or remove them. Requests are served meanwhile; one for a stray
-// fetches it and finds the same bytes. What the disk does not read is tried
-// again, later each time. Nothing is evicted before all were tried once: until then
-// it is not known what is pinned, and what was looked at first would go.
+// fetches it and finds the same bytes. What the disk does not read, or the index has no
+// room for, is tried again, later each time.
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	n := len(strays)
 	strays = c.adoptOnce(strays)
-	c.mu.Lock()
-	c.rebuilding--
-	c.mu.Unlock()
 	for pause := firstAdoptPause; len(strays) > 0; pause = min(2*pause, lastAdoptPause) {
 		timer := time.NewTimer(pause)
 		select {
@@ -355,14 +358,16 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 			unread = append(unread, s)
 			continue
 		}
-		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
+		a := adoption{stray: s, sound: sound, done: make(chan error, 1)}
 		if sound && s.info.Size() <= maxManifest {
 			body, _ := c.store.Read(s.digest, s.info.Size()) // without it, it leads nowhere
 			a.children = childrenOf(body)
 		}
 		select {
 		case c.adoptions <- a:
-			<-a.done
+			if err := <-a.done; err != nil {
+				unread = append(unread, s)
+			}
 		case <-c.ctx.Done():
 			return nil
 		}
@@ -412,49 +417,55 @@ func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report 
 }
 
 // settle runs in the committer: it adopts a sound stray for the listed domain,
-// since nobody knows any more who delivered it, and removes another.
+// since nobody knows any more who delivered it, and removes another. One that cannot
+// have its row yet stays a stray.
 func (c *Cache) settle(a adoption) {
-	defer close(a.done)
-	defer c.repinIfDue()
-	defer func() { // only then, so that who asks meanwhile finds the one or the other
-		c.unstray(a.digest)
+	err := c.adoptOne(a)
+	if err == nil {
+		c.unstray(a.digest) // only now, so that who asks meanwhile finds the one or the other
 		c.mu.Lock()
-		defer c.mu.Unlock()
 		c.adopt--
-	}()
-	stray := c.isStray(a.digest)
-	if row, ok := c.index.Row(a.digest); ok {
-		// A flight of any domain has stored it meanwhile, or a request has had
-		// it looked at.
-		if a.sound {
-			c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children})
-			c.enter(a.digest, row.Alloc, a.children)
-		}
-		return
+		c.mu.Unlock()
 	}
-	if !stray {
-		return // it was looked at before its turn, and is gone again
-	}
-	if a.sound {
-		alloc := blobstore.Allocated(a.info)
-		c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Children: a.children, Object: describe(index.Object{
-			Size: a.info.Size(), Alloc: alloc, Created: time.Now(),
-		}, a.info)})
-		c.enter(a.digest, alloc, a.children)
-		return
-	}
-	if err := c.store.Remove(a.digest); err != nil {
-		c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
-		c.leftOver(a.digest, blobstore.Allocated(a.info))
-		return
-	}
-	c.forget(a.digest, blobstore.Allocated(a.info))
+	c.repinIfDue()
+	a.done <- err
 }
 
-func (c *Cache) apply(s index.Stored) {
-	if err := c.putRows([]index.Stored{s}); err != nil {
+func (c *Cache) adoptOne(a adoption) error {
+	row, known := c.index.Row(a.digest)
+	switch alloc := blobstore.Allocated(a.info); {
+	case known && a.sound:
+		// A flight of any domain has stored it meanwhile, or a request has had
+		// it looked at.
+		if err := c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children}); err != nil {
+			return err
+		}
+		c.enter(a.digest, row.Alloc, a.children)
+	case known || !c.isStray(a.digest): // it has gone, and another one may have come
+	case a.sound:
+		if err := c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Children: a.children, Object: describe(index.Object{
+			Size: a.info.Size(), Alloc: alloc, Created: time.Now(),
+		}, a.info)}); err != nil {
+			return err
+		}
+		c.enter(a.digest, alloc, a.children)
+	default:
+		if err := c.store.Remove(a.digest); err != nil {
+			c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
+			c.leftOver(a.digest, alloc)
+		} else {
+			c.forget(a.digest, alloc)
+		}
+	}
+	return nil
+}
+
+func (c *Cache) apply(s index.Stored) error {
+	err := c.putRows([]index.Stored{s})
+	if err != nil {
 		c.noteTrouble(err)
 	}
+	return err
 }
 
 func (c *Cache) addUsed(n int64) {

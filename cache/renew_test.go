@@ -4,11 +4,17 @@ package cache
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
+
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // TestAnIndexThatBreaksIsRebuiltWhileRequestsAreServed: cut, zeroed or written
@@ -114,9 +120,9 @@ func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
 	}
 }
 
-// TestNothingIsEvictedBeforeAllIsAdopted: without an index, and over the bound, what was
-// looked at first would go, and what is pinned is not known yet.
-func TestNothingIsEvictedBeforeAllIsAdopted(t *testing.T) {
+// TestWithoutAnIndexManifestsAndPinsStay: over the bound, what was not looked at yet goes like
+// what was, and what is pinned is known from the start.
+func TestWithoutAnIndexManifestsAndPinsStay(t *testing.T) {
 	t.Parallel()
 	const images, bound = 8, 6 << 20
 	dir := t.TempDir()
@@ -156,17 +162,17 @@ func TestNothingIsEvictedBeforeAllIsAdopted(t *testing.T) {
 	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
 		t.Fatal(err)
 	}
-	if e := c.Stats().Evicted; e.Objects > 0 {
-		t.Errorf("%+v", e)
+	if n := directory(dir); n > bound {
+		t.Errorf("%d bytes on the disk", n)
 	}
 	close(goOn)
-	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 && !c.isRebuilding() })
+	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
 	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	for i, image := range all {
 		if !c.has(image.index) || !c.has(image.manifest) || !c.has(image.config) {
-			t.Errorf("of image %d, what was looked at first is gone", i)
+			t.Errorf("of image %d, what is small is gone", i)
 		}
 	}
 	for i, b := range all[0].own() {
@@ -179,5 +185,65 @@ func TestNothingIsEvictedBeforeAllIsAdopted(t *testing.T) {
 	}
 	if err := landed(c); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestAFullStoreIsRebuilt: its index has to grow again, and what is pinned is not what makes
+// the room for that.
+func TestAFullStoreIsRebuilt(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	c := openChaos(t, dir, 1<<30)
+	one := buildImage(randomBytes(3000), 7000)
+	pullImage(t, c, "v1", 1, one.own()...)
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 1500 {
+		body := randomBytes(2000)
+		if err := os.WriteFile(c.store.Path(digest.FromBytes(body)), body, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c = openChaos(t, dir, 1<<30)
+	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
+	if err := c.inCommitter(func() error { c.measureOverhead(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	full := c.Stats().UsedBytes
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, indexName)
+	info, err := os.Stat(path)
+	if err == nil {
+		err = os.WriteFile(path, make([]byte, info.Size()), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = openChaos(t, dir, full)
+	defer c.Close()
+	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
+	files, rows := 0, 0
+	err = errors.Join(
+		c.store.Walk(func(digest.Digest, fs.DirEntry) error { files++; return nil }),
+		c.index.Objects(func(digest.Digest, index.Object) { rows++ }))
+	if err != nil || rows != files || rows < 1000 {
+		t.Errorf("%d files have %d rows: %v", files, rows, err)
+	}
+	for i, b := range one.own() {
+		if !c.has(b) {
+			t.Errorf("object %d of what is pinned is gone", i)
+		}
+	}
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	if n := directory(dir); n > full {
+		t.Errorf("%d bytes on the disk, of %d", n, full)
 	}
 }

@@ -163,6 +163,14 @@ func (q *Queue[K]) Retain(keep func(k K) bool) {
 	}
 }
 
+// Size is what an entry takes, in bytes.
+func (q *Queue[K]) Size(k K) (size int64, ok bool) {
+	if e := q.entries[k]; e != nil {
+		return e.size, true
+	}
+	return 0, false
+}
+
 // Gone tells whether an entry was removed.
 func (e *Entry[K]) Gone() bool { return e.gone }
 
@@ -375,31 +383,9 @@ func (q *Queue[K]) Evict(k K) (freed int64) {
 // Remove forgets an entry. It returns its size, or 0 when it is held: the room
 // is free when the last Release is there.
 func (q *Queue[K]) Remove(k K) (freed int64) {
-	e := q.expel(k)
-	if e == nil {
-		return 0
-	}
-	e.gone = true
-	if e.held > 0 {
-		q.lingering += e.size
-		return 0
-	}
-	return e.size
-}
-
-// Expel takes out an entry that stays where it is, and will be entered again. Who
-// holds it, awaits it.
-func (q *Queue[K]) Expel(k K) {
-	if e := q.expel(k); e != nil && e.held > 0 {
-		e.going = false
-		q.awaited[k] = e
-	}
-}
-
-func (q *Queue[K]) expel(k K) *Entry[K] {
 	e := q.entries[k]
 	if e == nil {
-		return nil
+		return 0
 	}
 	delete(q.entries, k)
 	q.leave(e)
@@ -412,7 +398,12 @@ func (q *Queue[K]) expel(k K) *Entry[K] {
 			delete(q.links, k)
 		}
 	}
-	return e
+	e.gone = true
+	if e.held > 0 {
+		q.lingering += e.size
+		return 0
+	}
+	return e.size
 }
 
 // order is a heap, the next victim first.
