@@ -795,6 +795,20 @@ func TestWhateverFailsIsAccountedFor(t *testing.T) {
 	}
 }
 
+// mustCountRight: each byte counts once, and all of them can go.
+func mustCountRight(t *testing.T, c *Cache) {
+	t.Helper()
+	if err := landed(c); err != nil {
+		t.Error(err)
+	}
+	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		t.Error(err)
+	}
+	if err := landed(c); err != nil || c.used != 0 {
+		t.Errorf("%d bytes count of nothing: %v", c.used, err)
+	}
+}
+
 // TestRoomForARowIsNotMadeByEvictingWhatItIsOf: the index has to grow for a row of what
 // is stored.
 func TestRoomForARowIsNotMadeByEvictingWhatItIsOf(t *testing.T) {
@@ -852,15 +866,7 @@ func TestRoomForARowIsNotMadeByEvictingWhatItIsOf(t *testing.T) {
 			if c.Stats().Evicted.Objects == 0 {
 				t.Error("it was not put to the test")
 			}
-			if err := landed(c); err != nil {
-				t.Error(err)
-			}
-			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
-				t.Error(err)
-			}
-			if err := landed(c); err != nil || c.used != 0 {
-				t.Errorf("%d bytes count of nothing: %v", c.used, err)
-			}
+			mustCountRight(t, c)
 		})
 	}
 }
@@ -876,15 +882,7 @@ func TestWhatWasDeletedBeforeTheIndexBrokeIsNotCounted(t *testing.T) {
 		t.Fatal(err)
 	}
 	breakIndex(t, c)
-	if err := landed(c); err != nil {
-		t.Error(err)
-	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
-		t.Error(err)
-	}
-	if err := landed(c); err != nil || c.used != 0 {
-		t.Errorf("%d bytes count of nothing: %v", c.used, err)
-	}
+	mustCountRight(t, c)
 }
 
 // TestMemoryDoesNotOutliveTheIndex: who delivered what is not known any more.
