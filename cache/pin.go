@@ -219,8 +219,8 @@ func (c *Cache) writePins() error {
 }
 
 // writeFile replaces a small file of the directory as one step. For much more than the
-// file takes now it makes room; less is always there. What is not durable may be empty after a power cut, and is what the next
-// start writes anyway.
+// file takes now it makes room; less is always there. What is not durable may be empty
+// after a power cut, and is what the next start writes anyway.
 func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 	path := filepath.Join(c.opts.Dir, name)
 	more := roundUp(int64(len(data))) - smallGrowth
@@ -443,6 +443,21 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		return t
 	}
 	none := true
+	leaf := func(child v1.Descriptor) {
+		if _, seen := t.sizes[child.Digest]; seen || len(t.sizes) >= maxTree {
+			return
+		}
+		size := child.Size
+		row, known := c.index.Row(child.Digest)
+		if known {
+			size = row.Size
+		}
+		if known || c.isStray(child.Digest) {
+			t.Here += size
+		}
+		t.sizes[child.Digest] = size
+		t.Total = addSizes(t.Total, size)
+	}
 	var walk func(d digest.Digest, size int64, platform *v1.Platform)
 	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
 		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
@@ -463,8 +478,8 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 			t.Platforms = append(t.Platforms, platformName(*platform))
 		}
 		for _, child := range m.descriptors() {
-			if !m.isIndex() {
-				walk(child.Digest, child.Size, nil)
+			if !m.isIndex() { // nor read: of files without a row, nobody knows what they are
+				leaf(child)
 				continue
 			}
 			if child.Platform != nil && len(platforms) > 0 && !slices.ContainsFunc(platforms, func(p string) bool {
