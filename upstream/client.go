@@ -106,9 +106,7 @@ type Client struct {
 	listed map[Name]*Registry
 	key    [sha256.Size]byte // of the names of credentials, new with each process
 
-	life    context.Context // of what goes on without a request; ends with Close
-	end     context.CancelFunc
-	probing sync.WaitGroup
+	strangers slots // of all registries that are not listed together
 
 	mu       sync.Mutex
 	unlisted map[Name]*Registry // at most maxUnlisted
@@ -118,10 +116,14 @@ type Client struct {
 // a forgotten one costs the next request an anonymous token.
 const maxUnlisted = 256
 
-// pool has one transport for each reach, because a pooled connection is used
+// pool has transports for each reach, because a pooled connection is used
 // again without a dial: one that was opened for the operator's own endpoint
 // must never carry a request that a stranger caused.
-type pool [reachAny + 1]*http.Transport
+type pool [reachAny + 1]transports
+
+// transports dial alike. The one keeps its connections, the other has a new one
+// for each request.
+type transports struct{ kept, fresh *http.Transport }
 
 // New checks the options and returns a client without any connection yet.
 func New(opts Options) (*Client, error) {
@@ -144,7 +146,7 @@ func New(opts Options) (*Client, error) {
 		c.guard.connect = (&net.Dialer{}).DialContext
 	}
 	rand.Read(c.key[:])
-	c.life, c.end = context.WithCancel(context.Background())
+	c.strangers = make(slots, maxStrangersQuestions)
 	c.pool = c.guard.pool(&tls.Config{RootCAs: opts.RootCAs})
 	for _, cfg := range opts.Listed {
 		if _, dup := c.listed[cfg.Name]; dup {
@@ -161,7 +163,7 @@ func New(opts Options) (*Client, error) {
 			}
 		}
 		r := c.newRegistry(cfg)
-		r.listed = true
+		r.listed, r.asking.all = true, make(slots, maxListedQuestions)
 		c.listed[cfg.Name] = r
 	}
 	return c, nil
@@ -186,7 +188,7 @@ func CheckEndpoint(u *url.URL) error {
 func (g *guard) pool(cfg *tls.Config) pool {
 	var p pool
 	for r := range p {
-		p[r] = &http.Transport{
+		kept := &http.Transport{
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				return g.dial(ctx, network, addr, reach(r))
 			},
@@ -202,6 +204,9 @@ func (g *guard) pool(cfg *tls.Config) pool {
 			Protocols:              http1Only(),
 			ReadBufferSize:         64 << 10,
 		}
+		fresh := kept.Clone()
+		fresh.DisableKeepAlives = true
+		p[r] = transports{kept, fresh}
 	}
 	return p
 }
@@ -233,10 +238,10 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		credentials: cfg.Credentials,
 		proofs:      make(map[proofKey]proof),
 		bases:       make(map[string]base),
-		breakers:    make(map[string]*breaker),
-		served:      make(map[[sha256.Size]byte]time.Time),
-		headRefused: make(map[Kind]bool),
-		limits:      make(map[[sha256.Size]byte]time.Time),
+		hosts:       make(map[string]*host),
+		habits:      make(map[Habit]bool),
+		limits:      make(map[question]time.Time),
+		asking:      gate{places: make(map[string]*place)},
 	}
 	if cfg.TLS != nil {
 		r.pool = c.guard.pool(cfg.TLS)
@@ -264,6 +269,7 @@ func (c *Client) Registry(name Name) *Registry {
 		}
 	}
 	r := c.newRegistry(Config{Name: name, HeadTimeout: c.opts.HeadTimeout})
+	r.asking.all = c.strangers
 	c.unlisted[name] = r
 	return r
 }
@@ -271,16 +277,17 @@ func (c *Client) Registry(name Name) *Registry {
 // Listed tells whether the operator named that registry.
 func (c *Client) Listed(name Name) bool { return c.listed[name] != nil }
 
-// Close ends the probing and drops the idle connections.
+// Close drops the idle connections.
 func (c *Client) Close() {
-	c.end()
-	c.probing.Wait()
-	for _, t := range c.pool {
-		t.CloseIdleConnections()
-	}
+	c.pool.close()
 	for _, r := range c.listed {
-		for _, t := range append(r.pool[:], r.foreign[:]...) {
-			t.CloseIdleConnections()
-		}
+		r.pool.close()
+		r.foreign.close()
+	}
+}
+
+func (p *pool) close() {
+	for _, t := range p {
+		t.kept.CloseIdleConnections()
 	}
 }

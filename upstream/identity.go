@@ -35,14 +35,22 @@ type proof struct {
 	challenge []string          // the same, as the registry wrote it
 	far       reach             // how far the registry's word reached then
 	secret    Secret            // of the node, that it was made from
+	own       bool              // the challenge was of /v2/, and knows no repository
+	made      time.Time
+	refused   bool // the registry said no to it
 }
 
 func (p proof) endsBefore(t time.Time) bool { return !p.expires.IsZero() && p.expires.Before(t) }
 
 type proofKey struct {
-	as               Identity
+	as Identity
+	// host is an endpoint's, or the origin of a registry that redirects led to.
 	host, repository string
 }
+
+// renewAfter is how often there is a new token for a repository where the last
+// one was refused: it may have been opened meanwhile.
+const renewAfter = 5 * time.Second
 
 var (
 	// errNoProof: there is nothing that this identity could show.
@@ -59,42 +67,74 @@ var (
 func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Response, error) {
 	if req.Authorization != "" {
 		resp, _, err := r.try(ctx, e, req, req.Authorization)
+		var status *StatusError
+		if errors.As(err, &status) {
+			status.Shown = true
+		}
 		return resp, r.withChallenge(ctx, e, err)
 	}
 	key := proofKey{req.As, e.URL.Host, req.Repository}
 	shown, fresh := r.known(ctx, e, key)
 	resp, from, err := r.try(ctx, e, req, shown.header)
-	var status *StatusError
-	if !errors.As(err, &status) || status.Status != http.StatusUnauthorized && status.Status != http.StatusForbidden {
+	status, refused := refusal(err)
+	if !refused {
+		if errors.As(err, &status) {
+			status.Shown = shown.header != ""
+		}
 		return resp, err
 	}
-	refusal := func() error {
-		if len(shown.challenge) == 0 {
-			return r.withChallenge(ctx, e, status)
-		}
-		// The token was refused. A credential of the client's own may do
-		// better, with a token for the challenge that came without one.
-		return &StatusError{Status: http.StatusUnauthorized, Challenge: shown.challenge, Denied: status.Status == http.StatusForbidden}
+	if status.Status == http.StatusForbidden || fresh || shown.header != "" && (status.insufficient || time.Since(shown.made) < renewAfter) {
+		return nil, r.refused(ctx, e, key, shown, status)
 	}
-	if status.Status == http.StatusForbidden || fresh || status.insufficient && shown.header != "" {
-		return nil, refusal()
+	challenge, own := status.Challenge, false
+	if len(challenge) == 0 { // some say it at /v2/ only
+		challenge, from, _ = r.baseChallenge(ctx, e)
+		own = true
 	}
-	next, err := r.prove(ctx, e, key, status.Challenge, from)
+	next, err := r.prove(ctx, e, key, challenge, from, own)
 	switch {
 	case errors.Is(err, errNoProof):
-		return nil, refusal()
+		return nil, r.refused(ctx, e, key, shown, status)
 	case err != nil:
 		return nil, err
 	}
-	shown = next
-	resp, _, err = r.try(ctx, e, req, shown.header)
-	if errors.As(err, &status) && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden) {
+	resp, _, err = r.try(ctx, e, req, next.header)
+	if status, ok := refusal(err); ok {
 		if req.As == Node {
 			r.refusedSecret()
 		}
-		return nil, refusal()
+		return nil, r.refused(ctx, e, key, next, status)
+	}
+	if errors.As(err, &status) {
+		status.Shown = true
 	}
 	return resp, err
+}
+
+// refusal is a registry's own 401 or 403.
+func refusal(err error) (status *StatusError, ok bool) {
+	return status, errors.As(err, &status) && !status.Foreign && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden)
+}
+
+// refused is what is said of a refusal. Where a token was shown, a credential of
+// the client's own may do better, with a token for the challenge that came
+// without one; and a later request has a new token.
+func (r *Registry) refused(ctx context.Context, e Endpoint, key proofKey, shown proof, status *StatusError) error {
+	if shown.header != "" {
+		r.mu.Lock()
+		if p, ok := r.proofs[key]; ok && p.header == shown.header {
+			p.refused = true
+			r.proofs[key] = p
+		}
+		r.mu.Unlock()
+	}
+	if len(shown.challenge) == 0 {
+		return r.withChallenge(ctx, e, status)
+	}
+	return &StatusError{
+		Status: http.StatusUnauthorized, Challenge: shown.challenge, Shown: shown.header != "",
+		Denied: status.Status == http.StatusForbidden,
+	}
 }
 
 // known returns what the identity showed last, renewed when it has run out;
@@ -110,30 +150,27 @@ func (r *Registry) known(ctx context.Context, e Endpoint, key proofKey) (p proof
 			return proof{}, false
 		}
 	}
-	if !p.endsBefore(time.Now()) {
+	if again := p.refused && time.Since(p.made) >= renewAfter; !again && !p.endsBefore(time.Now()) {
 		return p, false
 	}
-	p, err := r.prove(ctx, e, key, p.challenge, p.far)
+	p, err := r.prove(ctx, e, key, p.challenge, p.far, p.own)
 	return p, err == nil
 }
 
 // prove finds what answers the challenge, once for all that wait for it. It has
 // a context of its own: whoever started it may leave.
-func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach) (proof, error) {
+func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach, own bool) (proof, error) {
 	done := r.proving.DoChan(fmt.Sprint(key), func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.headTimeout)
 		defer cancel()
-		p, err := r.newProof(ctx, e, key, challenge, far)
-		r.mu.Lock()
-		defer r.mu.Unlock()
+		p, err := r.newProof(ctx, e, key, challenge, far, own)
 		if err != nil {
+			r.mu.Lock()
+			defer r.mu.Unlock()
 			delete(r.proofs, key)
 			return proof{}, err
 		}
-		if !r.listed && len(r.proofs) >= maxStrangerProofs || len(r.proofs) >= maxProofs {
-			clear(r.proofs)
-		}
-		r.proofs[key] = p
+		r.keep(key, p)
 		return p, nil
 	})
 	select {
@@ -144,11 +181,76 @@ func (r *Registry) prove(ctx context.Context, e Endpoint, key proofKey, challeng
 	}
 }
 
-func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach) (proof, error) {
+// keep remembers a proof.
+func (r *Registry) keep(key proofKey, p proof) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.listed && len(r.proofs) >= maxStrangerProofs || len(r.proofs) >= maxProofs {
+		clear(r.proofs)
+	}
+	r.proofs[key] = p
+}
+
+// scopes are what a token is asked for: what the challenge says, or the
+// repository itself where that knows none.
+func scopes(bearer map[string]string, repository string, own bool) []string {
+	if said := strings.Fields(bearer["scope"]); len(said) > 0 && !own {
+		return said[:min(len(said), maxScopes)]
+	}
+	return []string{"repository:" + repository + ":pull"}
+}
+
+// maxScopes is more than any pull needs.
+const maxScopes = 16
+
+// tokenElsewhere is what is shown at a registry that redirects led to.
+func (r *Registry) tokenElsewhere(u *url.URL, repository string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.proofs[proofKey{Anonymous, u.Scheme + "://" + u.Host, repository}]
+	if p.endsBefore(time.Now()) {
+		return ""
+	}
+	return p.header
+}
+
+// proveElsewhere answers the challenge of a registry that redirects led to, as
+// every client does: with a token for everybody of that registry's own service.
+// Nothing of the endpoint's is shown there, and the service is reached no
+// further than the redirect was.
+func (r *Registry) proveElsewhere(ctx context.Context, e Endpoint, req Request, authorization string, resp *answer, far reach) (*answer, reach, error) {
+	key := proofKey{Anonymous, resp.at.Scheme + "://" + resp.at.Host, req.Repository}
+	r.mu.Lock()
+	last := r.proofs[key]
+	r.mu.Unlock()
+	challenge := cleanChallenges(resp.Header)
+	bearer, ok := bearerChallenge(challenge)
+	if !ok || challengeSize(challenge) > maxChallenge || resp.shown && time.Since(last.made) < renewAfter {
+		return resp, far, nil
+	}
+	realm, err := realmOf(resp.at, bearer["realm"])
+	if err != nil {
+		return resp, far, nil
+	}
+	ask := tokenRequest{realm: realm, service: bearer["service"], scopes: scopes(bearer, req.Repository, false)}
+	t, err := r.fetchToken(ctx, ask, far, false)
+	if errors.Is(err, errTokenRefused) {
+		return resp, far, nil
+	}
+	resp.Body.Close()
+	if err != nil {
+		return nil, far, err
+	}
+	r.keep(key, proof{header: "Bearer " + t.Value, expires: t.usableUntil(), made: time.Now()})
+	r.Saw(Redirected)
+	return r.follow(ctx, e, req, authorization)
+}
+
+func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, challenge []string, far reach, own bool) (proof, error) {
 	if challengeSize(challenge) > maxChallenge {
 		return proof{}, errNoProof
 	}
-	p := proof{challenge: challenge, far: far}
+	p := proof{challenge: challenge, far: far, own: own, made: time.Now()}
 	bearer, isBearer := bearerChallenge(challenge)
 	var secret Secret
 	if key.as == Node {
@@ -172,14 +274,11 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 		return proof{}, errNoProof
 	}
 	p.bearer = bearer
-	realm, err := r.realmOf(e, bearer["realm"])
+	realm, err := realmOf(e.URL, bearer["realm"])
 	if err != nil {
 		return proof{}, err
 	}
-	ask := tokenRequest{realm: realm, service: bearer["service"], scopes: []string{bearer["scope"]}}
-	if ask.scopes[0] == "" {
-		ask.scopes[0] = "repository:" + key.repository + ":pull"
-	}
+	ask := tokenRequest{realm: realm, service: bearer["service"], scopes: scopes(bearer, key.repository, own)}
 	if key.as == Node {
 		if !r.pinned(realm) {
 			return proof{}, fmt.Errorf("%w: %s sends for a token to %s, where they may not go; if that is its token service, set realm: %s://%s%s",
@@ -190,7 +289,7 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 			ask.authorization = secret.basic()
 		}
 	}
-	t, err := r.fetchToken(ctx, e, ask, far)
+	t, err := r.fetchTokenFor(ctx, e, ask, far)
 	switch {
 	case errors.Is(err, errTokenRefused):
 		if key.as == Node {
@@ -215,7 +314,7 @@ func (r *Registry) withChallenge(ctx context.Context, e Endpoint, err error) err
 	if cerr != nil || len(challenge) == 0 {
 		return err
 	}
-	return &StatusError{Status: http.StatusUnauthorized, Challenge: challenge}
+	return &StatusError{Status: http.StatusUnauthorized, Challenge: challenge, Shown: status.Shown}
 }
 
 // baseChallengeFor is how long what /v2/ said is believed: a refused client
@@ -236,7 +335,7 @@ func (r *Registry) baseChallenge(ctx context.Context, e Endpoint) ([]string, rea
 	if err != nil {
 		return nil, reachPublic, fmt.Errorf("%w: %s has no /v2/", ErrProtocol, e.URL.Host)
 	}
-	resp, at, err := r.guarded(hreq, r.endpointReach(), true)
+	resp, at, err := r.roundTrip(hreq, r.endpointReach(), true)
 	if err != nil {
 		return nil, reachPublic, err
 	}
@@ -263,12 +362,12 @@ type base struct {
 }
 
 // realmOf parses the realm of a Bearer challenge: https, or http where the
-// endpoint itself is.
-func (r *Registry) realmOf(e Endpoint, realm string) (*url.URL, error) {
+// registry itself is.
+func realmOf(at *url.URL, realm string) (*url.URL, error) {
 	u, err := url.Parse(realm)
 	if err != nil || u.Host == "" || u.User != nil ||
-		u.Scheme != "https" && (u.Scheme != "http" || e.URL.Scheme == "https") {
-		return nil, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, e.URL.Host)
+		u.Scheme != "https" && (u.Scheme != "http" || at.Scheme == "https") {
+		return nil, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, at.Host)
 	}
 	return u, nil
 }

@@ -3,9 +3,10 @@
 package upstream
 
 import (
-	"context"
+	"crypto/hmac"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -14,9 +15,10 @@ import (
 	"time"
 )
 
-// A registry that limits the rate of requests says so with a 429, and for how
-// long. Until then nothing more is asked there with the same credential: each
-// further request would only be refused, and some registries count them.
+// A 429 is the answer to that question of that credential. The same one is not
+// put again before its Retry-After, since it would only be refused, and some
+// registries count it; nothing else is held back. A token service's is that
+// token's.
 
 const (
 	// defaultRetryAfter is for a 429 that does not say (RFC 6585 4): some
@@ -24,54 +26,99 @@ const (
 	defaultRetryAfter = time.Second
 	// These bound what one may say.
 	minRetryAfter = time.Second
-	maxRetryAfter = time.Hour
-	// maxLimited bounds how many credentials are remembered.
+	maxRetryAfter = time.Minute
+	// maxLimited bounds how many questions are remembered.
 	maxLimited = 1024
+	// momentsFrom: a Retry-After of so many seconds or more is no delay but a
+	// moment, in seconds since 1970. As a delay it would be 32 years.
+	momentsFrom = 1_000_000_000
 )
 
-// limited is the refusal that stands for this credential, nil when there is
-// none.
-func (r *Registry) limited(key [sha256.Size]byte) error {
+// question names what is asked with which credential, in a form that is worth
+// nothing elsewhere.
+type question [sha256.Size]byte
+
+func (c *Client) question(req Request, parts ...string) (q question) {
+	h := hmac.New(sha256.New, c.key[:])
+	fmt.Fprintf(h, "%q %d %q", parts, req.As, req.Authorization)
+	h.Sum(q[:0])
+	return q
+}
+
+// unlessLimited asks, unless a 429 that the same question was answered with
+// still holds.
+func unlessLimited[T any](r *Registry, q question, ask func() (T, error)) (T, error) {
+	if err := r.limited(q); err != nil {
+		var none T
+		return none, err
+	}
+	resp, err := ask()
+	var status *StatusError
+	if errors.As(err, &status) && status.Status == http.StatusTooManyRequests {
+		r.limit(q, status.RetryAfter)
+		if longest := r.limited(q); longest != nil { // of several that were on their way
+			err = longest
+		}
+	}
+	return resp, err
+}
+
+// limited is the refusal that stands for this question, nil when there is none.
+func (r *Registry) limited(q question) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	until, ok := r.limits[key]
+	until, ok := r.limits[q]
 	if !ok {
 		return nil
 	}
 	left := time.Until(until)
 	if left <= 0 {
-		delete(r.limits, key)
+		delete(r.limits, q)
 		return nil
 	}
-	return &StatusError{Status: http.StatusTooManyRequests, RetryAfter: strconv.Itoa(int((left + time.Second - 1) / time.Second))}
+	return &StatusError{Status: http.StatusTooManyRequests, RetryAfter: left}
 }
 
-// noteLimit takes a 429, if the error is one.
-func (r *Registry) noteLimit(key [sha256.Size]byte, err error) {
-	var status *StatusError
-	if !errors.As(err, &status) || status.Status != http.StatusTooManyRequests {
-		return
-	}
-	until := time.Now().Add(retryAfter(status.RetryAfter, time.Now()))
+func (r *Registry) limit(q question, d time.Duration) {
+	now := time.Now()
+	until := now.Add(min(max(d, minRetryAfter), maxRetryAfter))
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.limits) >= maxLimited {
+		maps.DeleteFunc(r.limits, func(_ question, t time.Time) bool { return !t.After(now) })
+	}
+	if len(r.limits) >= maxLimited {
 		clear(r.limits)
 	}
-	if until.After(r.limits[key]) { // of several that were on their way, the longest holds
-		r.limits[key] = until
+	if until.After(r.limits[q]) {
+		r.limits[q] = until
 	}
 }
 
-// retryAfter reads the header: seconds, or a date (RFC 9110 10.2.3).
-func retryAfter(header string, now time.Time) time.Duration {
+// retryAfter reads the header: seconds, a date (RFC 9110 10.2.3), or, as some
+// registries write it, a moment in seconds since 1970. Moments are told by the
+// server's own clock, where it says what that is. 0 means that it does not say.
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	text := strings.TrimSpace(h.Get("Retry-After"))
+	if text == "" {
+		return 0
+	}
+	if date, err := http.ParseTime(h.Get("Date")); err == nil {
+		now = date
+	}
 	d := defaultRetryAfter
-	if seconds, err := parseDecimal(strings.TrimSpace(header)); err == nil {
-		d = time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
-	} else if errors.Is(err, strconv.ErrRange) {
+	seconds, err := parseDecimal(text)
+	switch {
+	case errors.Is(err, strconv.ErrRange):
 		d = maxRetryAfter
-	} else if date, err := http.ParseTime(header); err == nil {
-		d = date.Sub(now)
+	case err == nil && seconds >= momentsFrom:
+		d = time.Unix(seconds, 0).Sub(now)
+	case err == nil:
+		d = time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
+	default:
+		if date, err := http.ParseTime(text); err == nil {
+			d = date.Sub(now)
+		}
 	}
 	return min(max(d, minRetryAfter), maxRetryAfter)
 }
@@ -94,29 +141,12 @@ func (r *Registry) noteRate(h http.Header) {
 	}
 	first, _, _ := strings.Cut(h.Get("Ratelimit-Limit"), ";")
 	limit, _ := parseDecimal(first)
-	if _, err := parseDecimal(window); err != nil {
+	if n, err := parseDecimal(window); err != nil || strconv.FormatInt(n, 10) != window {
 		window = ""
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.rate = RateLimit{Limit: limit, Remaining: left, Window: window, Seen: time.Now()}
-}
-
-// Health is how a registry does, for people.
-type Health struct {
-	Name Name `json:"name"`
-	// Down are the hosts that are not asked now, since they failed.
-	Down []HostDown `json:"down,omitempty"`
-	// LimitedUntil is until when the registry's 429 holds for some credential.
-	LimitedUntil *time.Time `json:"limitedUntil,omitempty"`
-	RateLimit    *RateLimit `json:"rateLimit,omitempty"`
-}
-
-// HostDown is an endpoint's host, or a token service's.
-type HostDown struct {
-	Origin string    `json:"origin"`
-	Since  time.Time `json:"since"`
-	Cause  string    `json:"cause"`
 }
 
 // Health returns that of the listed registries, by name.
@@ -125,54 +155,4 @@ func (c *Client) Health() (all []Health) {
 		all = append(all, c.listed[name].health())
 	}
 	return all
-}
-
-func (r *Registry) health() Health {
-	h := Health{Name: r.name}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for origin, b := range r.breakers {
-		b.mu.Lock()
-		if !b.since.IsZero() {
-			h.Down = append(h.Down, HostDown{Origin: origin, Since: b.since, Cause: b.cause.Error()})
-		}
-		b.mu.Unlock()
-	}
-	for _, until := range r.limits {
-		if time.Until(until) > 0 && (h.LimitedUntil == nil || until.After(*h.LimitedUntil)) {
-			h.LimitedUntil = &until
-		}
-	}
-	if !r.rate.Seen.IsZero() {
-		rate := r.rate
-		h.RateLimit = &rate
-	}
-	return h
-}
-
-// askLimited is askHead, unless a 429 stands in the way. Lists are limited apart
-// from what a pull needs: many registries count them so.
-func (r *Registry) askLimited(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	what := e.URL.Host
-	if req.Kind != Manifest && req.Kind != Blob {
-		what += " " + string(req.Kind)
-	}
-	key := r.client.asker(what, req)
-	if err := r.limited(key); err != nil {
-		return nil, err
-	}
-	resp, err := r.askHead(ctx, e, authority, timeout, req)
-	return resp, r.orLimited(key, err)
-}
-
-// orLimited takes err, and is what tarn makes of it when that is a 429.
-func (r *Registry) orLimited(key [sha256.Size]byte, err error) error {
-	r.noteLimit(key, err)
-	var status *StatusError
-	if errors.As(err, &status) && status.Status == http.StatusTooManyRequests {
-		if limited := r.limited(key); limited != nil {
-			return limited
-		}
-	}
-	return err
 }

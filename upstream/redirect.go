@@ -4,6 +4,7 @@ package upstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,6 +27,8 @@ type answer struct {
 	// foreign: it came from another origin than the endpoint's, so it is
 	// not the registry's own word.
 	foreign bool
+	at      *url.URL  // where it came from
+	shown   bool      // a token for that place was shown there
 	sent    time.Time // when the first request of the chain went out
 }
 
@@ -51,11 +55,14 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 				hreq.Header.Set("Authorization", authorization)
 			}
 		}
-		exchange := r.roundTrip
-		if home {
-			exchange = r.guarded
+		shown := false
+		if !home {
+			if token := r.tokenElsewhere(u, req.Repository); token != "" {
+				hreq.Header.Set("Authorization", token)
+				shown = true
+			}
 		}
-		resp, at, err := exchange(hreq, far, home)
+		resp, at, err := r.roundTrip(hreq, far, home)
 		if err != nil {
 			return nil, word, err
 		}
@@ -74,7 +81,7 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 			return nil, word, err
 		}
 		if next == nil {
-			return &answer{Response: resp, foreign: !home, sent: sent}, word, nil
+			return &answer{Response: resp, foreign: !home, at: u, shown: shown, sent: sent}, word, nil
 		}
 		drain(resp.Body)
 		if hop == maxRedirects {
@@ -131,33 +138,36 @@ func drain(body io.ReadCloser) {
 	body.Close()
 }
 
-// guarded is a roundTrip through the host's breaker.
-func (r *Registry) guarded(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
-	at := zoneNever
-	resp, err := r.breaker(hreq.URL).do(hreq, r.headTimeout*3/4, far, home, func() (resp *http.Response, err error) {
-		resp, at, err = r.roundTrip(hreq, far, home)
-		return resp, err
-	})
-	return resp, at, err
-}
-
-// roundTrip is one exchange on the wire, at the endpoint itself when home is
+// roundTrip is one exchange with a host, at the endpoint itself when home is
 // set: only that is shown tarn's certificate. It returns besides the zone of
 // the address that answered.
 func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
-	at := zoneNever
-	trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
-		if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
-			at = r.client.guard.zoneOf(unmapped(tcp.AddrPort()))
-		}
-	}}
-	hreq = hreq.WithContext(httptrace.WithClientTrace(hreq.Context(), trace))
+	var at atomic.Int64
+	at.Store(int64(zoneNever))
 	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
-	transports := &r.foreign
-	if home {
-		transports = &r.pool
+	send := func(t http.RoundTripper, hreq *http.Request, idle func(time.Duration)) (*http.Response, error) {
+		trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+			if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
+				at.Store(int64(r.client.guard.zoneOf(unmapped(tcp.AddrPort()))))
+			}
+			if info.WasIdle {
+				idle(info.IdleTime)
+			}
+		}}
+		return t.RoundTrip(hreq.WithContext(httptrace.WithClientTrace(hreq.Context(), trace)))
 	}
-	resp, err := transports[far].RoundTrip(hreq)
+	way := r.foreign[far]
+	if home {
+		way = r.pool[far]
+	}
+	sent := time.Now()
+	patience, twice := r.patience(hreq.URL, sent)
+	resp, err := within(hreq, patience, func(hreq *http.Request) (*http.Response, error) {
+		if twice && (hreq.Method == http.MethodGet || hreq.Method == http.MethodHead) {
+			return r.sendTwice(hreq, way, send)
+		}
+		return send(way.kept, hreq, func(time.Duration) {})
+	})
 	status := 0
 	if err == nil {
 		status = resp.StatusCode
@@ -165,10 +175,19 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 	if r.client.opts.Observe != nil {
 		r.client.opts.Observe(r.name, hreq.Method, status)
 	}
-	if err != nil {
-		return nil, at, unreachable(hreq.URL.Hostname(), err)
+	if cause := context.Cause(hreq.Context()); err != nil && (errors.Is(cause, ErrTimeout) || errors.Is(cause, context.DeadlineExceeded)) {
+		err = fmt.Errorf("%w: %w", ErrTimeout, err)
 	}
-	return resp, at, nil
+	if patience == 0 {
+		patience = r.headTimeout * 3 / 4
+	}
+	if r.heard(hreq.URL, sent, err, patience) {
+		way.kept.CloseIdleConnections() // they may be what is dead
+	}
+	if err != nil {
+		return nil, zone(at.Load()), unreachable(hreq.URL.Hostname(), err)
+	}
+	return resp, zone(at.Load()), nil
 }
 
 func unmapped(ap netip.AddrPort) netip.AddrPort {

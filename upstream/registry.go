@@ -4,8 +4,6 @@ package upstream
 
 import (
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/http"
@@ -71,18 +69,16 @@ type Registry struct {
 	credentials *DockerConfig // of the node; nil for none
 
 	proving singleflight.Group // by proofKey
+	asking  gate
 
 	// mu guards what follows.
-	mu       sync.Mutex
-	proofs   map[proofKey]proof  // at most maxProofs
-	bases    map[string]base     // what /v2/ said, by host: one an endpoint
-	breakers map[string]*breaker // by origin: the endpoints' and token services'; at most maxBreakers
-	// served are repository+credential pairs whose GET of a blob succeeded
-	// lately: the evidence that a refused HEAD is the registry's habit.
-	served      map[[sha256.Size]byte]time.Time // at most maxServed
-	headRefused map[Kind]bool                   // HEAD of an object is refused where GET is not
-	limits      map[[sha256.Size]byte]time.Time // until when a credential's 429 holds; at most maxLimited
-	rate        RateLimit                       // what the authority said last; zero when it never did
+	mu     sync.Mutex
+	proofs map[proofKey]proof     // at most maxProofs
+	bases  map[string]base        // what /v2/ said, by host: one an endpoint
+	hosts  map[string]*host       // by origin; at most maxHosts
+	habits map[Habit]bool         // what it was seen to do
+	limits map[question]time.Time // until when a 429 holds; at most maxLimited
+	rate   RateLimit              // what the authority said last; zero when it never did
 }
 
 const (
@@ -91,8 +87,6 @@ const (
 	// a stranger's: 256 times 16 proofs of 20 KiB at most.
 	maxStrangerProofs = 16
 	maxChallenge      = 4 << 10
-	maxServed         = 1024
-	servedFor         = 10 * time.Minute
 	// earlyTimeout is what an endpoint gets while another one is left.
 	earlyTimeout = 3 * time.Second
 )
@@ -130,7 +124,8 @@ func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 		if n < len(endpoints)-1 {
 			timeout = min(timeout, earlyTimeout)
 		}
-		resp, err := r.askLimited(ctx, e, i == 0, timeout, ask)
+		asked := r.client.question(ask, e.URL.String(), ask.Method, ask.Repository, string(ask.Kind), ask.Reference, ask.Query.Encode())
+		resp, err := unlessLimited(r, asked, func() (*Response, error) { return r.ask(ctx, e, timeout, ask) })
 		if err == nil {
 			resp.Authority, resp.Endpoint = i == 0, i
 			return resp, nil
@@ -153,85 +148,16 @@ func movesOn(err error) bool {
 	return errors.Is(err, ErrUnreachable) || errors.Is(err, ErrTimeout)
 }
 
-// askHead is ask, for registries that refuse HEAD of an object where they
-// grant GET (405, or for blobs like ECR Public 401 and 403 to the very
-// credential that may GET): those are asked with a GET that is closed after
-// its headers.
-func (r *Registry) askHead(ctx context.Context, e Endpoint, authority bool, timeout time.Duration, req Request) (*Response, error) {
-	key := r.client.asker(req.Repository, req)
-	isObject := (req.Kind == Blob || req.Kind == Manifest) && strings.Contains(req.Reference, ":")
-	if !isObject || !authority {
-		return r.ask(ctx, e, timeout, req)
-	}
-	if req.Method == http.MethodGet {
-		resp, err := r.ask(ctx, e, timeout, req)
-		if err == nil && req.Kind == Blob {
-			r.noteServed(key)
-		}
-		return resp, err
-	}
-	r.mu.Lock()
-	refuses := r.headRefused[req.Kind]
-	r.mu.Unlock()
-	if !refuses {
-		resp, err := r.ask(ctx, e, timeout, req)
-		var status *StatusError
-		if !errors.As(err, &status) {
-			return resp, err
-		}
-		switch status.Status {
-		case http.StatusMethodNotAllowed:
-			// Also when this GET is refused: how often is asked must not
-			// tell what another has.
-			r.mu.Lock()
-			r.headRefused[req.Kind] = true
-			r.mu.Unlock()
-		case http.StatusUnauthorized, http.StatusForbidden:
-			r.mu.Lock()
-			when, seen := r.served[key]
-			r.mu.Unlock()
-			if req.Kind != Blob || !seen || time.Since(when) > servedFor {
-				return nil, err
-			}
-		default:
-			return nil, err
-		}
-	}
-	req.Method = http.MethodGet
-	resp, err := r.ask(ctx, e, timeout, req)
-	if err != nil {
-		return nil, err
-	}
-	resp.Body.Close()
-	resp.Body = http.NoBody
-	r.mu.Lock()
-	r.headRefused[req.Kind] = true
-	r.mu.Unlock()
-	return resp, nil
-}
-
-// asker names a credential at a place, a repository or a host, in a form that is
-// worth nothing elsewhere.
-func (c *Client) asker(place string, req Request) (sum [sha256.Size]byte) {
-	h := hmac.New(sha256.New, c.key[:])
-	fmt.Fprintf(h, "%q %d %q", place, req.As, req.Authorization)
-	h.Sum(sum[:0])
-	return sum
-}
-
-func (r *Registry) noteServed(key [sha256.Size]byte) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(r.served) >= maxServed {
-		clear(r.served)
-	}
-	r.served[key] = time.Now()
-}
-
 // ask puts the request to one endpoint: with the caller's credential, or as
 // anonymous, where a Bearer challenge costs a token and one more try.
 func (r *Registry) ask(ctx context.Context, e Endpoint, timeout time.Duration, req Request) (*Response, error) {
 	ctx, headers := withHeaderDeadline(ctx, timeout)
+	leave, err := r.asking.enter(ctx, req.Repository)
+	if err != nil {
+		headers.cancel(nil)
+		return nil, headers.explain(err)
+	}
+	defer leave()
 	resp, err := r.exchange(ctx, e, req)
 	if err != nil {
 		headers.cancel(nil)
@@ -250,17 +176,24 @@ func (r *Registry) endpointReach() reach {
 }
 
 // try sends the request once, follows its redirects, and turns the answer
-// into a Response or an error. An answer of a redirect target that refuses is
-// nobody's word: signed URLs expire, and some refuse HEAD. It is tried once
-// more from the registry's URL, as a GET.
+// into a Response or an error. Where it was sent to a registry that wants a
+// token, it shows one that everybody has there. Any other answer of a redirect
+// target that refuses is nobody's word: signed URLs expire, and some refuse
+// HEAD. It is tried once more from the registry's URL, as a GET.
 func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorization string) (*Response, reach, error) {
 	resp, from, err := r.follow(ctx, e, req, authorization)
-	if err == nil && resp.foreign && resp.StatusCode >= 400 && resp.StatusCode < 500 {
+	if err == nil && resp.foreign && resp.StatusCode == http.StatusUnauthorized {
+		resp, from, err = r.proveElsewhere(ctx, e, req, authorization, resp, from)
+	}
+	if err == nil && resp.foreign && resp.StatusCode >= 400 && resp.StatusCode < 500 && req.Kind.named() {
 		resp.Body.Close()
 		again := req
 		again.Method = http.MethodGet
+		if req.Method == http.MethodHead && req.Kind == Blob {
+			again.Length = 1
+		}
 		resp, from, err = r.follow(ctx, e, again, authorization)
-		if err == nil && resp.foreign && resp.StatusCode >= 400 {
+		if err == nil && resp.foreign && resp.StatusCode >= 400 && (resp.StatusCode != http.StatusNotFound || req.Kind == Blob) {
 			resp.Body.Close()
 			if again.ranged() && resp.StatusCode < 500 {
 				// Whatever it means, the whole may be had there.
@@ -272,6 +205,7 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 			resp.Body.Close()
 			resp.Body = http.NoBody
 		}
+		req = again
 	}
 	if err != nil {
 		return nil, from, err
@@ -281,9 +215,14 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 		resp.Body.Close()
 		return nil, from, err
 	}
-	out.Anonymous = req.Authorization == "" && req.As == Anonymous
+	if out.Encoding != "" {
+		r.Saw(Labelled)
+	}
 	return out, from, nil
 }
+
+// named tells whether requests of this kind name an object.
+func (k Kind) named() bool { return k == Manifest || k == Blob }
 
 // url of a request at an endpoint. Repository and reference were parsed before
 // they came here and need no escaping, but it costs nothing to be sure.

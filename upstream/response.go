@@ -36,12 +36,20 @@ type StatusError struct {
 	// Challenge are the WWW-Authenticate headers of a 401, without their
 	// error parameters, which speak of a request that the client never sent.
 	Challenge []string
-	// RetryAfter is the header of a 429 or 503, as it came.
-	RetryAfter string
+	// RetryAfter is what a 429 or 503 asks for, between a second and a minute;
+	// 0 when it does not say.
+	RetryAfter time.Duration
 
 	// Denied: the registry itself said 403 to a token that tarn came by, and
 	// the status is a 401 so that a client's own credential may do better.
 	Denied bool
+	// Shown: a credential or token was shown with the request that was refused.
+	Shown bool
+	// Foreign: a redirect target said it, which is nobody's word on rights.
+	Foreign bool
+	// Web: the body is a page for people. A registry that lacks an API often
+	// answers with one.
+	Web bool
 
 	insufficient bool // RFC 6750 3.1: the token is good, but not for this
 }
@@ -77,13 +85,15 @@ type Response struct {
 	// Digest is what the registry says this is, "" when it does not or when
 	// what it says is no digest.
 	Digest digest.Digest
-	// MediaType is the Content-Type without its parameters.
+	// MediaType is the Content-Type without its parameters, "" when it is none
+	// of at most maxMediaType characters (RFC 6838 4.2).
 	MediaType string
-	// Sent is when the request went out: what the answer says was so at
-	// some moment after it.
-	Sent time.Time
-	// Anonymous: neither a client's credential nor the node's was shown.
-	Anonymous bool
+	// Encoding is the Content-Encoding, although identity was asked for; ""
+	// for none. A digest names the bytes, whatever they are labelled.
+	Encoding string
+	// Redirected: it came from where the endpoint redirected to, another
+	// origin.
+	Redirected bool
 	// Authority: it is the first endpoint's answer, which is the registry's
 	// word; another's is bytes only.
 	Authority bool
@@ -107,35 +117,38 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		if refusesRange(req, a.StatusCode) {
 			return nil, fmt.Errorf("%w, but %d", ErrRange, a.StatusCode)
 		}
-		if a.foreign && a.StatusCode < 500 {
+		if a.foreign && a.StatusCode < 400 {
 			return nil, fmt.Errorf("%w: the redirect target answered %d", ErrProtocol, a.StatusCode)
 		}
-		e := &StatusError{Status: a.StatusCode}
+		e := &StatusError{Status: a.StatusCode, Foreign: a.foreign, Web: isWeb(mediaTypeOf(a.Header))}
 		switch a.StatusCode {
 		case http.StatusUnauthorized:
-			e.Challenge = cleanChallenges(a.Header)
+			if a.foreign {
+				break // how to show a credential elsewhere
+			}
+			if e.Challenge = cleanChallenges(a.Header); challengeSize(e.Challenge) > maxChallenge {
+				e.Challenge = nil
+			}
 			for _, c := range a.Header.Values("WWW-Authenticate") {
 				_, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
 				e.insufficient = e.insufficient || authParams(rest)["error"] == "insufficient_scope"
 			}
 		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-			e.RetryAfter = a.Header.Get("Retry-After")
+			e.RetryAfter = retryAfter(a.Header, time.Now())
 		}
 		return nil, e
 	}
-	if enc := a.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		return nil, fmt.Errorf("%w: Content-Encoding %q although identity was asked for", ErrProtocol, enc)
-	}
 	r := &Response{
-		Header: a.Header,
-		Body:   a.Body,
-		Size:   a.ContentLength,
-		End:    a.ContentLength,
-		ETag:   a.Header.Get("ETag"),
-		Sent:   a.sent,
+		Header:     a.Header,
+		Body:       a.Body,
+		Size:       a.ContentLength,
+		End:        a.ContentLength,
+		ETag:       a.Header.Get("ETag"),
+		MediaType:  mediaTypeOf(a.Header),
+		Redirected: a.foreign,
 	}
-	if mt, _, err := mime.ParseMediaType(a.Header.Get("Content-Type")); err == nil {
-		r.MediaType = mt
+	if enc := a.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
+		r.Encoding = enc
 	}
 	if d, err := digest.Parse(a.Header.Get("Docker-Content-Digest")); err == nil {
 		r.Digest = d
@@ -154,6 +167,30 @@ func newResponse(req Request, a *answer) (*Response, error) {
 	}
 	return r, nil
 }
+
+// maxMediaType is the longest name of a media type (RFC 6838 4.2).
+const maxMediaType = 255
+
+// mediaTypeOf reads the Content-Type.
+func mediaTypeOf(h http.Header) string {
+	text := h.Get("Content-Type")
+	if len(text) > 4*maxMediaType {
+		return ""
+	}
+	mt, _, err := mime.ParseMediaType(text)
+	if err != nil || len(mt) > maxMediaType {
+		return ""
+	}
+	return mt
+}
+
+// isWeb tells whether a body of that type is a page for people.
+func isWeb(mediaType string) bool {
+	return mediaType == "text/html" || mediaType == "application/xhtml+xml"
+}
+
+// Web tells whether the body is a page for people.
+func (r *Response) Web() bool { return isWeb(r.MediaType) }
 
 // parseContentRange reads "bytes first-last/size" (RFC 9110 14.4); a range
 // whose total is unknown is an error here.

@@ -93,28 +93,66 @@ func (t tokenRequest) httpRequest(ctx context.Context) (*http.Request, error) {
 	return req, err
 }
 
-// fetchToken asks the realm. It follows no redirect: a credential goes where it
-// was said to go. oras-go's client for this refuses every realm on a private
-// address under another host name than the registry's, listed or not, and looks
-// names up past the dial guard; here the guard decides.
-func (r *Registry) fetchToken(ctx context.Context, e Endpoint, t tokenRequest, far reach) (Token, error) {
+// fetchTokenFor asks the realm that an endpoint named.
+func (r *Registry) fetchTokenFor(ctx context.Context, e Endpoint, t tokenRequest, far reach) (Token, error) {
+	home := sameOrigin(t.realm, e.URL)
+	if home {
+		far = r.endpointReach()
+	}
+	return r.fetchToken(ctx, t, far, home)
+}
+
+// fetchToken asks the realm. With a credential it follows no redirect: that goes
+// where it was said to go. Without one it does, never from https to http.
+// oras-go's client for this refuses every realm on a private address under
+// another host name than the registry's, listed or not, and looks names up past
+// the dial guard; here the guard decides.
+func (r *Registry) fetchToken(ctx context.Context, t tokenRequest, far reach, home bool) (Token, error) {
+	asked := r.client.question(Request{Authorization: t.authorization + "\n" + t.refreshToken}, append([]string{"token", t.realm.String(), t.service}, t.scopes...)...)
+	return unlessLimited(r, asked, func() (Token, error) { return r.askToken(ctx, t, far, home) })
+}
+
+func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home bool) (Token, error) {
 	hreq, err := t.httpRequest(ctx)
 	if err != nil {
 		return Token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
 	}
-	issued, home := time.Now(), sameOrigin(t.realm, e.URL)
-	if home {
-		far = r.endpointReach()
-	}
-	resp, _, err := r.guarded(hreq, far, home)
-	if err != nil {
-		return Token{}, err
+	issued := time.Now()
+	var resp *http.Response
+	for hop := 0; ; hop++ {
+		at := zoneNever
+		if resp, at, err = r.roundTrip(hreq, far, home); err != nil {
+			return Token{}, err
+		}
+		next, err := redirectTarget(hreq.URL, resp)
+		if next == nil && err == nil || t.authorization != "" || t.refreshToken != "" {
+			break
+		}
+		drain(resp.Body)
+		if err != nil {
+			return Token{}, err
+		}
+		if hop == maxRedirects {
+			return Token{}, fmt.Errorf("%w: the token service of %s redirects more than %d times", ErrProtocol, r.name, maxRedirects)
+		}
+		reached := reachPublic
+		if r.listed {
+			reached = reachFrom(at)
+		}
+		if far = min(far, reached); home && sameOrigin(next, t.realm) {
+			far = r.endpointReach()
+		} else {
+			home = false
+		}
+		if hreq, err = http.NewRequestWithContext(ctx, http.MethodGet, next.String(), nil); err != nil {
+			return Token{}, fmt.Errorf("%w: the token service of %s redirects to no URL", ErrProtocol, r.name)
+		}
 	}
 	defer resp.Body.Close()
 	switch {
 	case resp.StatusCode == http.StatusOK:
 	case resp.StatusCode == http.StatusTooManyRequests:
-		return Token{}, &StatusError{Status: resp.StatusCode, RetryAfter: resp.Header.Get("Retry-After")}
+		return Token{}, &StatusError{Status: resp.StatusCode, RetryAfter: retryAfter(resp.Header, time.Now())}
 	case resp.StatusCode >= 400 && resp.StatusCode < 500:
 		return Token{}, errTokenRefused
 	default:
@@ -161,7 +199,7 @@ func (r *Registry) ClientToken(ctx context.Context, repositories []string, autho
 	if !ok {
 		return Token{}, ErrNoTokenService
 	}
-	realm, err := r.realmOf(e, bearer["realm"])
+	realm, err := realmOf(e.URL, bearer["realm"])
 	if err != nil {
 		return Token{}, err
 	}
@@ -173,15 +211,11 @@ func (r *Registry) ClientToken(ctx context.Context, repositories []string, autho
 	for _, repository := range repositories {
 		ask.scopes = append(ask.scopes, "repository:"+repository+":pull")
 	}
-	key := r.client.asker("token of "+realm.Host, Request{Authorization: authorization + "\n" + refreshToken})
-	if err := r.limited(key); err != nil {
-		return Token{}, err
-	}
-	t, err := r.fetchToken(ctx, e, ask, far)
+	t, err := r.fetchTokenFor(ctx, e, ask, far)
 	if errors.Is(err, errTokenRefused) {
-		return Token{}, &StatusError{Status: http.StatusUnauthorized}
+		return Token{}, &StatusError{Status: http.StatusUnauthorized, Shown: true}
 	}
-	return t, r.orLimited(key, err)
+	return t, err
 }
 
 // pinned tells whether this realm may see a password that was given to tarn:

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upstream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"syscall"
+	"time"
+)
+
+// What is remembered of a host's trouble is little, and no question is refused
+// for it. A host that cannot be connected to says so at once, each time. One
+// that was silent is given silentPatience for each further question, until it
+// answers anybody anything.
+//
+// A connection that lay idle may be dead without anybody's knowing: balancers
+// on the way forget such connections, and what is sent on one is lost. So a
+// question on a connection that was idle for idleDoubt, and that hears nothing
+// for idlePatience, is put once more on a new one, and the first answer counts.
+
+const (
+	// silentPatience is what a host has for its headers after it was silent.
+	silentPatience = time.Second
+	// idleDoubt: a pull's requests follow each other faster.
+	idleDoubt = 3 * time.Second
+	// idlePatience is long for a registry that is well, and leaves the second
+	// question most of the time that a client waits.
+	idlePatience = 2 * time.Second
+	// slowFor is how long a host is not asked twice that answered the first
+	// question after all: it is slow, and twice the questions make it slower.
+	slowFor = time.Minute
+	// maxHosts bounds what a registry can make tarn remember by naming
+	// redirect targets and token services.
+	maxHosts = 32
+)
+
+// host is what is known of one host, by its origin. The registry's lock guards
+// it.
+type host struct {
+	answered time.Time // when it last answered anybody anything
+	failing  time.Time // since when it does not; zero when it does
+	cause    error     // ErrTimeout or ErrUnreachable
+	slow     time.Time // until when no question is put to it twice
+}
+
+// host returns the one that u names. Called with the lock.
+func (r *Registry) host(u *url.URL) *host {
+	origin := u.Scheme + "://" + u.Host
+	h := r.hosts[origin]
+	if h != nil {
+		return h
+	}
+	if len(r.hosts) >= maxHosts {
+		for other := range r.hosts { // any but an endpoint's: it costs a little patience
+			if !slices.ContainsFunc(r.endpoints, func(e Endpoint) bool { return e.URL.Scheme+"://"+e.URL.Host == other }) {
+				delete(r.hosts, other)
+				break
+			}
+		}
+	}
+	h = &host{}
+	r.hosts[origin] = h
+	return h
+}
+
+// patience is how long the host has for its headers, 0 for what the question
+// as a whole has, and whether a question may be put to it twice.
+func (r *Registry) patience(u *url.URL, now time.Time) (d time.Duration, twice bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.host(u)
+	if errors.Is(h.cause, ErrTimeout) {
+		d = silentPatience
+	}
+	return d, now.After(h.slow)
+}
+
+// heard takes how an exchange with a host ended that began at sent.
+func (r *Registry) heard(u *url.URL, sent time.Time, err error, patience time.Duration) (silent bool) {
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.host(u)
+	switch {
+	case err == nil:
+		h.answered, h.failing, h.cause = now, time.Time{}, nil
+		return false
+	case h.answered.After(sent):
+		return false // it answers others
+	case errors.Is(err, ErrTimeout):
+		if now.Sub(sent) < patience {
+			return false // whoever asked had little time
+		}
+		h.cause = ErrTimeout
+	case refusedConnection(err):
+		h.cause = ErrUnreachable
+	default:
+		return false // who left says nothing about the host, nor what this process is short of
+	}
+	if h.failing.IsZero() {
+		h.failing = now
+	}
+	return h.cause == ErrTimeout
+}
+
+// Away tells whether the authority's host cannot be reached, or answered nobody
+// when it was asked last.
+func (r *Registry) Away() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.host(r.endpoints[0].URL).failing.IsZero()
+}
+
+// proveSlow notes that the host answered a question that was put twice.
+func (r *Registry) proveSlow(u *url.URL) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.host(u).slow = time.Now().Add(slowFor)
+}
+
+// within sends the request with a bound on the time to its headers, for a host
+// that was silent. 0 is none.
+func within(hreq *http.Request, patience time.Duration, send func(*http.Request) (*http.Response, error)) (*http.Response, error) {
+	if patience == 0 {
+		return send(hreq)
+	}
+	ctx, headers := withHeaderDeadline(hreq.Context(), patience)
+	resp, err := send(hreq.WithContext(ctx))
+	if err != nil {
+		headers.cancel(nil)
+		return nil, headers.explain(err)
+	}
+	headers.timer.Stop() // the context ends with the one that it was made from
+	return resp, nil
+}
+
+// sendTwice sends the request over one of the transport's connections, and once
+// more over a new one when that had lain idle and brings nothing.
+//
+// send is one exchange; it tells how long its connection had lain idle as soon
+// as it has one.
+func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.RoundTripper, *http.Request, func(idle time.Duration)) (*http.Response, error)) (*http.Response, error) {
+	type outcome struct {
+		resp *http.Response
+		err  error
+	}
+	var timer *time.Timer
+	second := make(chan outcome, 1)
+	first, leaveFirst := context.WithCancel(hreq.Context())
+	again, leaveSecond := context.WithCancel(hreq.Context())
+	resp, err := send(way.kept, hreq.WithContext(first), func(idle time.Duration) {
+		if idle < idleDoubt || timer != nil {
+			return
+		}
+		timer = time.AfterFunc(idlePatience, func() {
+			resp, err := send(way.fresh, hreq.WithContext(again), func(time.Duration) {})
+			if err == nil {
+				leaveFirst()
+			}
+			second <- outcome{resp, err}
+		})
+	})
+	if timer == nil || timer.Stop() {
+		leaveSecond()
+		if err != nil {
+			leaveFirst()
+		}
+		return resp, err // its context ends with the request's
+	}
+	if err == nil { // the host took its time
+		leaveSecond()
+		r.proveSlow(hreq.URL)
+		go func() {
+			if o := <-second; o.err == nil {
+				o.resp.Body.Close()
+			}
+		}()
+		return resp, nil
+	}
+	leaveFirst()
+	o := <-second
+	if o.err != nil {
+		leaveSecond()
+		return nil, o.err
+	}
+	context.AfterFunc(hreq.Context(), leaveSecond) // the body is read in it
+	way.kept.CloseIdleConnections()                // the others have lain as long
+	return o.resp, nil
+}
+
+// Health is how a registry does, for people.
+type Health struct {
+	Name Name `json:"name"`
+	// Failing are the hosts that did not answer when they were asked last.
+	Failing []HostFailing `json:"failing,omitempty"`
+	// LimitedUntil is until when a question is not put again that the registry
+	// answered with 429.
+	LimitedUntil *time.Time `json:"limitedUntil,omitempty"`
+	RateLimit    *RateLimit `json:"rateLimit,omitempty"`
+	// Habits are what the registry was seen to do that tarn works around.
+	Habits []Habit `json:"habits,omitempty"`
+}
+
+// HostFailing is an endpoint's host, a redirect target's or a token service's.
+type HostFailing struct {
+	Origin string    `json:"origin"`
+	Since  time.Time `json:"since"`
+	Cause  string    `json:"cause"`
+}
+
+// Habit is what a registry does that the specification does not have.
+type Habit string
+
+const (
+	// HeadRefused: a HEAD was refused where GET of the same was not.
+	HeadRefused Habit = "head-refused"
+	// NoRanges: a part of a blob was asked for, and all of it came.
+	NoRanges Habit = "no-ranges"
+	// Labelled: a body carried a Content-Encoding that nobody asked for.
+	Labelled Habit = "content-encoding"
+	// Redirected: it sends its whole API elsewhere, where tokens are wanted.
+	Redirected Habit = "redirected-to-tokens"
+)
+
+// Saw notes a habit.
+func (r *Registry) Saw(h Habit) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.habits[h] = true
+}
+
+// Has tells whether the registry was seen to have the habit.
+func (r *Registry) Has(h Habit) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.habits[h]
+}
+
+func (r *Registry) health() Health {
+	h := Health{Name: r.name}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for origin, one := range r.hosts {
+		if !one.failing.IsZero() {
+			h.Failing = append(h.Failing, HostFailing{Origin: origin, Since: one.failing, Cause: one.cause.Error()})
+		}
+	}
+	for _, until := range r.limits {
+		if time.Until(until) > 0 && (h.LimitedUntil == nil || until.After(*h.LimitedUntil)) {
+			h.LimitedUntil = &until
+		}
+	}
+	if !r.rate.Seen.IsZero() {
+		rate := r.rate
+		h.RateLimit = &rate
+	}
+	for habit := range r.habits {
+		h.Habits = append(h.Habits, habit)
+	}
+	slices.Sort(h.Habits)
+	return h
+}
+
+// lacking tells whether there is no connection for want of something here.
+func lacking(err error) bool {
+	return slices.ContainsFunc([]error{
+		syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL,
+	}, func(own error) bool { return errors.Is(err, own) })
+}
+
+// refusedConnection tells whether there was no connection to send a request on:
+// name resolution, connect or TLS failed.
+func refusedConnection(err error) bool {
+	var op *net.OpError
+	var dns *net.DNSError
+	var cert *tls.CertificateVerificationError
+	var record tls.RecordHeaderError
+	var alert tls.AlertError
+	if lacking(err) {
+		return false
+	}
+	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &dns) ||
+		errors.As(err, &cert) || errors.As(err, &record) || errors.As(err, &alert)
+}
