@@ -146,9 +146,10 @@ type Request struct {
 	// Parallel is how many answers of the source a flight may have open at
 	// once; with 1 or less it asks for all bytes in one.
 	Parallel int
-	// Wrong is called when what a Fetch brought was not the object: what its
-	// source said with it is worth nothing. nil means nobody wants to know.
-	Wrong func()
+	// Verified is called when the bytes that the Fetch may have brought are the
+	// object's, before any reader has the last of them. nil means nobody wants
+	// to know.
+	Verified func()
 	// Check looks at the verified bytes before they are stored; its error
 	// fails the flight. nil checks nothing. It is for manifests, which the
 	// Fetch has bounded, since it is given the whole body.

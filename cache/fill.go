@@ -204,7 +204,6 @@ func (f *flight) fill(first *answer) {
 	}
 	switch {
 	case wrong != nil:
-		f.disown()
 		f.end(failed, wrong)
 	case disk != nil:
 		f.cache.noteTrouble(disk)
@@ -664,29 +663,24 @@ func (f *flight) promises() []promise {
 // land ends a flight whose bytes are all there.
 func (f *flight) land() {
 	if err := f.verify(); err != nil {
-		f.disown()
 		f.end(failed, err)
 		return
 	}
 	c := f.cache
 	c.noteTrouble(nil)
 	f.mu.Lock()
+	tickets := slices.Clone(f.tickets)
+	f.mu.Unlock()
+	for _, t := range tickets {
+		if t.verified != nil {
+			t.verified()
+		}
+	}
+	f.mu.Lock()
 	f.state = verified
 	f.changed.Broadcast()
 	f.mu.Unlock()
 	c.verified <- f // with the table's reference
-}
-
-// disown tells who brought the bytes that they are not the object's.
-func (f *flight) disown() {
-	f.mu.Lock()
-	tickets := slices.Clone(f.tickets)
-	f.mu.Unlock()
-	for _, t := range tickets {
-		if t.wrong != nil {
-			t.wrong()
-		}
-	}
 }
 
 func (f *flight) verify() error {

@@ -85,10 +85,10 @@ type flight struct {
 
 // ticket is a way to ask the source, with one reader's credential.
 type ticket struct {
-	source  string // see Request
-	fetch   Fetch
-	wrong   func() // see Request
-	refused bool
+	source   string // see Request
+	fetch    Fetch
+	verified func() // see Request
+	refused  bool
 }
 
 type flightState int
@@ -154,7 +154,7 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
-	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, wrong: req.Wrong}}
+	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, verified: req.Verified}}
 	f.ctx, f.cancel = context.WithCancel(c.ctx)
 	f.refs.Store(2)
 	c.flights[req.Key] = f
@@ -486,11 +486,16 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 // addTicket takes a reader's right along, in place of one that was refused, or
 // of the first, when there are many. Called with the lock.
 func (f *flight) addTicket(req Request) {
+	if f.size < 0 && f.asker != "" && f.asker != req.Reader {
+		// Nothing tells yet whether what the leader is being sent is the object:
+		// it must not be completed with bytes that the leader may not have.
+		return
+	}
 	if len(f.tickets) >= maxTickets {
 		i := max(0, slices.IndexFunc(f.tickets, func(t *ticket) bool { return t.refused }))
 		f.tickets = slices.Delete(f.tickets, i, i+1)
 	}
-	f.tickets = append(f.tickets, &ticket{source: req.Source, fetch: req.Fetch, wrong: req.Wrong})
+	f.tickets = append(f.tickets, &ticket{source: req.Source, fetch: req.Fetch, verified: req.Verified})
 	f.work.Broadcast()
 }
 
@@ -515,46 +520,10 @@ func (f *flight) undecided(req Request) bool {
 // leader's answer if there is one that starts there.
 func (f *flight) openApart(ctx context.Context, req Request, first *answer) (*Object, error) {
 	defer f.release()
-	sctx, cancel := f.ctx, f.cancel
 	if first != nil && first.Offset > 0 {
 		first.body.Close()
-		cancel()
+		f.cancel()
 		first = nil
 	}
-	if first == nil {
-		sctx, cancel = context.WithCancel(f.cache.ctx)
-		// Until the headers are there, the caller's context ends it too.
-		stop := context.AfterFunc(ctx, cancel)
-		body, info, err := req.Fetch(sctx, 0, -1)
-		if !stop() && err == nil {
-			body.Close()
-			err = context.Cause(ctx)
-		}
-		if err != nil {
-			cancel()
-			return nil, err
-		}
-		first = &answer{info, body}
-	}
-	s, err := newStream(f.cache, req, f.key.Digest.Algorithm().Hash(), first.Info)
-	if err != nil {
-		first.body.Close()
-		cancel()
-		return nil, err
-	}
-	s.take(newSteady(sctx, req.Fetch, first), cancel)
-	if size := first.Size; size >= 0 && size <= tailHold {
-		// As with a flight: what is held back altogether is verified before
-		// there is an answer.
-		stop := context.AfterFunc(ctx, s.interrupt)
-		err := s.verifyAll()
-		if !stop() && err != nil {
-			err = context.Cause(ctx)
-		}
-		if err != nil {
-			s.Close()
-			return nil, err
-		}
-	}
-	return &Object{Size: first.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
+	return f.cache.passOver(ctx, req, first, f.ctx, f.cancel)
 }

@@ -28,6 +28,7 @@ type stream struct {
 	size   int64 // -1 until the end
 
 	body     io.ReadCloser
+	told     func() // Request.Verified
 	cancel   context.CancelFunc
 	hash     hash.Hash // of all bytes up to start+len(buf)
 	buf      []byte    // hashed, not given out
@@ -55,7 +56,7 @@ type stream struct {
 // with ErrTainted when the reader holds what cannot be compared with.
 func newStream(c *Cache, req Request, h hash.Hash, info Info) (*stream, error) {
 	s := &stream{
-		cache: c, key: req.Key, reader: req.Reader, size: info.Size, hash: h,
+		cache: c, key: req.Key, reader: req.Reader, size: info.Size, hash: h, told: req.Verified,
 		start: info.Offset, agreed: info.Offset, seen: make(map[int64]bool),
 	}
 	bad := c.taint.spoiled(req.Key, req.Reader)
@@ -244,5 +245,8 @@ func (s *stream) more() error {
 		return fmt.Errorf("%w: this reader was given bytes that do not go with it", ErrBroken)
 	}
 	s.size, s.verified = at, true
+	if s.told != nil {
+		s.told()
+	}
 	return nil
 }

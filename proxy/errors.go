@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
+	"time"
 
 	"tarn/cache"
 	"tarn/upstream"
@@ -102,6 +104,10 @@ func refusal(q *request, e *upstream.StatusError) (int, errcode.Error) {
 			code = errcode.ErrorCodeManifestUnknown
 		case upstream.Blob:
 			code = errcode.ErrorCodeBlobUnknown
+		case upstream.Referrers:
+			// NAME_UNKNOWN would say that the repository does not exist, and
+			// keep clients from the referrers tag.
+			code = errcode.ErrorCodeUnsupported
 		}
 		return e.Status, code.WithMessage("upstream does not have it")
 	case http.StatusTooManyRequests:
@@ -122,8 +128,8 @@ func serveError(w http.ResponseWriter, q *request, err error) {
 		if status == http.StatusUnauthorized {
 			h["Www-Authenticate"] = refused.Challenge
 		}
-		if refused.RetryAfter != "" && status == http.StatusServiceUnavailable {
-			h.Set("Retry-After", refused.RetryAfter)
+		if refused.RetryAfter > 0 && status == http.StatusServiceUnavailable {
+			h.Set("Retry-After", strconv.FormatInt(int64((refused.RetryAfter+time.Second-1)/time.Second), 10))
 		}
 	}
 	if status == http.StatusMethodNotAllowed {

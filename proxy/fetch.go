@@ -3,15 +3,18 @@
 package proxy
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
-	"time"
 
 	"tarn/cache"
+	"tarn/rights"
 	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
@@ -28,26 +31,33 @@ type part struct {
 // source fetches an object's bytes for one client. Its fetch is a cache.Fetch.
 //
 // Before the authority has said yes, that is a GET with the client's
-// credential, and what it is told comes back in answer; afterwards the node's
-// credential is as good, if there is one: the bytes are the same, and its
-// quota is the operator's. A refusal is marked as one that concerns this
-// credential only. A client that has left is asked for only as long as its
-// right lives.
+// credential, whose answer is the yes or the no; afterwards the node's
+// credential is as good, if there is one: the bytes are the same, and its quota
+// is the operator's. So are the other endpoints. But what did not come with the
+// client's own credential from the authority itself leaves only where the yes
+// covers it. A refusal is marked as one that concerns this credential only. A
+// client that has left is asked for only as long as its right lives.
 type source struct {
 	proxy  *Proxy
 	q      *request
 	digest digest.Digest
-	answer *yes // nil: nobody wants to know
 
-	mu         sync.Mutex
-	authorised bool // the other endpoints may serve the bytes
-	begun      bool
-	next       int // which endpoint is asked first, counted round
+	mu      sync.Mutex
+	asked   bool             // the authority has said yes, here or before
+	yes     rights.Yes       // then
+	begun   bool             // fetch was called
+	next    int              // which endpoint is asked first, counted round
+	brought *rights.Evidence // of an answer of the authority's own that brought bytes
 }
 
-func (p *Proxy) fetch(q *request, d digest.Digest, authorised bool, answer *yes) cache.Fetch {
-	s := &source{proxy: p, q: q, digest: d, authorised: authorised, answer: answer}
-	return s.fetch
+// source is for a client whose question was answered with y, or, without one,
+// has yet to be put.
+func (p *Proxy) source(q *request, d digest.Digest, y *rights.Yes) *source {
+	s := &source{proxy: p, q: q, digest: d}
+	if y != nil {
+		s.asked, s.yes = true, *y
+	}
+	return s
 }
 
 var errClientLeft = errors.New("the client has left, and its right has ended")
@@ -55,22 +65,34 @@ var errClientLeft = errors.New("the client has left, and its right has ended")
 func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, error) {
 	p, q := s.proxy, s.q
 	s.mu.Lock()
-	begun := s.begun
+	begun, asked, yes := s.begun, s.asked, s.yes
 	s.begun = true
-	want := part{offset: off, length: max(n, 0), authorised: s.authorised, endpoint: s.next}
+	want := part{offset: off, length: max(n, 0), authorised: asked && !yes.Finishing, endpoint: s.next}
 	s.mu.Unlock()
-	if _, ok := p.entitled(q); (begun || want.authorised) && q.hasLeft() && !ok {
-		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errClientLeft)
+	if (begun || asked) && q.hasLeft() {
+		if _, ok := p.entitled(q); !ok {
+			return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errClientLeft)
+		}
 	}
 	var resp *upstream.Response
+	var y rights.Yes
 	var err error
-	var asked time.Time
+	own := false
 	if want.authorised && p.lendsNode(q) {
-		resp, err = p.do(ctx, q, credential{node: true}, http.MethodGet, s.digest.String(), want)
+		resp, err = p.do(ctx, q, rights.Credential{Node: true}, http.MethodGet, s.digest.String(), want)
 		p.noteNode(q.upstream, err)
+		resp = s.covered(resp, yes)
 	}
 	if resp == nil && (err == nil || nodeRefused(err)) {
-		resp, asked, err = p.ask(ctx, q, http.MethodGet, s.digest.String(), want)
+		resp, y, err = p.ask(ctx, q, http.MethodGet, s.digest.String(), want)
+		if own = err == nil && resp.Authority; !own {
+			resp = s.covered(resp, yes)
+		}
+		if resp == nil && err == nil {
+			want.authorised, want.endpoint = false, 0
+			resp, y, err = p.ask(ctx, q, http.MethodGet, s.digest.String(), want)
+			own = err == nil
+		}
 	}
 	switch {
 	case errors.Is(err, upstream.ErrRange):
@@ -78,30 +100,30 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 	case err != nil:
 		return nil, cache.Info{}, refusedAlone(err)
 	}
+	if q.kind == upstream.Blob && (off > 0 || n > 0) && resp.Offset == 0 && resp.End != resp.Offset+n && resp.Size > max(n, onePiece) {
+		p.upstreams.Registry(q.upstream).Saw(upstream.NoRanges)
+	}
 	if q.size > 0 && resp.Size != q.size {
 		resp.Body.Close()
 		return nil, cache.Info{}, fmt.Errorf("%w: %w: it has %d bytes, its manifest says %d", cache.ErrRefused, errManifest, resp.Size, q.size)
 	}
 	if q.kind == upstream.Manifest {
-		if schema1(resp.MediaType) {
-			resp.Body.Close()
-			return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errSchema1)
+		if err := s.manifest(resp); err != nil {
+			return nil, cache.Info{}, err
 		}
-		if resp.Size > maxManifest {
-			resp.Body.Close()
-			return nil, cache.Info{}, fmt.Errorf("%w: it has %d bytes, of at most %d", errManifest, resp.Size, maxManifest)
-		}
-		resp.Body = &limitedBody{resp.Body, maxManifest}
 	}
-	if s.answer != nil && !begun {
-		*s.answer = yes{asked: asked, mediaType: resp.MediaType, size: resp.Size}
-	}
-	if resp.Authority && !asked.IsZero() {
+	if own {
 		s.mu.Lock()
-		s.authorised = true
+		if !s.asked {
+			s.asked, s.yes = true, y
+		}
 		s.mu.Unlock()
 	}
-	return &watchedBody{resp.Body, s, resp.Endpoint}, cache.Info{
+	body := &watchedBody{ReadCloser: resp.Body, source: s, endpoint: resp.Endpoint}
+	if own {
+		body.evidence = &rights.Evidence{Says: rights.Verified, Asked: y.Asked, Redirected: resp.Redirected, Size: resp.Size, MediaType: resp.MediaType}
+	}
+	return body, cache.Info{
 		Size:    resp.Size,
 		Offset:  resp.Offset,
 		End:     resp.End,
@@ -110,16 +132,105 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 	}, nil
 }
 
+// onePiece is what a registry sends in one piece, whatever is asked for.
+const onePiece = 64 << 10
+
+// covered is an answer that did not come from the authority with the client's
+// own credential, nil when the yes does not cover it.
+func (s *source) covered(resp *upstream.Response, yes rights.Yes) *upstream.Response {
+	if resp == nil || yes.Covers(resp.Size) {
+		return resp
+	}
+	resp.Body.Close()
+	return nil
+}
+
+// answer is the authority's yes.
+func (s *source) answer() rights.Yes {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.yes
+}
+
+// verified takes that the bytes were the object's: whoever was sent some of them
+// by the authority may have it.
+func (s *source) verified() {
+	s.mu.Lock()
+	e := s.brought
+	s.mu.Unlock()
+	if e != nil {
+		s.proxy.rights.Learn(s.q.asker, s.q.object(s.digest), *e)
+	}
+}
+
+// manifest bounds a manifest's body, and takes off the coding of one that came
+// compressed although nobody asked for that.
+func (s *source) manifest(resp *upstream.Response) error {
+	switch {
+	case schema1(resp.MediaType):
+		resp.Body.Close()
+		return fmt.Errorf("%w: %w", cache.ErrRefused, errSchema1)
+	case resp.Size > maxManifest:
+		resp.Body.Close()
+		return fmt.Errorf("%w: it has %d bytes, of at most %d", errManifest, resp.Size, maxManifest)
+	case resp.Encoding == "":
+		resp.Body = &limitedBody{resp.Body, maxManifest}
+		return nil
+	}
+	data, err := io.ReadAll(&limitedBody{resp.Body, maxManifest})
+	resp.Body.Close()
+	if err != nil {
+		return err
+	}
+	data = decoded(data, resp.Encoding, s.digest)
+	resp.Body, resp.Offset, resp.Size, resp.End = io.NopCloser(bytes.NewReader(data)), 0, int64(len(data)), int64(len(data))
+	return nil
+}
+
+// decoded takes the coding off a manifest where what is below it is what the
+// digest names. The label alone says little: the bytes may be the object's as
+// they are. Without a digest the one that reads like a manifest is taken.
+func decoded(data []byte, encoding string, d digest.Digest) []byte {
+	right := func(b []byte) bool {
+		if d != "" {
+			return d.Algorithm().FromBytes(b) == d
+		}
+		_, err := parseManifest(b)
+		return err == nil
+	}
+	if right(data) || !strings.Contains(strings.ToLower(encoding), "gzip") {
+		return data
+	}
+	z, err := gzip.NewReader(bytes.NewReader(data))
+	if err != nil {
+		return data
+	}
+	plain, err := io.ReadAll(io.LimitReader(z, maxManifest+1))
+	if err != nil || len(plain) > maxManifest || !right(plain) {
+		return data
+	}
+	return plain
+}
+
 // watchedBody sees when an endpoint's body breaks off, so that the next one is
-// asked for the rest.
+// asked for the rest, and when the authority's own brings bytes.
 type watchedBody struct {
 	io.ReadCloser
 	source   *source
 	endpoint int
+	evidence *rights.Evidence // nil where it is no word of the authority's
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
+	if b.evidence != nil && n > 0 {
+		b.source.mu.Lock()
+		if before := b.source.brought; before == nil || before.Redirected && !b.evidence.Redirected {
+			b.source.brought = b.evidence
+		}
+		b.source.mu.Unlock()
+		b.evidence = nil // once is enough
+	}
 	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) {
 		b.source.mu.Lock()
 		b.source.next = b.endpoint + 1 // however many break together

@@ -8,6 +8,9 @@ import (
 	"sync"
 	"time"
 
+	"tarn/index"
+	"tarn/rights"
+
 	"github.com/opencontainers/go-digest"
 )
 
@@ -20,13 +23,20 @@ type confirmation struct {
 	// body is the manifest itself, when the authority had to be asked with
 	// GET to know the rest.
 	body []byte
+
+	evidence rights.Evidence
+	yes      rights.Yes // what it makes
+	row      index.Tag
 }
 
-// headKey is who may share one HEAD: the same question with the same
-// credential.
+// headKey is who may share one question: those who ask the same with the same
+// credential. A HEAD's last word is the answer to a HEAD, a GET's is that to a
+// GET, and so they are not shared.
 type headKey struct {
+	method                            string
+	manifest                          bool // the manifest itself is asked for at once
 	upstream, repository, tag, accept string
-	credential                        credential
+	credential                        rights.Credential
 }
 
 // freshness is group commit for HEADs. A request may use only a HEAD that was
@@ -37,17 +47,16 @@ type headKey struct {
 //	request ──> gathering ──(closed, then numbered and sent)──> in flight ──> answer
 //
 // At most maxHeads of a key are in flight. With none there, a HEAD goes out at
-// once, unless the last one was a crowd's, whose next requests are on their way;
-// with one, after a pause, so that a burst shares the second; with two, when one
-// of them has come back. The pause is short against the time that a HEAD takes.
+// once; with one, after a pause, so that a burst shares the second; with two,
+// when one of them has come back. A HEAD that nobody waits for any more is
+// called off.
 type freshness struct {
 	ask func(ctx context.Context, key headKey, sequence uint64) (*confirmation, error)
 
 	// mu guards what follows, and the batches' membership.
 	mu       sync.Mutex
 	queues   map[headKey]*headQueue
-	crowds   map[headKey]time.Duration // how long the HEAD of a crowd took; at most maxCrowds
-	sequence uint64                    // of the last HEAD that was handed over
+	sequence uint64 // of the last HEAD that was handed over
 	asking   sync.WaitGroup
 }
 
@@ -59,24 +68,20 @@ type headQueue struct {
 
 // headBatch is one HEAD and all that wait for it.
 type headBatch struct {
-	timer *time.Timer   // closes the gathering; nil when a slot must be freed first
-	done  chan struct{} // closed when the answer is in
-	size  int           // requests
+	timer   *time.Timer        // closes the gathering; nil when a slot must be freed first
+	done    chan struct{}      // closed when the answer is in
+	size    int                // requests
+	waiting int                // those that have not left
+	cancel  context.CancelFunc // of what is in flight; nil before
 
 	answer *confirmation
 	err    error
 }
 
 const (
-	maxHeads  = 2
+	maxHeads = 2
+	// gatherFor is short against the time that a HEAD takes.
 	gatherFor = 500 * time.Microsecond
-	// A HEAD that takes longer is worth waiting longer for, an eighth of it:
-	// who misses one waits for all of the next.
-	gatherShare = 8
-	maxGather   = 5 * time.Millisecond
-	// crowd is how many requests make one.
-	crowd     = 8
-	maxCrowds = 1024
 )
 
 // confirm returns what the authority says now, and whether the HEAD was shared.
@@ -94,14 +99,24 @@ func (f *freshness) confirm(asking, ctx, life context.Context, key headKey) (c *
 	answers := q.answered > answered
 	f.mu.Unlock()
 	if !answers {
+		f.leave(key, q, b)
 		return nil, false, context.Cause(asking)
 	}
 	select {
 	case <-b.done:
 		return b.answer, b.size > 1, b.err
 	case <-ctx.Done():
+		f.leave(key, q, b)
 		return nil, false, context.Cause(ctx)
 	}
+}
+
+// number is for a question that follows a HEAD of a batch.
+func (f *freshness) number() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sequence++
+	return f.sequence
 }
 
 // enter puts the request into the batch that gathers, and returns how many
@@ -116,29 +131,44 @@ func (f *freshness) enter(life context.Context, key headKey) (q *headQueue, b *h
 	}
 	if b := q.gathering; b != nil {
 		b.size++
+		b.waiting++
 		return q, b, q.answered
 	}
-	b = &headBatch{done: make(chan struct{}), size: 1}
+	b = &headBatch{done: make(chan struct{}), size: 1, waiting: 1}
 	q.gathering = b
-	if _, crowded := f.crowds[key]; q.inFlight == 0 && !crowded {
+	switch {
+	case q.inFlight == 0:
 		f.send(life, key, q)
-	} else if q.inFlight < maxHeads {
-		f.sendLater(life, key, q)
+	case q.inFlight < maxHeads:
+		b.timer = time.AfterFunc(gatherFor, func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if q.gathering == b && q.inFlight < maxHeads {
+				f.send(life, key, q)
+			}
+		})
 	}
 	return q, b, q.answered
 }
 
-// sendLater closes the batch that gathers in a little while. Called with the
-// lock, while there is a slot.
-func (f *freshness) sendLater(life context.Context, key headKey, q *headQueue) {
-	b := q.gathering
-	b.timer = time.AfterFunc(min(max(gatherFor, f.crowds[key]/gatherShare), maxGather), func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		if q.gathering == b && q.inFlight < maxHeads {
-			f.send(life, key, q)
-		}
-	})
+// leave takes a request out of its batch. The last one calls it off.
+func (f *freshness) leave(key headKey, q *headQueue, b *headBatch) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if b.waiting--; b.waiting > 0 {
+		return
+	}
+	if b.cancel != nil {
+		b.cancel()
+		return
+	}
+	if b.timer != nil {
+		b.timer.Stop()
+	}
+	q.gathering = nil
+	if q.inFlight == 0 {
+		delete(f.queues, key)
+	}
 }
 
 // send closes the batch that gathers, numbers it and hands it over. Called
@@ -152,44 +182,30 @@ func (f *freshness) send(life context.Context, key headKey, q *headQueue) {
 	q.inFlight++
 	f.sequence++
 	sequence := f.sequence
+	ctx, cancel := context.WithCancel(life)
+	b.cancel = cancel
 	f.asking.Add(1)
-	sent := time.Now()
 	go func() {
 		defer f.asking.Done()
-		b.answer, b.err = f.ask(life, key, sequence)
+		defer cancel()
+		b.answer, b.err = f.ask(ctx, key, sequence)
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		f.pace(key, b.size, time.Since(sent))
 		close(b.done)
 		q.inFlight--
 		if b.err == nil {
 			q.answered++
 		}
-		_, crowded := f.crowds[key]
 		switch {
-		case q.gathering != nil && q.gathering.timer == nil && !crowded:
+		case q.gathering != nil && q.gathering.timer == nil:
 			// Those who gathered came after this HEAD went out. A slot is
 			// free for them now.
 			f.send(life, key, q)
-		case q.gathering != nil && q.gathering.timer == nil:
-			f.sendLater(life, key, q) // with those who have just been answered
 		case q.gathering != nil:
 		case q.inFlight == 0:
 			delete(f.queues, key)
 		}
 	}()
-}
-
-// pace remembers a crowd. Called with the lock.
-func (f *freshness) pace(key headKey, size int, took time.Duration) {
-	if size < crowd {
-		delete(f.crowds, key)
-		return
-	}
-	if len(f.crowds) >= maxCrowds {
-		clear(f.crowds)
-	}
-	f.crowds[key] = took
 }
 
 // acceptKey is the Accept lines as one string.

@@ -228,7 +228,7 @@ type heads struct {
 
 func newHeads() (*heads, *freshness) {
 	h := &heads{gates: make(map[uint64]chan *confirmation)}
-	f := &freshness{queues: make(map[headKey]*headQueue), crowds: make(map[headKey]time.Duration)}
+	f := &freshness{queues: make(map[headKey]*headQueue)}
 	f.ask = func(ctx context.Context, _ headKey, sequence uint64) (*confirmation, error) {
 		gate := make(chan *confirmation, 1)
 		h.mu.Lock()
@@ -327,17 +327,9 @@ func TestGroupCommit(t *testing.T) {
 					t.Fatal(got)
 				}
 			}
-			// It was a crowd's: those it answered are about to ask again.
-			again := read(t.Context(), f)
-			if h.count() != 2 {
-				t.Fatal("the late ones were not waited for")
-			}
-			time.Sleep(maxGather)
-			synctest.Wait()
 			if h.count() != 3 {
 				t.Fatal("a slot was free and the late ones were not sent")
 			}
-			late = append(late, again)
 			h.answer(3)
 			for _, r := range late {
 				if got := <-r.got; got != 3 {
@@ -349,33 +341,24 @@ func TestGroupCommit(t *testing.T) {
 				t.Fatal(got)
 			}
 		},
-		"after a crowd one request waits for others, and then again not": func(t *testing.T, h *heads, f *freshness) {
-			first := read(t.Context(), f)
-			for range crowd {
-				read(t.Context(), f)
+		"what nobody waits for any more is called off": func(t *testing.T, h *heads, f *freshness) {
+			ctx, cancel := context.WithCancel(t.Context())
+			sent, gathers := read(ctx, f), read(ctx, f)
+			cancel()
+			if a, b := <-sent.got, <-gathers.got; a != -1 || b != -1 {
+				t.Fatal(a, b)
 			}
+			f.asking.Wait() // the HEAD has ended without an answer
 			time.Sleep(gatherFor)
 			synctest.Wait()
-			h.answer(1)
-			<-first.got
+			if h.count() != 1 {
+				t.Fatalf("%d HEADs", h.count())
+			}
+			r := read(t.Context(), f)
 			h.answer(2)
-			synctest.Wait()
-			waits := read(t.Context(), f)
-			if h.count() != 2 {
-				t.Fatal("it did not wait")
-			}
-			time.Sleep(gatherFor)
-			synctest.Wait()
-			h.answer(3)
-			if got := <-waits.got; got != 3 {
+			if got := <-r.got; got != 2 {
 				t.Fatal(got)
 			}
-			synctest.Wait()
-			read(t.Context(), f)
-			if h.count() != 4 {
-				t.Fatal("it waited, and nobody else was there")
-			}
-			h.answer(4)
 		},
 		"who leaves does not take the HEAD along": func(t *testing.T, h *heads, f *freshness) {
 			ctx, cancel := context.WithCancel(t.Context())

@@ -149,7 +149,7 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
-		StaleKey: bytes.Repeat([]byte("k"), 32), WriteTimeout: s.writeTimeout, Metrics: NewMetrics(d.metrics), Logger: log,
+		WriteTimeout: s.writeTimeout, Metrics: NewMetrics(d.metrics), Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)

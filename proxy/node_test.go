@@ -13,6 +13,7 @@ import (
 
 	"tarn/cache"
 	"tarn/internal/registrytest"
+	"tarn/rights"
 	"tarn/upstream"
 )
 
@@ -81,17 +82,17 @@ func TestTheNodesCredentialFetchesForWhoHasTheRegistrysYes(t *testing.T) {
 			}
 			r.Reset()
 			d.get(blob, r.Access.Login("private/app", "a")...).mustBe(t, layer)
-			var head, get string
+			var question, get string
 			for _, e := range r.Exchanges() {
 				switch {
-				case e.Method == "HEAD":
-					head = e.Authorization
+				case e.Range == "bytes=0-0":
+					question = e.Authorization
 				case strings.Contains(e.Path, "/blobs/") && e.Authorization != "":
 					get = e.Authorization
 				}
 			}
-			if !strings.HasSuffix(head, "-of-a") && head != registrytest.Basic("a", registrytest.Password("a")) {
-				t.Errorf("the question was put with %q", head)
+			if !strings.HasSuffix(question, "-of-a") && question != registrytest.Basic("a", registrytest.Password("a")) {
+				t.Errorf("the question was put with %q", question)
 			}
 			if !strings.HasSuffix(get, "-of-node") && get != registrytest.Basic("node", registrytest.Password("node")) {
 				t.Errorf("the bytes were fetched with %q", get)
@@ -118,7 +119,7 @@ func TestWhoOnlyFinishesIsNotLentTheNodesCredential(t *testing.T) {
 	// The 30 s have not begun for an answer that is still being sent.
 	q := &request{upstream: lab, repository: "private/app", kind: upstream.Blob, digest: img.Layers[0], authorization: auth[1]}
 	d.proxy.identify(q)
-	defer d.proxy.begin(q, yes{asked: d.proxy.now()}, 200_000)()
+	defer d.proxy.rights.Begin(q.asker, q.object(q.digest), rights.Yes{Asked: d.proxy.now(), Proved: true}, 200_000)()
 	d.get(blob, append(auth, "Range", "bytes=1000-")...).must(t, 206)
 	// What is not here any more is a new question.
 	eventually(t, "the flight has landed", func() bool { return d.cache.Stats().Flights == 0 })

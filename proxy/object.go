@@ -11,6 +11,7 @@ import (
 	"net/http"
 
 	"tarn/cache"
+	"tarn/rights"
 	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
@@ -28,7 +29,7 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 	if q.method == http.MethodHead {
 		return p.headDigest(ctx, w, r, q)
 	}
-	o, y, err := p.openDigest(ctx, w, q)
+	o, y, stale, err := p.openDigest(ctx, w, q)
 	if errors.Is(err, errSchema1) {
 		return p.relayManifest(ctx, w, q, &confirmation{mediaType: schema1Type})
 	}
@@ -36,102 +37,160 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 		return err
 	}
 	defer o.Close()
-	defer p.begin(q, y, o.Size)()
-	if w.source(o.Source); y.stale != nil {
-		w.stale(y.stale)
+	defer p.rights.Begin(q.asker, q.object(q.digest), y, o.Size)()
+	if w.source(o.Source); stale != nil {
+		w.stale(stale)
 	}
 	if q.kind == upstream.Manifest {
-		return p.serveManifest(ctx, w, r, q, o, q.digest, y.mediaType)
+		return p.serveManifest(ctx, w, r, q, o, q.digest, y.MediaType)
 	}
 	return serveObject(w, r, o, q.digest, blobType)
 }
 
 // openDigest opens an object for a client that may have it. Who is known to be
-// entitled is not asked about again. What is here costs everybody else a HEAD
-// with their own credential; what is not, is asked for by the GET that fetches
-// it, whose answer those wait for that ask with the same credential.
-func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache.Object, yes, error) {
+// entitled is not asked about again. Else the authority is asked with the
+// client's own credential: about a blob that is here by a GET of its first byte,
+// about a manifest by HEAD, and if that says no by the GET that the client sent.
+// What is not here is asked for by the GET that fetches it. A refusal costs the
+// same questions, in the same order, whatever is here.
+func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, *staleness, error) {
+	for present := false; ; present = true {
+		y, ok := p.entitled(q)
+		size, here := p.cache.Size(p.key(q, q.digest))
+		if !here {
+			size = -1 // also when a flight does not know it yet
+		}
+		here = here || present
+		if !ok {
+			if err := p.recall(q.asker); err != nil {
+				return nil, y, nil, err
+			}
+			var err error
+			if y, ok, err = p.inquire(ctx, w, q, here, size); err != nil {
+				y, stale, err := p.stale(q, err)
+				if err != nil {
+					return nil, y, nil, err
+				}
+				o, err := p.openStale(ctx, q, stale)
+				return o, y, stale, err
+			}
+		}
+		var o *cache.Object
+		var err error
+		switch {
+		case ok:
+			o, err = p.openWith(ctx, q, p.source(q, q.digest, &y), true)
+			if err == nil && o.Source != cache.Fetched && !y.Covers(o.Size) {
+				o.Close()
+				o, y, err = p.pass(ctx, q)
+			}
+		case !here:
+			// The GET that fetches it is the question.
+			s := p.source(q, q.digest, nil)
+			o, err = p.openWith(ctx, q, s, false)
+			y = s.answer()
+		default:
+			o, y, err = p.pass(ctx, q)
+		}
+		if errors.Is(err, cache.ErrAuthorise) && !present {
+			continue // it is here now
+		}
+		return o, y, nil, err
+	}
+}
+
+// openWith opens the object, whose bytes come from the source where they are not
+// here.
+func (p *Proxy) openWith(ctx context.Context, q *request, s *source, authorised bool) (*cache.Object, error) {
+	return p.cache.Open(ctx, p.cacheRequest(q, s, authorised))
+}
+
+func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Request {
 	req := cache.Request{
-		Key:    p.key(q, q.digest),
-		Reader: q.reader,
-		Source: string(q.upstream),
-		Offset: q.first,
-		Ranged: q.ranged,
+		Key:        p.key(q, q.digest),
+		Reader:     q.asker.Name(),
+		Source:     string(q.upstream),
+		Offset:     q.first,
+		Ranged:     q.ranged,
+		Authorised: authorised,
+		Wait:       p.rules(q.upstream).GrantTTL > 0,
+		Fetch:      s.fetch,
+		Verified:   s.verified,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
-		req.Ahead = q.credential.authorization != "" && !p.lendsNode(q)
+		req.Ahead = q.asker.Credential.Authorization != "" && !p.lendsNode(q)
+	} else {
+		req.Check = checkAs(func() string { return s.answer().MediaType }) // runs after the fetch
 	}
-	y, ok := p.entitled(q)
-	if !ok {
-		if err := p.recall(q.repositoryKey(), q.credential); err != nil {
-			return nil, yes{}, err
-		}
-	}
-	if !ok && !p.lendsNode(q) {
-		var answer yes
-		req.Fetch = p.fetch(q, q.digest, false, &answer)
-		req.Check = p.check(q, func() string { return answer.mediaType }) // runs after the Fetch
-		req.Wait = p.rules(q.upstream).GrantTTL > 0
-		req.Wrong = func() { p.retract(q.repositoryKey(), q.kind, q.digest, q.credential) }
-		o, err := p.cache.Open(ctx, req)
-		switch {
-		case err == nil:
-			return o, answer, nil
-		case !errors.Is(err, cache.ErrAuthorise):
-			return nil, yes{}, err // the Fetch may be running still
-		}
-		y, ok = p.entitled(q)
-	}
-	if !ok {
-		var err error
-		if y, err = p.inquireOrStale(ctx, w, q); err != nil {
-			return nil, yes{}, err
-		}
-	}
-	// The flight that is there may fail, and then it is this client's turn.
-	// The other endpoints may serve it, unless the yes was for what had begun.
-	req.Authorised, req.Wrong = true, nil
-	req.Fetch = p.fetch(q, q.digest, !y.finishing, nil)
-	if y.stale != nil {
-		req.Fetch = notNow
-	}
-	req.Check = p.check(q, func() string { return y.mediaType })
-	o, err := p.cache.Open(ctx, req)
-	if y.stale != nil && errors.Is(err, errGone) {
-		err = y.stale.err // nobody has it now
-	}
-	return o, y, err
+	return req
 }
 
-// inquireOrStale asks the authority about the object, by HEAD, or says what may
-// be served while it cannot be asked.
-func (p *Proxy) inquireOrStale(ctx context.Context, w *response, q *request) (yes, error) {
+// pass gives a client what the authority sends to its own request, and nothing
+// of what is here.
+func (p *Proxy) pass(ctx context.Context, q *request) (*cache.Object, rights.Yes, error) {
+	s := p.source(q, q.digest, nil)
+	o, err := p.cache.Pass(ctx, p.cacheRequest(q, s, false))
+	return o, s.answer(), err
+}
+
+// inquire puts what questions there are to put before the object is opened. ok
+// says that the yes is for what is here, or, where nothing is, that there is
+// one. size is that of what is here, -1 where nobody knows it.
+func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool, size int64) (y rights.Yes, ok bool, err error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
-	y, err := p.inquire(asking, q)
+	covers := func() bool { return !here || size < 0 || y.Covers(size) }
+	registry := p.upstreams.Registry(q.upstream)
+	head := q.kind == upstream.Blob && registry.Has(upstream.NoRanges) ||
+		q.kind == upstream.Manifest && (here || p.lendsNode(q) || !p.rights.Granted(q.asker))
+	if head {
+		y, err = p.question(asking, q, http.MethodHead, part{})
+		switch {
+		case err == nil && covers():
+			return y, true, nil
+		case err != nil && !isNo(err):
+			return y, false, err
+		case err != nil:
+			registry.Saw(upstream.HeadRefused)
+		}
+	}
+	if !here && (head || !p.lendsNode(q)) {
+		return y, false, nil
+	}
+	first := part{}
+	if q.kind == upstream.Blob && !registry.Has(upstream.NoRanges) && size != 0 {
+		first.length = 1
+	}
+	y, err = p.question(asking, q, http.MethodGet, first)
+	if errors.Is(err, upstream.ErrRange) {
+		registry.Saw(upstream.NoRanges)
+		y, err = p.question(asking, q, http.MethodGet, part{})
+	}
+	return y, err == nil && covers(), err
+}
+
+// question asks the authority about the object, and wants no more of it than the
+// headers.
+func (p *Proxy) question(ctx context.Context, q *request, method string, part part) (rights.Yes, error) {
+	resp, y, err := p.ask(ctx, q, method, q.digest.String(), part)
 	if err != nil {
-		return p.stale(q, err)
+		return y, err
+	}
+	resp.Body.Close()
+	if part.length > 0 && resp.End-resp.Offset > onePiece {
+		p.upstreams.Registry(q.upstream).Saw(upstream.NoRanges)
 	}
 	return y, nil
 }
 
-// inquire asks the authority about the object, by HEAD.
-func (p *Proxy) inquire(ctx context.Context, q *request) (yes, error) {
-	resp, asked, err := p.ask(ctx, q, http.MethodHead, q.digest.String(), part{})
-	if err != nil {
-		return yes{}, err
+// openStale opens what is stored, and asks nobody.
+func (p *Proxy) openStale(ctx context.Context, q *request, stale *staleness) (*cache.Object, error) {
+	o, err := p.cache.Open(ctx, cache.Request{Key: p.key(q, q.digest), Reader: q.asker.Name(), Offset: q.first, Ranged: q.ranged, Authorised: true, Fetch: notNow})
+	if errors.Is(err, errGone) {
+		err = stale.err // nobody has it now
 	}
-	resp.Body.Close()
-	return yes{asked: asked, mediaType: resp.MediaType, size: resp.Size}, nil
-}
-
-// check is what a flight looks at before it stores the object.
-func (p *Proxy) check(q *request, contentType func() string) func([]byte) error {
-	if q.kind != upstream.Manifest {
-		return nil
-	}
-	return checkAs(contentType)
+	return o, err
 }
 
 // headDigest fetches nothing, unless the registry's answer to HEAD says too
@@ -139,63 +198,85 @@ func (p *Proxy) check(q *request, contentType func() string) func([]byte) error 
 func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q *request) error {
 	size, cached := p.cache.Has(p.key(q, q.digest))
 	y, ok := p.entitled(q)
+	var stale *staleness
 	if !cached || !ok {
 		var err error
-		if y, err = p.inquireOrStale(ctx, w, q); err != nil {
-			return err
+		if y, err = p.headQuestion(ctx, w, q); err != nil {
+			if y, stale, err = p.stale(q, err); err != nil {
+				return err
+			}
 		}
 		size, cached = p.cache.Has(p.key(q, q.digest))
 	}
-	if cached {
+	if cached && y.Covers(size) {
 		mediaType, err := blobType, error(nil)
 		if q.kind == upstream.Manifest {
-			mediaType, err = p.storedType(ctx, q, q.digest, y.mediaType)
+			mediaType, err = p.storedType(ctx, q, q.digest, y.MediaType)
 		}
 		if !errors.Is(err, errGone) {
 			if err != nil {
 				return err
 			}
-			if w.source(cache.Hit); y.stale != nil {
-				w.stale(y.stale)
+			if w.source(cache.Hit); stale != nil {
+				w.stale(stale)
 			}
 			return serveHead(w, r, q.digest, mediaType, size)
 		}
 		if ok { // and no question was asked
-			if y, err = p.inquire(ctx, q); err != nil {
+			if y, err = p.headQuestion(ctx, w, q); err != nil {
 				return err
 			}
 		}
 	}
-	if y.stale != nil {
-		return y.stale.err // it went just now, or was not what it should be
+	if stale != nil {
+		return stale.err // it went just now, or was not what it should be
 	}
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:
-		return serveHead(w, r, q.digest, blobType, y.size)
-	case !schema1(y.mediaType) && (y.size < 0 || !manifestLike(y.mediaType)):
+		return serveHead(w, r, q.digest, blobType, y.Size)
+	case !schema1(y.MediaType) && (y.Size <= 0 || !manifestLike(y.MediaType)):
 		return p.headByGet(ctx, w, r, q)
 	}
-	return serveHead(w, r, q.digest, y.mediaType, y.size)
+	return serveHead(w, r, q.digest, y.MediaType, y.Size)
+}
+
+// headQuestion is the client's own HEAD. Where the registry knows none, or leaves
+// out the length of a blob, a GET of the first byte completes it.
+func (p *Proxy) headQuestion(ctx context.Context, w *response, q *request) (rights.Yes, error) {
+	asking, cancel := p.askingTime(ctx, w, q)
+	defer cancel()
+	y, err := p.question(asking, q, http.MethodHead, part{})
+	if lacksHead(err) {
+		p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
+	} else if err != nil || q.kind == upstream.Manifest || y.Size >= 0 {
+		return y, err
+	}
+	first := part{}
+	if q.kind == upstream.Blob {
+		first.length = 1
+	}
+	z, gerr := p.question(asking, q, http.MethodGet, first)
+	if errors.Is(gerr, upstream.ErrRange) { // an empty blob has no first byte
+		z, gerr = p.question(asking, q, http.MethodGet, part{})
+	}
+	if gerr != nil && err == nil {
+		return y, nil // it said yes, and that is all that it says
+	}
+	return z, gerr
 }
 
 // headByGet fetches the manifest to say what a HEAD must say of it.
 func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *request) error {
-	var answer yes
-	o, err := p.cache.Open(ctx, cache.Request{
-		Key:        p.key(q, q.digest),
-		Reader:     q.reader,
-		Source:     string(q.upstream),
-		Authorised: true,
-		Fetch:      p.fetch(q, q.digest, true, &answer),
-		Check:      checkAs(func() string { return answer.mediaType }),
-	})
+	one := *q
+	one.method = http.MethodGet
+	o, y, _, err := p.openDigest(ctx, w, &one)
 	if err != nil {
 		return err
 	}
 	defer o.Close()
 	w.source(o.Source)
-	return p.serveManifest(ctx, w, r, q, o, q.digest, "")
+	return p.serveManifest(ctx, w, r, q, o, q.digest, y.MediaType)
 }
 
 // errGone: what was stored a moment ago is not any more.

@@ -103,7 +103,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 	case <-time.After(p.rules(q.upstream).GrantTTL):
 		return nil
 	}
-	if !p.hasGrant(q) { // it may have ended while others had their turn
+	if !p.rights.Granted(q.asker) { // it may have ended while others had their turn
 		return nil
 	}
 	one := *q
@@ -115,7 +115,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, headerDeadline)
 	defer cancel()
-	o, _, err := p.openDigest(ctx, &response{start: time.Now()}, &one)
+	o, _, _, err := p.openDigest(ctx, &response{start: time.Now()}, &one)
 	if err != nil {
 		return nil
 	}

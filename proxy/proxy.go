@@ -5,8 +5,9 @@
 //
 // Contract: for each tag the authority is asked after the request arrived; for
 // each object that is cached, whether this client may have it; everything else
-// comes from the cache. See rights.go for who gets what, fresh.go for how tags
-// stay fresh, and request.go for how a registry is named.
+// comes from the cache. See the package rights for who gets what, ask.go for how
+// that is asked, fresh.go for how tags stay fresh, and request.go for how a
+// registry is named.
 //
 // Failure model: an answer has its headers within headerDeadline, or is an
 // error that makes clients fall back to the upstream. A body that breaks is
@@ -18,19 +19,18 @@
 package proxy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
 	"tarn/cache"
+	"tarn/rights"
 	"tarn/upstream"
 
 	"github.com/gorilla/mux"
@@ -58,10 +58,6 @@ type Options struct {
 	Prefetch Prefetch
 	// Metrics counts; nil counts nothing.
 	Metrics *Metrics
-	// StaleKey makes the names under which it is remembered, across restarts,
-	// which Basic credentials the authorities said yes to. Without one such a
-	// yes is not remembered.
-	StaleKey []byte
 	// WriteTimeout is how long a client may take for a piece of an answer
 	// before its connection is cut, since it holds a file. The http.Server
 	// must have the same, to begin with. 0 means DefaultWriteTimeout.
@@ -82,6 +78,10 @@ type Rules struct {
 	// StaleIfError is how old an answer may be that is given while the
 	// authority cannot be asked. 0 means that none is.
 	StaleIfError time.Duration
+	// StaleForNode gives such an answer to every client of this node that
+	// somebody of it was given, while the authority cannot be reached or
+	// answers nobody.
+	StaleForNode bool
 	// Parallel is how many connections one large blob is fetched over.
 	Parallel int
 	// TokenBroker passes clients' credentials on to the token service.
@@ -106,11 +106,10 @@ type Proxy struct {
 	metrics   *Metrics
 	log       *zap.Logger
 	router    *mux.Router
-	rights    *rights
+	rights    *rights.Rights
 	ruleOf    map[upstream.Name]Rules
 	defaults  Rules
 	brokers   bool // some upstream has a token broker
-	staleKey  []byte
 
 	writeTimeout time.Duration
 	now          func() time.Time
@@ -148,11 +147,9 @@ func New(opts Options) (*Proxy, error) {
 			defaultUpstream: opts.DefaultUpstream,
 			listedOnly:      opts.ListedOnly,
 		},
-		rights:   newRights(),
 		ruleOf:   opts.Rules,
 		defaults: opts.Defaults,
 		now:      time.Now,
-		staleKey: opts.StaleKey,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 
@@ -163,7 +160,13 @@ func New(opts Options) (*Proxy, error) {
 		p.brokers = p.brokers || rules.TokenBroker
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), crowds: make(map[headKey]time.Duration), sequence: sequence}
+	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), sequence: sequence}
+	p.rights = rights.New(rights.Options{
+		Index: opts.Cache.Index(),
+		Keep:  p.keepTaken,
+		Terms: p.terms,
+		Now:   func() time.Time { return p.now() },
+	})
 
 	p.prune()
 	p.pruning.Go(p.pruneLoop)
@@ -199,6 +202,12 @@ func (p *Proxy) rules(name upstream.Name) Rules {
 		return r
 	}
 	return p.defaults
+}
+
+// terms are the rules as far as they are about rights.
+func (p *Proxy) terms(name string) rights.Terms {
+	r := p.rules(upstream.Name(name))
+	return rights.Terms{Grant: r.GrantTTL, Membership: r.MembershipTTL, Stale: r.StaleIfError, StaleForNode: r.StaleForNode}
 }
 
 // Close ends what is shared between requests and waits for it. Call it when no
@@ -288,221 +297,32 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
 	if ce := p.log.Check(zap.InfoLevel, "request"); ce != nil {
 		fields := []zap.Field{
-			zap.String("method", r.Method),
+			zap.String("method", bounded(r.Method)),
 			zap.String("route", route),
 			zap.String("upstream", string(q.upstream)),
-			zap.String("repository", q.repository),
-			zap.String("reference", q.reference()),
+			zap.String("repository", bounded(q.repository)),
+			zap.String("reference", bounded(q.reference())),
 			zap.Int("status", w.status),
 			zap.Int64("bytes", w.bytes),
 			zap.Duration("took", took),
 			zap.String("cache", w.cacheStatus),
 			zap.String("client", r.RemoteAddr),
-			zap.String("agent", r.UserAgent()),
+			zap.String("agent", bounded(r.UserAgent())),
 		}
 		if w.err != nil {
-			fields = append(fields, zap.String("error", w.err.Error()))
+			fields = append(fields, zap.String("error", bounded(w.err.Error())))
 		}
 		ce.Write(fields...)
 	}
 }
 
-// response is a ResponseWriter that remembers what a log line says. It keeps
-// io.ReaderFrom, without which a file would be copied through memory rather
-// than sent by the kernel.
-type response struct {
-	http.ResponseWriter
-	request     *request
-	cacheStatus string // RFC 9211
-	collapsed   bool
-	err         error
-	timeout     time.Duration // Options.WriteTimeout
-	start       time.Time
-	headers     time.Duration // from arrival to the headers
-	slow        bool          // the body may come later than the headers
-	status      int
-	bytes       int64
-}
+// maxField bounds a field of the log that another side chose, in bytes.
+const maxField = 512
 
-func (w *response) WriteHeader(status int) {
-	if w.status == 0 {
-		w.status = status
-		w.headers = time.Since(w.start)
-		w.Header().Set("Cache-Status", w.cacheStatus)
+// bounded is the beginning of a string, where it is long.
+func bounded(s string) string {
+	if len(s) <= maxField {
+		return s
 	}
-	w.ResponseWriter.WriteHeader(status)
-	if w.slow {
-		http.NewResponseController(w.ResponseWriter).Flush()
-	}
-}
-
-func (w *response) Write(p []byte) (int, error) {
-	if w.status == 0 {
-		w.WriteHeader(http.StatusOK)
-	}
-	n, err := w.ResponseWriter.Write(p)
-	w.bytes += int64(n)
-	return n, err
-}
-
-const (
-	// DefaultWriteTimeout is Options.WriteTimeout's.
-	DefaultWriteTimeout = time.Minute
-	// sendPiece is what must go out within that time, in bytes: at 70 KB/s.
-	sendPiece = 4 << 20
-)
-
-// extend begins the client's time anew.
-func (w *response) extend() {
-	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(w.timeout))
-}
-
-// ReadFrom implements io.ReaderFrom.
-func (w *response) ReadFrom(src io.Reader) (int64, error) {
-	if w.status == 0 {
-		w.WriteHeader(http.StatusOK)
-	}
-	var sent int64
-	if part, ok := src.(*io.LimitedReader); ok {
-		if body, ok := part.R.(*bytes.Reader); ok && int64(body.Len()) == part.N {
-			// In one piece it goes out together with the headers.
-			n, err := body.WriteTo(w.ResponseWriter)
-			w.bytes += n
-			return n, err
-		}
-		var err error
-		switch from := part.R.(type) {
-		case sectioned:
-			if sent, err = w.sendSections(from, part.N); err != nil || sent == part.N {
-				return sent, err
-			}
-			part.N -= sent
-		}
-	}
-	buf := copyBuffers.Get().(*[]byte)
-	defer copyBuffers.Put(buf)
-	for { // what is waited for is not the client's time
-		n, err := src.Read(*buf)
-		if n > 0 {
-			w.extend()
-			m, werr := w.Write((*buf)[:n])
-			if sent += int64(m); werr != nil {
-				return sent, werr
-			}
-		}
-		if err == io.EOF {
-			return sent, nil
-		}
-		if err != nil {
-			return sent, err
-		}
-	}
-}
-
-var copyBuffers = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
-
-// sendFile has the kernel send the next n bytes of the file.
-func (w *response) sendFile(file *os.File, n int64) (sent int64, err error) {
-	for sent < n {
-		w.extend()
-		m, err := io.CopyN(w.ResponseWriter, file, min(sendPiece, n-sent))
-		sent += m
-		w.bytes += m
-		if err != nil {
-			return sent, err
-		}
-	}
-	return sent, nil
-}
-
-// sectioned lies in a file, as far as it is there.
-type sectioned interface {
-	Section(most int64) (*os.File, int64, error)
-}
-
-// sendSections has the kernel send what comes, as long as it comes by a file.
-func (w *response) sendSections(s sectioned, most int64) (sent int64, err error) {
-	for sent < most {
-		file, n, err := s.Section(most - sent)
-		if err == io.EOF || file == nil && err == nil {
-			return sent, nil
-		}
-		if err != nil {
-			return sent, err
-		}
-		m, err := w.sendFile(file, n)
-		if sent += m; err != nil {
-			if f, ok := s.(interface{ Failed(error) }); ok {
-				f.Failed(err)
-			}
-			return sent, err
-		}
-	}
-	return sent, nil
-}
-
-// Unwrap is for http.ResponseController.
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// detail sets the Cache-Status, with detail "" for none.
-func (w *response) detail(status, detail string) {
-	w.cacheStatus = "tarn; " + status
-	if w.collapsed {
-		w.cacheStatus += "; collapsed"
-	}
-	if detail != "" {
-		w.cacheStatus += "; detail=" + detail
-	}
-}
-
-// source sets the Cache-Status of an object's bytes.
-func (w *response) source(s cache.Source) {
-	w.slow = s != cache.Hit
-	switch s {
-	case cache.Hit:
-		w.detail("hit", "")
-	case cache.Joined:
-		w.collapsed = true
-		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
-	case cache.Fetched:
-		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
-	case cache.Passed:
-		w.detail("fwd=bypass; fwd-status=200", "not-storable")
-	}
-}
-
-// outcome is the Cache-Status as a metric's label.
-func (w *response) outcome() string {
-	switch {
-	case w.err != nil || w.status >= 400:
-		return "error"
-	case w.request == nil || w.request.base:
-		return "none"
-	}
-	for _, o := range []struct{ prefix, outcome string }{
-		{"tarn; hit; ttl=-", "stale"},
-		{"tarn; hit", "hit"},
-		{"tarn; fwd=stale", "confirmed"},
-		{"tarn; fwd=uri-miss", "miss"},
-		{"tarn; fwd=bypass", "bypass"},
-	} {
-		if len(w.cacheStatus) >= len(o.prefix) && w.cacheStatus[:len(o.prefix)] == o.prefix {
-			return o.outcome
-		}
-	}
-	return "none"
-}
-
-// fail answers with the error, or, when the headers are out, has the
-// connection cut.
-func (w *response) fail(q *request, err error) {
-	w.err = err
-	if w.status != 0 {
-		w.err = fmt.Errorf("%w: %w", errAborted, err)
-		return
-	}
-	status, _ := answerFor(q, err)
-	// The same words whatever is cached.
-	w.cacheStatus = fmt.Sprintf("tarn; fwd=miss; fwd-status=%d", status)
-	serveError(w, q, err)
+	return strings.ToValidUTF8(s[:maxField], "") + "..."
 }

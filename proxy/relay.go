@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -24,6 +25,12 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	resp, _, err := p.ask(life, q, q.method, q.reference(), part{})
 	if !stop() && err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
+	}
+	if q.kind == upstream.Referrers && (lacksReferrers(err) || err == nil && resp.Web()) {
+		if err == nil {
+			resp.Body.Close()
+		}
+		return &upstream.StatusError{Status: http.StatusNotFound}
 	}
 	if err != nil {
 		return err
@@ -54,6 +61,24 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	w.WriteHeader(http.StatusOK)
 	_, err = io.Copy(w, resp.Body)
 	return aborted(err)
+}
+
+// lacksReferrers tells whether a registry says, in whatever words, that it does
+// not have the referrers API (distribution-spec "Listing Referrers"): clients go
+// on to the referrers tag then. Who is refused for want of a credential, or of
+// patience, must hear that: a verifier must not read "no signature" out of it.
+func lacksReferrers(err error) bool {
+	var status *upstream.StatusError
+	if !errors.As(err, &status) {
+		return false
+	}
+	switch status.Status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
+		return false
+	case http.StatusNotImplemented, http.StatusHTTPVersionNotSupported:
+		return true
+	}
+	return status.Status >= 400 && status.Status < 500 || status.Web && status.Status >= 500
 }
 
 // rewriteLink turns the upstream's link to the next page (RFC 8288, and

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"tarn/blobstore"
+	"tarn/rights"
 	"tarn/upstream"
 
 	v2 "github.com/distribution/distribution/v3/registry/api/v2"
@@ -55,9 +56,7 @@ type request struct {
 	query         url.Values // what the upstream may see of it
 	size          int64      // the only one that is taken; 0 for any
 
-	// Who asks, see identify.
-	credential        credential
-	reader, everybody string
+	asker rights.Asker // who asks, see identify
 
 	gone <-chan struct{} // closed when the client has left, or has its answer
 }

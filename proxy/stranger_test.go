@@ -72,11 +72,13 @@ func TestASignOnPageIsNoYes(t *testing.T) {
 		for _, elsewhere := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, elsewhere %v", mediaType, elsewhere), func(t *testing.T) {
 				t.Parallel()
-				page := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				const page = "<html>Sign in</html>"
+				show := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					w.Header().Set("Content-Type", mediaType)
-					io.WriteString(w, "<html>Sign in</html>")
+					w.Header().Set("Content-Length", fmt.Sprint(len(page)))
+					io.WriteString(w, page)
 				})
-				login := httptest.NewServer(page)
+				login := httptest.NewServer(show)
 				defer login.Close()
 				r, d := one(t)
 				img := r.Image("private/app", "v1", random(1, 300_000))
@@ -88,7 +90,7 @@ func TestASignOnPageIsNoYes(t *testing.T) {
 					if elsewhere {
 						http.Redirect(w, req, login.URL+"/login", http.StatusFound)
 					} else {
-						page(w, req)
+						show(w, req)
 					}
 					return true
 				}
@@ -103,10 +105,21 @@ func TestASignOnPageIsNoYes(t *testing.T) {
 							if got := d.get(path, stranger...); got.status != 502 {
 								t.Errorf("GET %s: %d, %d bytes", path, got.status, len(got.body))
 							}
-							if got := d.head(path, stranger...); got.status != 502 {
+							// What the registry says to a HEAD, whatever is here.
+							got := d.head(path, stranger...)
+							if path == blobPath("private/app", img.Layers[0]) {
+								got.must(t, 200).mustSay(t, "Content-Length", fmt.Sprint(len(page))).mustSay(t, "Cache-Status", "tarn; fwd=uri-miss; fwd-status=200")
+							} else if got.status != 502 {
 								t.Errorf("HEAD %s: %d", path, got.status)
 							}
 						}
+						// Nor by what the registry said of objects that nobody has.
+						for _, nothing := range []string{"a", "b"} {
+							d.head(blobPath("private/app", digest.FromString(nothing)), stranger...)
+							d.get(blobPath("private/app", digest.FromString(nothing)), stranger...).must(t, 502)
+							d.get(manifestPath("private/app", digest.FromString(nothing).String()), stranger...).must(t, 502)
+						}
+						d.get(blobPath("private/app", img.Layers[0]), append(stranger, "Range", "bytes=1-")...).must(t, 502)
 					}
 				}
 				// And nothing of it stays.

@@ -15,41 +15,35 @@ import (
 	"tarn/blobstore"
 	"tarn/cache"
 	"tarn/index"
+	"tarn/rights"
 	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
 )
 
 // serveTag answers HEAD and GET of a tag. What the tag means is the authority's
-// answer to a HEAD that was sent after this request arrived; the bytes come
+// answer to a question that was sent after this request arrived; the bytes come
 // from the disk when they are there.
 func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *request) error {
-	for again := true; ; again = false {
-		c, shared, err := p.confirmInTime(ctx, w, q)
-		if err != nil {
-			return p.serveStaleTag(ctx, w, r, q, err)
-		}
-		w.collapsed = shared
-		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
-			return p.relayManifest(ctx, w, q, c)
-		}
-		if q.method == http.MethodHead {
-			return p.headTag(ctx, w, r, q, c)
-		}
-		err = p.getTag(ctx, w, r, q, c)
-		var refused *upstream.StatusError
-		if again && errors.As(err, &refused) && refused.Status == http.StatusNotFound {
-			continue // the tag was moved, and what it meant deleted, in between
-		}
-		return err
+	c, shared, err := p.confirmInTime(ctx, w, q)
+	if err != nil {
+		return p.serveStaleTag(ctx, w, r, q, err)
 	}
+	w.collapsed = shared
+	if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
+		return p.relayManifest(ctx, w, q, c)
+	}
+	if q.method == http.MethodHead {
+		return p.headTag(ctx, w, r, q, c)
+	}
+	return p.getTag(ctx, w, r, q, c)
 }
 
 // confirmInTime leaves time for a stale answer, where one is allowed.
 func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*confirmation, bool, error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
-	return p.confirmTag(asking, ctx, q)
+	return p.confirmTag(asking, ctx, q, false)
 }
 
 // askingTime is how long the authority may be asked on this request's behalf:
@@ -57,7 +51,7 @@ func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*co
 // given then, and a little more, so that a question that was sent at once says
 // itself that it took too long.
 func (p *Proxy) askingTime(ctx context.Context, w *response, q *request) (context.Context, context.CancelFunc) {
-	if p.staleLimit(q.upstream) <= 0 {
+	if p.rules(q.upstream).StaleIfError <= 0 {
 		return ctx, func() {}
 	}
 	return context.WithDeadline(ctx, w.start.Add(p.upstreams.Registry(q.upstream).HeadTimeout()+askingGrace))
@@ -65,79 +59,114 @@ func (p *Proxy) askingTime(ctx context.Context, w *response, q *request) (contex
 
 const askingGrace = 50 * time.Millisecond
 
-func (p *Proxy) confirmTag(asking, ctx context.Context, q *request) (*confirmation, bool, error) {
-	if err := p.recall(q.repositoryKey(), q.credential); err != nil {
+// confirmTag asks what the tag means, with a HEAD first unless the manifest
+// itself is wanted.
+func (p *Proxy) confirmTag(asking, ctx context.Context, q *request, manifest bool) (*confirmation, bool, error) {
+	if err := p.recall(q.asker); err != nil {
 		return nil, false, err
 	}
 	return p.fresh.confirm(asking, ctx, p.ctx, headKey{
+		method:     q.method,
+		manifest:   manifest,
 		upstream:   string(q.upstream),
 		repository: q.repository,
 		tag:        q.tag,
 		accept:     acceptKey(q.accept),
-		credential: q.credential,
+		credential: q.asker.Credential,
 	})
 }
 
-// askTag is the HEAD of a batch. Registries that refuse HEAD, or leave out the
-// digest, the length or the type, are asked with GET, and the body is hashed.
+// askTag is the question of a batch: a HEAD, and where that gets a no or says
+// too little, the GET that the clients sent. The body of a GET is hashed. One
+// that follows a HEAD has a number of its own.
 func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*confirmation, error) {
 	ctx, cancel := context.WithTimeout(ctx, headerDeadline)
 	defer cancel()
-	repository := index.RepositoryKey{Upstream: key.upstream, Repository: key.repository}
+	q := &request{
+		method: key.method, kind: upstream.Manifest, upstream: upstream.Name(key.upstream), repository: key.repository,
+		tag: key.tag, accept: acceptLines(key.accept),
+	}
+	q.asker = p.rights.Asker(q.repositoryKey(), key.credential)
 	asked := p.now()
-	c, err := p.headOrReadTag(ctx, key)
+	var c *confirmation
+	var err error
+	if !key.manifest {
+		c, err = p.headTagAt(ctx, q)
+	}
+	if key.manifest || lacksHead(err) || err == nil && c == nil || isNo(err) && key.method == http.MethodGet {
+		if err != nil {
+			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
+		}
+		asked = p.now()
+		if !key.manifest {
+			sequence = p.fresh.number()
+		}
+		c, err = p.readTag(ctx, q)
+	}
 	if err != nil {
-		p.forgetTag(repository, key.tag, key.credential, sequence, err)
-		p.said(repository, upstream.Manifest, "", key.credential, err)
+		p.refuseTag(q, sequence, err, asked)
 		return nil, err
 	}
-	p.cache.NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
-	p.granted(repository, key.credential, asked)
-	p.remember(repository, key.credential, asked)
-	p.member(repository, upstream.Manifest, c.digest, key.credential, asked, c.mediaType)
+	c.evidence.Asked = asked
+	c.yes = p.rights.Learn(q.asker, q.object(c.digest), c.evidence)
+	c.row = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
+	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row)
 	return c, nil
 }
 
-func (p *Proxy) headOrReadTag(ctx context.Context, key headKey) (*confirmation, error) {
-	registry := p.upstreams.Registry(upstream.Name(key.upstream))
-	ask := upstream.Request{
-		Method:        http.MethodHead,
-		Repository:    key.repository,
-		Kind:          upstream.Manifest,
-		Reference:     key.tag,
-		Accept:        acceptLines(key.accept),
-		Authorization: key.credential.authorization,
+// refuseTag takes the last word on a tag. One that meant something means nothing
+// any more when somebody hears so who could have been served: whom the
+// repository is hidden from hears the same.
+func (p *Proxy) refuseTag(q *request, sequence uint64, err error, asked time.Time) {
+	e := refusalOf(err, asked)
+	if e.Says == rights.NoObject {
+		e.Says = rights.NoTag
+		key := q.repositoryKey().TagKey(q.tag)
+		if before, known := p.cache.Index().Tag(key); known && before.Digest != "" {
+			e.Says = rights.TagGone
+			if p.rights.Had(q.asker, q.object(before.Digest)) {
+				p.cache.NoteTag(key, index.Tag{Sequence: sequence})
+				defer p.keepTaken()
+			}
+		}
 	}
-	if key.credential.node {
-		ask.As = upstream.Node
-	}
-	if ask.Accept == nil {
-		ask.Accept = defaultAccept
-	}
-	resp, err := registry.Do(ctx, ask)
-	var refused *upstream.StatusError
-	if errors.As(err, &refused) && (refused.Status == http.StatusMethodNotAllowed || refused.Status == http.StatusNotImplemented) {
-		return readTag(ctx, registry, ask)
-	}
+	p.rights.Learn(q.asker, rights.Object{Kind: string(q.kind)}, e)
+}
+
+// headTagAt asks with HEAD. Without an error it returns nil where the answer
+// leaves out the digest, the length or the type.
+func (p *Proxy) headTagAt(ctx context.Context, q *request) (*confirmation, error) {
+	resp, err := p.do(ctx, q, q.asker.Credential, http.MethodHead, q.tag, part{})
 	if err != nil {
 		return nil, err
 	}
 	resp.Body.Close()
-	if blobstore.CheckDigest(resp.Digest) != nil || resp.Size < 0 || !manifestLike(resp.MediaType) {
-		return readTag(ctx, registry, ask)
+	if blobstore.CheckDigest(resp.Digest) != nil || resp.Size <= 0 || resp.Encoding != "" || !manifestLike(resp.MediaType) {
+		return nil, nil
 	}
-	return &confirmation{digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType}, nil
+	return &confirmation{
+		digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType,
+		evidence: p.weigh(q, resp.Digest, resp, time.Time{}),
+	}, nil
 }
 
 // readTag asks for the manifest itself.
-func readTag(ctx context.Context, registry *upstream.Registry, ask upstream.Request) (*confirmation, error) {
-	ask.Method = http.MethodGet
-	resp, err := registry.Do(ctx, ask)
+func (p *Proxy) readTag(ctx context.Context, q *request) (*confirmation, error) {
+	resp, err := p.do(ctx, q, q.asker.Credential, http.MethodGet, q.tag, part{})
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	return readBody(resp)
+	c, err := readBody(resp)
+	if err != nil {
+		return nil, err
+	}
+	if schema1(c.mediaType) { // which nobody here can verify
+		c.evidence = p.weigh(q, c.digest, resp, time.Time{})
+		return c, nil
+	}
+	c.evidence = rights.Evidence{Says: rights.Verified, Redirected: resp.Redirected, Size: c.size, MediaType: c.mediaType}
+	return c, nil
 }
 
 // readBody reads a manifest whole, and names it by its bytes.
@@ -148,6 +177,9 @@ func readBody(resp *upstream.Response) (*confirmation, error) {
 	}
 	if resp.Size >= 0 && int64(len(data)) != resp.Size {
 		return nil, fmt.Errorf("%w: %d bytes of the %d announced", cache.ErrBroken, len(data), resp.Size)
+	}
+	if resp.Encoding != "" {
+		data = decoded(data, resp.Encoding, resp.Digest)
 	}
 	c := &confirmation{size: int64(len(data)), mediaType: resp.MediaType, body: data}
 	if schema1(c.mediaType) {
@@ -165,8 +197,11 @@ func readBody(resp *upstream.Response) (*confirmation, error) {
 		return nil, err
 	}
 	c.digest = digest.FromBytes(data)
-	if resp.Digest != "" && resp.Digest.Algorithm() == c.digest.Algorithm() && resp.Digest != c.digest {
-		return nil, fmt.Errorf("%w: the bytes are %s, the header says %s", cache.ErrBroken, c.digest, resp.Digest)
+	if resp.Digest != "" && blobstore.CheckDigest(resp.Digest) == nil && resp.Digest != c.digest {
+		if resp.Digest.Algorithm().FromBytes(data) != resp.Digest {
+			return nil, fmt.Errorf("%w: the bytes are %s, the header says %s", cache.ErrBroken, c.digest, resp.Digest)
+		}
+		c.digest = resp.Digest
 	}
 	return c, nil
 }
@@ -175,7 +210,7 @@ func readBody(resp *upstream.Response) (*confirmation, error) {
 // from the HEAD; it fetches nothing, because who polls would spend the quota
 // of pulls.
 func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	if size, cached := p.cache.Has(p.key(q, c.digest)); cached {
+	if size, cached := p.cache.Has(p.key(q, c.digest)); cached && c.yes.Covers(size) {
 		mediaType, err := p.storedType(ctx, q, c.digest, c.mediaType)
 		if !errors.Is(err, errGone) {
 			if err != nil {
@@ -190,26 +225,26 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 }
 
 // getTag serves the manifest, which is fetched by its digest when it is not
-// here: the tag may move between HEAD and GET.
+// here: the tag may move between HEAD and GET. Some registries have it by its
+// tag only, and it may be gone meanwhile: then the tag is asked for itself.
 func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	fetch := p.fetch(q, c.digest, true, nil)
-	if c.body != nil {
-		fetch = func(context.Context, int64, int64) (body, cache.Info, error) {
-			return io.NopCloser(bytes.NewReader(c.body)), cache.Info{Size: c.size}, nil
-		}
-	}
-	o, err := p.cache.Open(ctx, cache.Request{
-		Key:        p.key(q, c.digest),
-		Reader:     q.reader,
-		Source:     string(q.upstream),
-		Authorised: true,
-		Fetch:      fetch,
-		Check:      checkAs(func() string { return c.mediaType }),
-	})
-	if err != nil {
+	o, err := p.openTag(ctx, q, c)
+	if err != nil && (!isNo(err) || c.body != nil) {
 		return err
 	}
+	if err != nil {
+		if c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true); err != nil {
+			return err
+		}
+		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
+			return p.relayManifest(ctx, w, q, c)
+		}
+		if o, err = p.openTag(ctx, q, c); err != nil {
+			return err
+		}
+	}
 	defer o.Close()
+	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row) // it is here now
 	if o.Source == cache.Hit {
 		w.detail("fwd=stale; fwd-status=200", "confirmed")
 	} else {
@@ -217,6 +252,37 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	}
 	return p.serveManifest(ctx, w, r, q, o, c.digest, c.mediaType)
 }
+
+// openTag opens what the authority said that the tag means. What is here of
+// another size than it said is not that: the client's own request tells.
+func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cache.Object, error) {
+	one := *q
+	one.digest = c.digest
+	s := p.source(&one, c.digest, &c.yes)
+	fetch := s.fetch
+	if c.body != nil {
+		fetch = func(context.Context, int64, int64) (body, cache.Info, error) {
+			return io.NopCloser(bytes.NewReader(c.body)), cache.Info{Size: c.size}, nil
+		}
+	}
+	o, err := p.cache.Open(ctx, cache.Request{
+		Key:        p.key(q, c.digest),
+		Reader:     q.asker.Name(),
+		Source:     string(q.upstream),
+		Authorised: true,
+		Fetch:      fetch,
+		Verified:   s.verified,
+		Check:      checkAs(func() string { return c.mediaType }),
+	})
+	if err == nil && o.Source != cache.Fetched && !c.yes.Covers(o.Size) {
+		o.Close()
+		return nil, errAnotherThing
+	}
+	return o, err
+}
+
+// errAnotherThing: what the authority said yes to is not what is here.
+var errAnotherThing = fmt.Errorf("%w: what it says yes to is not this object", upstream.ErrProtocol)
 
 // checkAs is a flight's check of a manifest, with the type that the authority
 // gave.

@@ -89,6 +89,11 @@ type UpstreamDefaults struct {
 	// StaleIfError is how old an answer may be that is given while the
 	// registry cannot be asked; 0 means that none is. Default 0s.
 	StaleIfError time.Duration `yaml:"stale_if_error"`
+	// StaleFor is who may have such an answer: owner, whom the registry said
+	// yes to; or node, every client of this node as soon as somebody of it
+	// was told yes, while the registry cannot be reached or answers nobody.
+	// Default owner.
+	StaleFor string `yaml:"stale_for"`
 	// GrantTTL is how long a registry's yes to a credential is believed for
 	// further objects of the repository; 0 means asking for each. Default
 	// 60s.
@@ -200,6 +205,7 @@ func defaultConfig() Config {
 		Prefetch:        "off",
 		Defaults: UpstreamDefaults{
 			HeadTimeout:   upstream.DefaultHeadTimeout,
+			StaleFor:      "owner",
 			GrantTTL:      time.Minute,
 			MembershipTTL: 24 * time.Hour,
 			Parallel:      4,
@@ -356,7 +362,9 @@ var rules = map[string]func(value any) error{
 	"defaults.grant_ttl":          checkTTL,
 	"defaults.membership_ttl":     checkTTL,
 	"defaults.stale_if_error":     checkTTL,
+	"defaults.stale_for":          oneOf("owner", "node"),
 	"upstreams[].stale_if_error":  checkTTL,
+	"upstreams[].stale_for":       oneOf("owner", "node"),
 	"upstreams[].grant_ttl":       checkTTL,
 	"upstreams[].membership_ttl":  checkTTL,
 	"upstreams[].realm":           checkRealm,

@@ -5,8 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -129,8 +127,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		ListedOnly:      cfg.Allow == "listed",
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
-		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, StaleIfError: cfg.Defaults.StaleIfError, Parallel: cfg.Defaults.Parallel},
-		StaleKey:        staleKey(cfg, log),
+		Defaults:        rulesOf(cfg.Defaults),
 		Metrics:         metrics,
 		Logger:          log,
 	})
@@ -341,42 +338,21 @@ func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 		if len(u.Share) > 0 && u.Credentials.DockerConfig == "" {
 			return nil, fmt.Errorf("upstream %s: share: repositories are shared with the node's credentials; set credentials: too", u.Name)
 		}
-		rules[name] = proxy.Rules{
-			GrantTTL:      u.GrantTTL,
-			MembershipTTL: u.MembershipTTL,
-			StaleIfError:  u.StaleIfError,
-			Parallel:      u.Parallel,
-			TokenBroker:   u.TokenBroker,
-			Share:         u.Share,
-		}
+		r := rulesOf(u.UpstreamDefaults)
+		r.TokenBroker, r.Share = u.TokenBroker, u.Share
+		rules[name] = r
 	}
 	return rules, nil
 }
 
-// staleKey is the key under which credentials are named on the disk, made when
-// there is none yet; nil where no answer may be stale, and so none is named.
-func staleKey(cfg Config, log *zap.Logger) []byte {
-	wanted := cfg.Defaults.StaleIfError > 0
-	for _, u := range cfg.Upstreams {
-		wanted = wanted || u.StaleIfError > 0
+func rulesOf(d UpstreamDefaults) proxy.Rules {
+	return proxy.Rules{
+		GrantTTL:      d.GrantTTL,
+		MembershipTTL: d.MembershipTTL,
+		StaleIfError:  d.StaleIfError,
+		StaleForNode:  d.StaleFor == "node",
+		Parallel:      d.Parallel,
 	}
-	if !wanted {
-		return nil
-	}
-	path := filepath.Join(cfg.Dir, "stale.key")
-	key, err := os.ReadFile(path)
-	if err == nil && len(key) == sha256.Size {
-		return key
-	}
-	key = make([]byte, sha256.Size)
-	rand.Read(key)
-	if errors.Is(err, fs.ErrNotExist) || err == nil {
-		err = os.WriteFile(path, key, 0o600)
-	}
-	if err != nil {
-		log.Warn("who had a yes is not remembered past this process", zap.Error(err))
-	}
-	return key
 }
 
 func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
@@ -471,12 +447,12 @@ func registerCache(registry *prometheus.Registry, store *cache.Cache) {
 func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client) {
 	registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "tarn_upstream_hosts_down",
-			Help: "Hosts of listed registries that are not asked, since they failed; they are probed.",
+			Name: "tarn_upstream_hosts_failing",
+			Help: "Hosts of listed registries that did not answer when they were asked last.",
 		}, func() float64 {
 			n := 0
 			for _, h := range upstreams.Health() {
-				n += len(h.Down)
+				n += len(h.Failing)
 			}
 			return float64(n)
 		}),

@@ -180,6 +180,17 @@ func (r *Registry) Count(method, contains string) int {
 	return n
 }
 
+// Questions counts the GETs of one byte, by which tarn asks about a blob that it
+// has.
+func (r *Registry) Questions() (n int) {
+	for _, e := range r.Exchanges() {
+		if e.Method == http.MethodGet && e.Range == "bytes=0-0" {
+			n++
+		}
+	}
+	return n
+}
+
 func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 	r.mu.Lock()
 	r.log = append(r.log, Exchange{req.Method, req.URL.Path, req.Header.Get("Range"), req.Header.Get("Authorization")})

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package rights decides who may have what of the bytes that are here.
+//
+// Contract: storage is shared, rights are not. Only an answer of the authority,
+// the registry's first endpoint, to a question that carried this client's own
+// credential lets a byte out. Such an answer is Evidence, and Learn is the one
+// function that takes it. What each evidence makes, and what it ends, is the
+// table below, and nothing else makes or ends anything:
+//
+//	                 from the authority's own origin    from where that redirected
+//	Verified         grant, membership                  membership; anonymous: grant
+//	Named            grant, membership                  nothing
+//	Sized            membership; anonymous: grant       membership; anonymous: grant
+//	Mute             nothing                            nothing
+//	Unauthorised     ends the grant                     nothing
+//	Forbidden        ends the grant, what had begun     nothing
+//	NoTag            ends the grant, what had begun     nothing
+//	TagGone          ends the grant, what had begun     nothing
+//	NoObject         ends the membership                nothing
+//
+// Where Unauthorised, Forbidden or TagGone answers anonymous, it ends besides all
+// that anonymous was ever served in the repository.
+//
+// A grant is that the authority said yes to this credential in this repository;
+// a membership, that it served this object in this repository, to somebody at
+// one time and to anonymous at another. A stored byte goes out for both, or for
+// an answer about that very object which makes the membership. What anonymous
+// was granted and served is everybody's.
+//
+// Besides, the size that an answer said of an object is remembered for its
+// asker as a claim: whatever else is not known, an object of exactly that size
+// is what the answer was about (Sized), also when it comes here only later. A
+// sign-on page, which says 200 to everybody, has another size and names nothing.
+//
+// A yes counts from when the question was sent, never slides, and makes nothing
+// if a refusal was received since: the two may have crossed, and the refusal is
+// newer.
+//
+// Failure model: everything here is bounded, and what is forgotten costs a
+// question, never a right. Grants and claims live in memory only, under names
+// that are an HMAC with a key that is new with each process; memberships are the
+// index's.
+//
+// It never knows HTTP, never asks anybody, and never sees a byte of an object.
+package rights
+
+import (
+	"sync"
+	"time"
+
+	"tarn/index"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Says is what an answer of an authority says of the object that it was asked
+// about.
+type Says int
+
+const (
+	// Mute is a yes that neither names the object nor says the size of one that
+	// is stored.
+	Mute Says = iota
+	// Sized: it says exactly the size of the object, which is stored.
+	Sized
+	// Named: it names the object's digest, or is a tag's, and names a digest.
+	Named
+	// Verified: it brought the object's bytes, and they matched the digest.
+	Verified
+	// Unauthorised is a 401.
+	Unauthorised
+	// Forbidden is a 403 or 451.
+	Forbidden
+	// NoTag is a tag's 404 or 410.
+	NoTag
+	// TagGone is the same, of a tag that meant something before.
+	TagGone
+	// NoObject is an object's 404 or 410.
+	NoObject
+	// Nothing is every other answer, and none: it says nothing about rights.
+	Nothing
+)
+
+// Evidence is one answer of an authority.
+type Evidence struct {
+	Says Says
+	// Asked is when the question was sent.
+	Asked time.Time
+	// Redirected: the answer came from another origin than the authority's.
+	Redirected bool
+	// Size of the object in bytes, -1 where the answer does not say.
+	Size int64
+	// MediaType is what the authority calls the manifest.
+	MediaType string
+	// Challenge is how Unauthorised asks for a credential; Denied says that it
+	// was a 403 to a token that everybody has.
+	Challenge []string
+	Denied    bool
+}
+
+// effect is what an evidence does.
+type effect struct {
+	grant     bool // for the credential in the repository
+	open      bool // the same, where the credential is anonymous
+	member    bool
+	endGrant  bool
+	endBegun  bool // claims of the credential in the repository
+	endOpen   bool // anonymous memberships of the repository, when anonymous is told
+	endMember bool
+}
+
+// effects is the table of the package's comment.
+var effects = [...]struct{ own, redirected effect }{
+	Mute:         {},
+	Sized:        {own: effect{open: true, member: true}, redirected: effect{open: true, member: true}},
+	Named:        {own: effect{grant: true, open: true, member: true}},
+	Verified:     {own: effect{grant: true, open: true, member: true}, redirected: effect{open: true, member: true}},
+	Unauthorised: {own: effect{endGrant: true, endOpen: true}},
+	Forbidden:    {own: effect{endGrant: true, endBegun: true, endOpen: true}},
+	NoTag:        {own: effect{endGrant: true, endBegun: true}},
+	TagGone:      {own: effect{endGrant: true, endBegun: true, endOpen: true}},
+	NoObject:     {own: effect{endMember: true}},
+	Nothing:      {},
+}
+
+func (e Evidence) effect() effect {
+	if e.Redirected {
+		return effects[e.Says].redirected
+	}
+	return effects[e.Says].own
+}
+
+// Terms are how far an authority's yes is believed.
+type Terms struct {
+	// Grant is how long a yes to a credential stands for further objects of
+	// the repository; 0: each is asked about, and nothing may be finished.
+	Grant time.Duration
+	// Membership is how long the authority is believed to have what it had.
+	Membership time.Duration
+	// Stale is how old an answer may be that is given while the authority
+	// cannot be asked. 0: none is.
+	Stale time.Duration
+	// StaleForNode: then every client of this node may have what somebody of
+	// it was given.
+	StaleForNode bool
+}
+
+// Object is a manifest or a blob. A question about a tag that was not answered
+// with a digest has none.
+type Object struct {
+	Kind   string // the word of the URL: manifests or blobs
+	Digest digest.Digest
+}
+
+// Yes is why a client may have an object.
+type Yes struct {
+	Asked     time.Time // when the question was sent
+	MediaType string    // what this authority calls a manifest
+	Size      int64     // what the answer said, -1 for nothing
+	// Proved: whatever is stored under the digest is what the yes is for.
+	Proved bool
+	// Finishing: the yes is a while ago, and only lets a download end that it
+	// began.
+	Finishing bool
+}
+
+// Covers tells whether the yes is for an object of that size.
+func (y Yes) Covers(size int64) bool { return y.Proved || y.Size >= 0 && y.Size == size }
+
+const (
+	// crossing is how long a refusal is remembered as newer than a yes that
+	// is on its way: more than any request to a registry takes.
+	crossing = time.Minute
+	// maxRights bounds each of the tables.
+	maxRights = 1 << 16
+)
+
+// Options of Rights. All are required.
+type Options struct {
+	Index *index.Index
+	// Keep writes what was taken back, before anybody hears of it: a crash must
+	// not bring it back.
+	Keep  func()
+	Terms func(upstream string) Terms
+	Now   func() time.Time
+}
+
+// Rights are what the authorities have said. They are safe for concurrent use.
+type Rights struct {
+	opts  Options
+	names names
+
+	// mu guards what follows. Credentials and objects go by their names.
+	mu     sync.Mutex
+	grants map[string]grant
+	claims claims
+	// refused is when the last refusal of a credential or an object was
+	// received; refusedAll stands for those that were forgotten.
+	refused    map[string]time.Time
+	refusedAll time.Time
+	refusals   map[index.RepositoryKey]Refusal // of anonymous; at most maxRefusals
+	closed     map[index.RepositoryKey]bool    // anonymous has no membership there; at most maxRights
+}
+
+// grant is kept past until for as long as a stale answer may rest on it.
+type grant struct{ asked, until time.Time }
+
+// New returns rights that know of no grant.
+func New(opts Options) *Rights {
+	return &Rights{
+		opts:     opts,
+		names:    newNames(),
+		grants:   make(map[string]grant),
+		claims:   newClaims(),
+		refused:  make(map[string]time.Time),
+		refusals: make(map[index.RepositoryKey]Refusal),
+		closed:   make(map[index.RepositoryKey]bool),
+	}
+}
+
+// Learn takes an answer of the authority to a question of this asker about the
+// object, and returns what it lets the asker have: a yes for the object unless
+// it is a refusal.
+func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
+	does := e.effect()
+	if does.member && o.Digest != "" {
+		r.member(a, o, e)
+	}
+	if does.grant || does.open && a.Anonymous() {
+		r.granted(a, e.Asked)
+	}
+	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
+	if e.Says <= Verified && o.Digest != "" {
+		r.claim(a, o, y)
+	}
+	if does.endGrant || does.endMember || does.endOpen && a.Anonymous() {
+		r.end(a, o, e, does)
+	}
+	return y
+}
+
+// member notes that the authority served the object.
+func (r *Rights) member(a Asker, o Object, e Evidence) {
+	key := a.key(o)
+	m := index.Membership{Time: e.Asked}
+	if o.Kind == manifests {
+		m.MediaType = e.MediaType
+	}
+	if a.Anonymous() {
+		m.Anonymous = e.Asked
+	}
+	if r.crossed(e.Asked, key, a.name) {
+		return
+	}
+	if a.Anonymous() {
+		r.mu.Lock()
+		delete(r.closed, a.Repository)
+		r.mu.Unlock()
+	}
+	r.opts.Index.NoteMembership(key, m)
+	switch { // just now, and what was deleted has come back
+	case r.crossed(e.Asked, key):
+		r.opts.Index.DeleteMembership(key)
+	case a.Anonymous() && r.crossed(e.Asked, a.name):
+		r.opts.Index.CloseRepository(a.Repository)
+	}
+}
+
+const manifests = "manifests"
+
+// granted notes a yes to a credential.
+func (r *Rights) granted(a Asker, asked time.Time) {
+	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	g := grant{asked, asked.Add(terms.Grant)}
+	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(g.until) {
+		g.until = end
+	}
+	keep := g.until
+	if stale := asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
+		keep = stale
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.crossedLocked(asked, a.name) || !now.Before(keep) || r.grants[a.name].asked.After(asked) {
+		return
+	}
+	if a.Anonymous() {
+		delete(r.refusals, a.Repository)
+	}
+	if _, known := r.grants[a.name]; !known && len(r.grants) >= maxRights {
+		for name, old := range r.grants {
+			if !now.Before(old.until) {
+				delete(r.grants, name)
+			}
+		}
+		if len(r.grants) >= maxRights {
+			clear(r.grants)
+		}
+	}
+	r.grants[a.name] = g
+}
+
+// end takes back what a refusal ends.
+func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
+	now, keep := r.opts.Now(), false
+	key := ""
+	if does.endMember {
+		key = a.key(o)
+	}
+	r.mu.Lock()
+	if does.endMember {
+		// Some registries say it also where they mean 403, and then it costs
+		// those who have the object a question.
+		r.refuse(key, now)
+		r.claims.dropObject(a.name, key)
+	}
+	if does.endGrant {
+		r.refuse(a.name, now)
+		delete(r.grants, a.name)
+	}
+	if does.endBegun || does.endGrant && e.Denied {
+		r.claims.drop(a.name)
+	}
+	if e.Says == Unauthorised && a.Anonymous() {
+		r.noteRefusal(a.Repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now)
+	}
+	closes := does.endOpen && a.Anonymous() && !r.closed[a.Repository]
+	if closes {
+		if len(r.closed) >= maxRights {
+			clear(r.closed)
+		}
+		r.closed[a.Repository] = true
+	}
+	r.mu.Unlock()
+	if does.endMember {
+		keep = r.opts.Index.DeleteMembership(key)
+	}
+	if closes && r.opts.Index.CloseRepository(a.Repository) {
+		keep = true
+	}
+	if keep {
+		r.opts.Keep()
+	}
+}
+
+// refuse notes when a refusal was received. Called with the lock.
+func (r *Rights) refuse(name string, now time.Time) {
+	if len(r.refused) >= maxRights {
+		for k, t := range r.refused {
+			if now.Sub(t) > crossing {
+				delete(r.refused, k)
+			}
+		}
+		if len(r.refused) >= maxRights {
+			clear(r.refused)
+			r.refusedAll = now
+		}
+	}
+	r.refused[name] = now
+}
+
+// crossed tells whether a refusal of one of the names was received after a yes
+// was asked for.
+func (r *Rights) crossed(asked time.Time, names ...string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.crossedLocked(asked, names...)
+}
+
+func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
+	for _, name := range names {
+		if !r.refused[name].Before(asked) {
+			return true
+		}
+	}
+	return !r.refusedAll.Before(asked)
+}
+
+// Entitled tells whether the asker may have the object without another
+// question. size is that of the object as it is here, stored or on its way, -1
+// where it is not. resumes says that only a part is wanted which begins above
+// byte 0.
+func (r *Rights) Entitled(a Asker, o Object, size int64, resumes bool) (y Yes, ok bool) {
+	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	if terms.Grant <= 0 {
+		return Yes{}, false
+	}
+	key := a.key(o)
+	m, _ := r.opts.Index.Membership(key)
+	lives := func(served time.Time) bool {
+		age := now.Sub(served)
+		// What is from the future is from before the clock was set back.
+		return !served.IsZero() && age < terms.Membership && age > -crossing
+	}
+	y = Yes{MediaType: m.MediaType, Size: -1, Proved: true}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if g, granted := r.grants[a.name]; granted && now.Before(g.until) && lives(m.Time) && !a.Anonymous() {
+		y.Asked = g.asked
+		return y, true
+	}
+	// What was served to a credential may be nothing for anonymous, also where
+	// anonymous may have other things.
+	if g, granted := r.grants[a.everybody]; granted && now.Before(g.until) && lives(m.Anonymous) {
+		y.Asked = g.asked
+		return y, true
+	}
+	return r.claims.entitled(a.name, key, size, resumes, terms.Grant, now)
+}
+
+// Granted tells whether a yes for the repository is believed still.
+func (r *Rights) Granted(a Asker) bool {
+	now := r.opts.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return now.Before(r.grants[a.name].until) || now.Before(r.grants[a.everybody].until)
+}
+
+// Had tells whether the authority ever said yes to the asker, as far as is known,
+// so that its no is news.
+func (r *Rights) Had(a Asker, o Object) bool {
+	if a.Anonymous() {
+		m, _ := r.opts.Index.Membership(a.key(o))
+		return !m.Anonymous.IsZero()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, ok := r.grants[a.name]
+	return ok
+}
