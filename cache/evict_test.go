@@ -21,6 +21,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -88,7 +89,7 @@ func watch(dir string) (stop func() int64) {
 // of which the index takes nearly as much again as they do, and all at once.
 func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
 	t.Parallel()
-	const bound, manifests, children = 40 << 20, 12, 45_000
+	const bound, manifests, children = 40 << 20, 48, manifest.MaxDescriptors
 	dir := t.TempDir()
 	c := openChaos(t, dir, bound)
 	defer c.Close()

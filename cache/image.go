@@ -218,10 +218,10 @@ func (c *Cache) layOut() {
 		if types[said] == "" {
 			m, _, err := c.storedManifest(d)
 			unread = unread || err != nil && !errors.Is(err, ErrNotStored)
-			if err != nil || m.descriptors() == nil {
+			if err != nil || m.Descriptors() == nil {
 				continue
 			}
-			types[said] = m.mediaType()
+			types[said] = mediaTypeOf(m)
 		}
 		ix.Manifests = append(ix.Manifests, v1.Descriptor{
 			MediaType: types[said], Digest: d, Size: row.Size,

@@ -17,9 +17,9 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // A Pin keeps an image from being evicted: all of it that is stored now or comes
@@ -131,8 +131,8 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		switch {
 		case t.err != nil:
 			return fmt.Errorf("what is pinned cannot be read: %w", t.err)
-		case len(t.sizes) >= maxTree:
-			return fmt.Errorf("%w: it leads to more than %d objects", ErrPinsTooLarge, maxTree)
+		case len(t.sizes) >= maxTree || slices.ContainsFunc(t.barren, c.leadsTooFar):
+			return fmt.Errorf("%w: it leads to more objects than tarn keeps account of: %d, or %d from one manifest", ErrPinsTooLarge, maxTree, manifest.MaxDescriptors)
 		case len(t.others) > 0:
 			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others, ", "), strings.Join(p.Platforms, ", "))
 		}
@@ -431,8 +431,9 @@ type Tree struct {
 	// Platforms that there is something of.
 	Platforms []string
 	sizes     map[digest.Digest]int64
-	err       error    // a manifest that is here cannot be read
-	others    []string // platforms of an index that has none of those asked for
+	err       error           // a manifest that is here cannot be read
+	others    []string        // platforms of an index that has none of those asked for
+	barren    []digest.Digest // named as manifests, and here, and lead nowhere
 }
 
 // tree walks from a digest over the manifests that are here, to these platforms
@@ -443,7 +444,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		return t
 	}
 	none := true
-	leaf := func(child v1.Descriptor) {
+	leaf := func(child manifest.Descriptor) {
 		if _, seen := t.sizes[child.Digest]; seen || len(t.sizes) >= maxTree {
 			return
 		}
@@ -458,8 +459,8 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		t.sizes[child.Digest] = size
 		t.Total = addSizes(t.Total, size)
 	}
-	var walk func(d digest.Digest, size int64, platform *v1.Platform)
-	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
+	var walk func(d digest.Digest, size int64, platform *manifest.Platform)
+	walk = func(d digest.Digest, size int64, platform *manifest.Platform) {
 		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
 			return
 		}
@@ -477,8 +478,12 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		if ok && platform != nil {
 			t.Platforms = append(t.Platforms, platformName(*platform))
 		}
-		for _, child := range m.descriptors() {
-			if !m.isIndex() { // nor read: of files without a row, nobody knows what they are
+		children := m.Descriptors()
+		if ok && children == nil {
+			t.barren = append(t.barren, d)
+		}
+		for _, child := range children {
+			if len(m.Manifests) == 0 { // nor read: of files without a row, nobody knows what they are
 				leaf(child)
 				continue
 			}
@@ -517,8 +522,8 @@ func (c *Cache) isHere(d digest.Digest) bool {
 	return known || c.isStray(d)
 }
 
-// maxTree bounds what one image leads to: a manifest of the largest size names some
-// 40,000, and an index as many such manifests.
+// maxTree bounds what one image leads to: a manifest of the most descriptors is within
+// it, and an index may have as many such manifests.
 const maxTree = 1 << 15
 
 // plainArm64: v8 is what arm64 is without a variant.
@@ -538,7 +543,7 @@ func addSizes(a, b int64) int64 {
 }
 
 // platformName is for people, too: what a manifest says is not for their terminal.
-func platformName(p v1.Platform) string {
+func platformName(p manifest.Platform) string {
 	name := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		name += "/" + p.Variant
@@ -552,16 +557,17 @@ func platformName(p v1.Platform) string {
 }
 
 // configPlatform reads what an image's config says that it runs on.
-func (c *Cache) configPlatform(config v1.Descriptor) (p v1.Platform, ok bool) {
+func (c *Cache) configPlatform(config manifest.Descriptor) (p manifest.Platform, ok bool) {
 	row, stored := c.index.Row(config.Digest)
-	if !stored || row.Size > maxManifest || row.Size == 0 {
+	if !stored || row.Size > manifest.MaxSize || row.Size == 0 {
 		return p, false
 	}
 	body, err := c.store.Read(config.Digest, row.Size)
-	if err != nil || json.Unmarshal(body, &p) != nil || p.OS == "" {
+	if err != nil {
 		return p, false
 	}
-	return p, true
+	p = manifest.ParsePlatform(body)
+	return p, p.OS != ""
 }
 
 // inCommitter has f run in the committer, and returns its error.

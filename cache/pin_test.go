@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -1088,17 +1089,59 @@ func TestAPinOfTooManyObjectsIsRefused(t *testing.T) {
 	t.Parallel()
 	c := openChaos(t, t.TempDir(), 1<<40)
 	defer c.Close()
-	var all v1.Index
-	for i := range maxTree {
-		all.Manifests = append(all.Manifests, v1.Descriptor{Digest: digest.FromString(fmt.Sprint(i)), Size: 1})
+	leadTo := func(name string, n int) v1.Index {
+		var all v1.Index
+		for i := range n {
+			all.Manifests = append(all.Manifests, v1.Descriptor{Digest: digest.FromString(fmt.Sprint(name, i)), Size: 1})
+		}
+		return all
 	}
-	body, err := json.Marshal(all)
-	if err != nil {
-		t.Fatal(err)
+	marshal := func(v v1.Index) []byte {
+		body, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return body
 	}
-	pullImage(t, c, "v1", 1, body)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
-		t.Error(err)
+	alone := marshal(leadTo("alone", manifest.MaxDescriptors+1))
+	var parts [][]byte
+	var together v1.Index
+	for i := range maxTree/manifest.MaxDescriptors + 1 {
+		parts = append(parts, marshal(leadTo(fmt.Sprint("part", i, "-"), manifest.MaxDescriptors)))
+		together.Manifests = append(together.Manifests, v1.Descriptor{Digest: digest.FromBytes(parts[i]), Size: int64(len(parts[i]))})
+	}
+	within := marshal(v1.Index{Manifests: []v1.Descriptor{{Digest: digest.FromBytes(alone), Size: int64(len(alone))}}})
+	for name, bodies := range map[string][][]byte{
+		"one manifest": {alone}, "a manifest within an index": {within, alone}, "many manifests": append([][]byte{marshal(together)}, parts...),
+	} {
+		pullImage(t, c, "", 0, bodies...)
+		if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(bodies[0])}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(parts[0])}); err != nil {
+		t.Errorf("as many as there may be: %v", err)
+	}
+}
+
+// TestALargeBlobThatIsNoManifestIsNotReadAsOne, however it begins.
+func TestALargeBlobThatIsNoManifestIsNotReadAsOne(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	d := digest.FromString("layer")
+	for body, want := range map[string]int{
+		`{"config":{},"layers":[{"digest":"` + d.String() + `"}]}`:                                              1,
+		`{"a":1,"layers":[{"digest":"` + d.String() + `"}],"b":2}`:                                              1,
+		`{"a":{"layers":1},"b":"` + strings.Repeat("x", 1000) + `","layers":[{"digest":"` + d.String() + `"}]}`: 0,
+	} {
+		if _, err := readAll(c, parallelRequest(&origin{body: []byte(body)}, "one")); err != nil {
+			t.Fatal(err)
+		}
+		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+		if got := c.index.ChildrenOf(digest.FromString(body)); len(got) != want {
+			t.Errorf("%.40s leads to %v", body, got)
+		}
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -359,9 +360,11 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 			continue
 		}
 		a := adoption{stray: s, sound: sound, done: make(chan error, 1)}
-		if sound && s.info.Size() <= maxManifest {
-			body, _ := c.store.Read(s.digest, s.info.Size()) // without it, it leads nowhere
-			a.children = childrenOf(body)
+		if size := s.info.Size(); sound && size <= manifest.MaxSize {
+			body, _ := c.store.Read(s.digest, size) // without it, it leads nowhere
+			if manifest.Looks(body[:min(len(body), manifest.Prefix)], size) {
+				a.children = childrenOf(body)
+			}
 		}
 		select {
 		case c.adoptions <- a:
