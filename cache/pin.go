@@ -55,18 +55,38 @@ func (p Pin) same(q Pin) bool {
 
 var platformPattern = regexp.MustCompile(`^[a-z0-9._-]+(/[a-z0-9._-]+){1,2}$`)
 
+const (
+	// What people pin are tens of images. The bounds keep what is written with each
+	// change, and walked with each eviction, to that order.
+	maxPins      = 1000
+	maxPinsBytes = 1 << 20 // of pins.json
+	// maxPinsFile is what is read of it: pins grow a little as they follow their tags.
+	maxPinsFile = 2 * maxPinsBytes
+	// maxName is as long as upstreams' and repositories' names may be, and maxTag as
+	// tags (OCI distribution-spec "Pulling manifests").
+	maxName = 255
+	maxTag  = 128
+	// An index has one platform, or all: 32 are more than there are to choose from.
+	maxPlatforms = 32
+	maxPlatform  = 64
+)
+
 func (p Pin) check() error {
 	switch {
+	case len(p.Upstream) > maxName || len(p.Repository) > maxName || len(p.Tag) > maxTag:
+		return fmt.Errorf("%w: it has a name that is longer than names may be", ErrNoPin)
+	case len(p.Platforms) > maxPlatforms:
+		return fmt.Errorf("%w: it is for %d platforms, of at most %d", ErrNoPin, len(p.Platforms), maxPlatforms)
 	case p.Upstream == "" || p.Repository == "":
 		return fmt.Errorf("%w: it names no repository", ErrNoPin)
 	case p.Tag == "" && p.Digest == "" || p.Tag != "" && p.Digest != "":
 		return fmt.Errorf("%w: it has neither just a tag nor just a digest", ErrNoPin)
 	case p.Digest != "" && blobstore.CheckDigest(p.Digest) != nil:
-		return fmt.Errorf("%w: %q is no digest", ErrNoPin, p.Digest)
+		return fmt.Errorf("%w: %.200q is no digest", ErrNoPin, p.Digest)
 	}
 	for _, platform := range p.Platforms {
-		if !platformPattern.MatchString(platform) {
-			return fmt.Errorf("%w: the platform %q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
+		if len(platform) > maxPlatform || !platformPattern.MatchString(platform) {
+			return fmt.Errorf("%w: the platform %.100q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
 		}
 	}
 	return nil
@@ -122,7 +142,12 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 	}
 	err = c.inCommitter(func() error {
 		list := slices.DeleteFunc(c.Pins(), p.same)
-		list = append(list, p)
+		if list = append(list, p); len(list) > maxPins {
+			return fmt.Errorf("%w: there may be %d of them: unpin something", ErrPinsTooLarge, maxPins)
+		}
+		if data, err := encodePins(list); err != nil || len(data) > maxPinsBytes {
+			return fmt.Errorf("%w: their list would have %d bytes, of at most %d: unpin something", ErrPinsTooLarge, len(data), maxPinsBytes)
+		}
 		all := make(map[digest.Digest]int64)
 		for _, p := range list {
 			t = c.pinned(p)
@@ -134,7 +159,7 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		case len(t.sizes) >= maxTree || slices.ContainsFunc(t.barren, c.leadsTooFar):
 			return fmt.Errorf("%w: it leads to more objects than tarn keeps account of: %d, or %d from one manifest", ErrPinsTooLarge, maxTree, manifest.MaxDescriptors)
 		case len(t.others) > 0:
-			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others, ", "), strings.Join(p.Platforms, ", "))
+			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others[:min(len(t.others), maxPlatforms)], ", "), strings.Join(p.Platforms, ", "))
 		}
 		var sum int64
 		for _, size := range all {
@@ -208,7 +233,7 @@ func (c *Cache) writePins() error {
 	if err := c.unreadPins(); err != nil {
 		return err
 	}
-	data, err := json.MarshalIndent(append([]Pin{}, c.Pins()...), "", "  ") // a list also when it is empty
+	data, err := encodePins(c.Pins())
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)
 	}
@@ -216,6 +241,10 @@ func (c *Cache) writePins() error {
 		return fmt.Errorf("write the pins: %w", err)
 	}
 	return nil
+}
+
+func encodePins(list []Pin) ([]byte, error) {
+	return json.MarshalIndent(append([]Pin{}, list...), "", "  ") // a list also when it is empty
 }
 
 // writeFile replaces a small file of the directory as one step. For much more than the
@@ -272,7 +301,7 @@ func (c *Cache) readPins() {
 	c.pins.leases = make(map[digest.Digest]lease)
 	path := filepath.Join(c.opts.Dir, pinsName)
 	os.Remove(path + ".new") // of a process that ended while it wrote
-	data, err := os.ReadFile(path)
+	data, err := readSmall(path, maxPinsFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
@@ -305,6 +334,9 @@ func parsePins(data []byte) (list []Pin, err error) {
 		return nil, errors.New("there is no list")
 	}
 	for i, one := range all {
+		if len(list) >= maxPins {
+			return list, errors.Join(err, fmt.Errorf("there are %d pins, of at most %d", len(all), maxPins))
+		}
 		var p Pin
 		perr := json.Unmarshal(one, &p)
 		if perr == nil {
@@ -475,7 +507,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		}
 		t.sizes[d] = size
 		t.Total = addSizes(t.Total, size)
-		if ok && platform != nil {
+		if ok && platform != nil && len(t.Platforms) < maxPlatforms {
 			t.Platforms = append(t.Platforms, platformName(*platform))
 		}
 		children := m.Descriptors()

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"tarn/index"
+
 	"github.com/opencontainers/go-digest"
 )
 
@@ -20,6 +22,7 @@ type confirmation struct {
 	// body is the manifest itself, when the authority had to be asked with
 	// GET to know the rest.
 	body []byte
+	tag  index.Tag // as it was noted
 }
 
 // headKey is who may share one HEAD: the same question with the same

@@ -91,7 +91,8 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		p.said(repository, upstream.Manifest, "", key.credential, err)
 		return nil, err
 	}
-	p.cache.NoteTag(repository.TagKey(key.tag), index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence})
+	c.tag = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
+	p.cache.NoteTag(repository.TagKey(key.tag), c.tag)
 	p.granted(repository, key.credential, asked)
 	p.remember(repository, key.credential, asked)
 	p.member(repository, upstream.Manifest, c.digest, key.credential, asked, c.mediaType)
@@ -213,6 +214,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	if o.Source == cache.Hit {
 		w.detail("fwd=stale; fwd-status=200", "confirmed")
 	} else {
+		p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.tag) // what it means comes only now
 		w.source(o.Source)
 	}
 	return p.serveManifest(ctx, w, r, q, o, c.digest, c.mediaType)
