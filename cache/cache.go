@@ -164,6 +164,9 @@ type Options struct {
 	MaxSize int64
 	// MinFree is how many bytes of the filesystem are always left free.
 	MinFree int64
+	// Listed tells whether the operator has named an upstream: others have only a
+	// part of what tarn keeps account of. nil: all are.
+	Listed func(upstream string) bool
 	// Logger is for what happens in the background. nil logs nothing.
 	Logger *zap.Logger
 	// Steps is for tests, which have some of them fail.
@@ -319,6 +322,11 @@ func (c *Cache) Close() error {
 	close(c.done)
 	c.committing.Wait()
 	return errors.Join(c.index.Close(), c.store.Close(), c.lock.Close())
+}
+
+// listed tells whether the operator has named an upstream.
+func (c *Cache) listed(upstream string) bool {
+	return c.opts.Listed == nil || c.opts.Listed(upstream)
 }
 
 // Index is where tags and memberships are noted. Objects are the cache's.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,7 +152,14 @@ func (c *Cache) forget(d digest.Digest, alloc int64) {
 
 // NoteTag takes what the authority says of a tag, unless it has said something
 // later. What only that tag meant is the first to be evicted.
+//
+// A tag that was not known, of what is neither here nor on its way, is not noted:
+// nothing could be done with it, and there is no end to such tags. Whoever fetches
+// what it means notes it again, as often as he likes.
 func (c *Cache) NoteTag(key string, t index.Tag) {
+	if _, known := c.index.Tag(key); !known && !c.comes(key, t.Digest) {
+		return
+	}
 	before, taken := c.index.NoteTag(key, t)
 	if !taken || before == t.Digest {
 		return
@@ -172,6 +180,20 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 		u, _ := c.index.Use(before)
 		c.noteRank(before, u.Time, rank)
 	}
+}
+
+// comes tells whether what a tag means is here, or on its way from its registry.
+func (c *Cache) comes(tag string, d digest.Digest) bool {
+	if c.isHere(d) {
+		return true
+	}
+	domain := ListedDomain
+	if upstream, _, _ := strings.Cut(tag, "\x00"); !c.listed(upstream) {
+		domain = upstream
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.flights[Key{domain, d}] != nil
 }
 
 // Prune drops what the index need not know any more.

@@ -21,6 +21,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -88,7 +89,7 @@ func watch(dir string) (stop func() int64) {
 // of which the index takes nearly as much again as they do, and all at once.
 func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
 	t.Parallel()
-	const bound, manifests, children = 40 << 20, 12, 45_000
+	const bound, manifests, children = 40 << 20, 48, manifest.MaxDescriptors
 	dir := t.TempDir()
 	c := openChaos(t, dir, bound)
 	defer c.Close()
@@ -146,7 +147,7 @@ func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
 	var last string
 	for i := range tags {
 		last = fmt.Sprintf("tag%0100d", i)
-		c.NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
+		c.index.NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
 	}
 	for c.Stats().Evicted.Objects == 0 { // the first of them takes the tags along
 		if _, err := readAll(c, parallelRequest(&origin{body: randomBytes(64 << 10)}, "one")); err != nil {
@@ -443,11 +444,11 @@ func TestAMovedTagsLayersGoFirst(t *testing.T) {
 			oldLayer, oldManifest := build()
 			newLayer, newManifest := build()
 			other, another := randomBytes(3<<19), randomBytes(3<<19)
-			c.NoteTag("k", index.Tag{Digest: digest.FromBytes(oldManifest), Sequence: 1, Confirmed: time.Now()})
 			for range 5 {
 				get(oldManifest)
 				get(oldLayer)
 			}
+			c.NoteTag("k", index.Tag{Digest: digest.FromBytes(oldManifest), Sequence: 1, Confirmed: time.Now()})
 			get(other)
 			c.NoteTag("k", index.Tag{Digest: digest.FromBytes(newManifest), Sequence: 2, Confirmed: time.Now()})
 			get(newManifest)

@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"tarn/internal/manifest"
+
 	"github.com/opencontainers/go-digest"
 )
 
@@ -687,25 +689,22 @@ func (f *flight) verify() error {
 	if got := digest.NewDigest(f.key.Digest.Algorithm(), f.hash); got != f.key.Digest {
 		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, f.key.Digest)
 	}
-	first := make([]byte, 1)
 	if f.check == nil {
-		if _, err := f.pending.File.ReadAt(first, 0); err != nil || f.size > maxManifest || !bytes.Contains(jsonBegins, first) {
+		prefix := make([]byte, min(f.size, manifest.Prefix))
+		if _, err := f.pending.File.ReadAt(prefix, 0); err != nil || !manifest.Looks(prefix, f.size) {
 			return nil
 		}
 	}
-	var body bytes.Buffer
-	if _, err := io.Copy(&body, io.NewSectionReader(f.pending.File, 0, f.size)); err != nil {
+	body := make([]byte, f.size)
+	if _, err := f.pending.File.ReadAt(body, 0); err != nil {
 		return err
 	}
-	f.children = childrenOf(body.Bytes()) // a manifest may have been asked for as a blob
+	f.children = childrenOf(body) // a manifest may have been asked for as a blob
 	if f.check == nil {
 		return nil
 	}
-	return f.check(body.Bytes())
+	return f.check(body)
 }
-
-// jsonBegins are the bytes that a JSON object may begin with.
-var jsonBegins = []byte("{ \t\r\n")
 
 // steady is a body from one offset to the end of the object, asked for again
 // where an answer breaks off or ends. It is for what passes through.

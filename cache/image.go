@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -111,7 +112,8 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 			return err
 		}
 		if len(others) > 0 {
-			return fmt.Errorf("%w, %s: evict that", ErrShared, strings.Join(others, ", "))
+			const named = 10 // there may be thousands
+			return fmt.Errorf("%w, %s: evict that", ErrShared, strings.Join(others[:min(len(others), named)], ", "))
 		}
 		stay := c.under(kept, mine) // what is kept keeps its own
 		var going []index.Stored
@@ -164,6 +166,12 @@ func (c *Cache) under(ds []digest.Digest, within map[digest.Digest]bool) map[dig
 const (
 	layoutName = v1.ImageLayoutFile
 	listName   = v1.ImageIndexFile
+	// maxList bounds index.json, in bytes: nobody reads an index that is larger. It
+	// is written anew with each change, and has room for 10,000 tags of usual names.
+	// What is beyond it is stored all the same, and not in the list.
+	maxList = manifest.MaxSize
+	// entryRoom is what an entry has besides the name and the type, sha512 included.
+	entryRoom = 400
 )
 
 // imageList is index.json, in the committer.
@@ -202,7 +210,18 @@ func (c *Cache) layOut() {
 	}
 	types := make(map[meaning]string)
 	unread := false
-	for _, name := range slices.Sorted(maps.Keys(meant)) {
+	left := maxList
+	names := slices.SortedFunc(maps.Keys(meant), func(a, b string) int {
+		listed := func(name string) int {
+			if c.listed(meant[name].in.Upstream) {
+				return 0
+			}
+			return 1
+		}
+		return cmp.Or(listed(a)-listed(b), strings.Compare(a, b))
+	})
+	strangers := maxList / strangersShare
+	for _, name := range names {
 		d := meant[name].d
 		row, ok := c.index.Row(d)
 		if !ok {
@@ -212,16 +231,25 @@ func (c *Cache) layOut() {
 		if types[said] == "" {
 			types[said] = c.images.types[said]
 		}
-		if m, ok := c.index.Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && strings.HasSuffix(m.MediaType, "+json") {
+		if m, ok := c.index.Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && manifest.ValidMediaType(m.MediaType) && strings.HasSuffix(m.MediaType, "+json") {
 			types[said] = m.MediaType // as its registry calls it, and not as any file
 		}
 		if types[said] == "" {
 			m, _, err := c.storedManifest(d)
 			unread = unread || err != nil && !errors.Is(err, ErrNotStored)
-			if err != nil || m.descriptors() == nil {
+			if err != nil || m.Descriptors() == nil {
 				continue
 			}
-			types[said] = m.mediaType()
+			types[said] = mediaTypeOf(m)
+		}
+		size := entryRoom + len(name) + len(types[said])
+		if left -= size; left < 0 {
+			break
+		}
+		if !c.listed(said.in.Upstream) {
+			if strangers -= size; strangers < 0 {
+				break
+			}
 		}
 		ix.Manifests = append(ix.Manifests, v1.Descriptor{
 			MediaType: types[said], Digest: d, Size: row.Size,

@@ -3,68 +3,38 @@
 package cache
 
 import (
-	"encoding/json"
+	"cmp"
 	"os"
 
-	"tarn/blobstore"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxManifest is the size in bytes of the largest manifest that clients and
-// registries accept.
-const maxManifest = 4 << 20
+// What is read of a manifest here is for eviction, pins and lists; nobody is
+// served by it.
 
-// manifest is what is read of a manifest or an index (OCI image-spec "Image
-// Manifest", "Image Index", and Docker's of the same shape). Eviction, pins and
-// lists go by it; nobody is served by it.
-type manifest struct {
-	MediaType string          `json:"mediaType"`
-	Config    v1.Descriptor   `json:"config"`
-	Layers    []v1.Descriptor `json:"layers"`
-	Manifests []v1.Descriptor `json:"manifests"`
-}
-
-// parseManifest returns an empty one for anything else.
-func parseManifest(body []byte) (m manifest) {
-	if json.Unmarshal(body, &m) != nil {
-		return manifest{}
+// readManifest returns an empty one for anything else.
+func readManifest(body []byte) manifest.Manifest {
+	m, err := manifest.Parse(body)
+	if err != nil {
+		return manifest.Manifest{}
 	}
 	return m
 }
 
-// descriptors are all that it leads to, but no subject.
-func (m manifest) descriptors() (all []v1.Descriptor) {
-	seen := make(map[digest.Digest]bool)
-	for _, list := range [][]v1.Descriptor{{m.Config}, m.Layers, m.Manifests} {
-		for _, d := range list {
-			if blobstore.CheckDigest(d.Digest) == nil && !seen[d.Digest] && d.Size >= 0 {
-				seen[d.Digest] = true
-				all = append(all, d)
-			}
-		}
+// mediaTypeOf is what a manifest says of itself, or else what it looks like.
+func mediaTypeOf(m manifest.Manifest) string {
+	if len(m.Manifests) > 0 {
+		return cmp.Or(m.MediaType, v1.MediaTypeImageIndex)
 	}
-	return all
-}
-
-// isIndex tells an index from a manifest.
-func (m manifest) isIndex() bool { return len(m.Manifests) > 0 }
-
-// mediaType is what it says of itself, or else what it looks like.
-func (m manifest) mediaType() string {
-	switch {
-	case m.MediaType != "":
-		return m.MediaType
-	case m.isIndex():
-		return v1.MediaTypeImageIndex
-	}
-	return v1.MediaTypeImageManifest
+	return cmp.Or(m.MediaType, v1.MediaTypeImageManifest)
 }
 
 // childrenOf returns what a manifest leads to, nil for anything else.
 func childrenOf(body []byte) (children []digest.Digest) {
-	for _, d := range parseManifest(body).descriptors() {
+	for _, d := range readManifest(body).Descriptors() {
 		children = append(children, d.Digest)
 	}
 	return children
@@ -73,12 +43,12 @@ func childrenOf(body []byte) (children []digest.Digest) {
 // storedManifest reads a manifest that is stored, or has no row yet. Anything else that
 // is stored leads nowhere. It fails with ErrNotStored, with errChanged, and when the disk
 // does not give it now.
-func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err error) {
+func (c *Cache) storedManifest(d digest.Digest) (m manifest.Manifest, size int64, err error) {
 	row, known := c.index.Row(d)
 	switch {
 	case !known && !c.isStray(d):
 		return m, 0, ErrNotStored
-	case known && (row.Size > maxManifest || c.index.ChildrenOf(d) == nil):
+	case known && (row.Size > manifest.MaxSize || c.index.ChildrenOf(d) == nil):
 		return m, row.Size, nil
 	}
 	info, err := os.Lstat(c.store.Path(d))
@@ -86,7 +56,7 @@ func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err err
 		return m, row.Size, err
 	}
 	size = info.Size()
-	if size > maxManifest {
+	if size > manifest.MaxSize {
 		return m, size, nil
 	}
 	body, err := c.store.Read(d, size)
@@ -100,5 +70,19 @@ func (c *Cache) storedManifest(d digest.Digest) (m manifest, size int64, err err
 		}
 		return m, size, errChanged
 	}
-	return parseManifest(body), size, nil
+	if !known && !manifest.Looks(body[:min(size, manifest.Prefix)], size) {
+		return m, size, nil
+	}
+	return readManifest(body), size, nil
+}
+
+// leadsTooFar tells whether a manifest that is stored leads to more than is kept
+// account of.
+func (c *Cache) leadsTooFar(d digest.Digest) bool {
+	row, ok := c.index.Row(d)
+	if !ok || row.Size > manifest.MaxSize {
+		return false
+	}
+	body, err := c.store.Read(d, row.Size)
+	return err == nil && readManifest(body).Truncated
 }

@@ -17,9 +17,9 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // A Pin keeps an image from being evicted: all of it that is stored now or comes
@@ -55,18 +55,38 @@ func (p Pin) same(q Pin) bool {
 
 var platformPattern = regexp.MustCompile(`^[a-z0-9._-]+(/[a-z0-9._-]+){1,2}$`)
 
+const (
+	// What people pin are tens of images. The bounds keep what is written with each
+	// change, and walked with each eviction, to that order.
+	maxPins      = 1000
+	maxPinsBytes = 1 << 20 // of pins.json
+	// maxPinsFile is what is read of it: pins grow a little as they follow their tags.
+	maxPinsFile = 2 * maxPinsBytes
+	// maxName is as long as upstreams' and repositories' names may be, and maxTag as
+	// tags (OCI distribution-spec "Pulling manifests").
+	maxName = 255
+	maxTag  = 128
+	// An index has one platform, or all: 32 are more than there are to choose from.
+	maxPlatforms = 32
+	maxPlatform  = 64
+)
+
 func (p Pin) check() error {
 	switch {
+	case len(p.Upstream) > maxName || len(p.Repository) > maxName || len(p.Tag) > maxTag:
+		return fmt.Errorf("%w: it has a name that is longer than names may be", ErrNoPin)
+	case len(p.Platforms) > maxPlatforms:
+		return fmt.Errorf("%w: it is for %d platforms, of at most %d", ErrNoPin, len(p.Platforms), maxPlatforms)
 	case p.Upstream == "" || p.Repository == "":
 		return fmt.Errorf("%w: it names no repository", ErrNoPin)
 	case p.Tag == "" && p.Digest == "" || p.Tag != "" && p.Digest != "":
 		return fmt.Errorf("%w: it has neither just a tag nor just a digest", ErrNoPin)
 	case p.Digest != "" && blobstore.CheckDigest(p.Digest) != nil:
-		return fmt.Errorf("%w: %q is no digest", ErrNoPin, p.Digest)
+		return fmt.Errorf("%w: %.200q is no digest", ErrNoPin, p.Digest)
 	}
 	for _, platform := range p.Platforms {
-		if !platformPattern.MatchString(platform) {
-			return fmt.Errorf("%w: the platform %q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
+		if len(platform) > maxPlatform || !platformPattern.MatchString(platform) {
+			return fmt.Errorf("%w: the platform %.100q is not os/architecture or os/architecture/variant, such as linux/arm64", ErrNoPin, platform)
 		}
 	}
 	return nil
@@ -122,7 +142,12 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 	}
 	err = c.inCommitter(func() error {
 		list := slices.DeleteFunc(c.Pins(), p.same)
-		list = append(list, p)
+		if list = append(list, p); len(list) > maxPins {
+			return fmt.Errorf("%w: there may be %d of them: unpin something", ErrPinsTooLarge, maxPins)
+		}
+		if data, err := encodePins(list); err != nil || len(data) > maxPinsBytes {
+			return fmt.Errorf("%w: their list would have %d bytes, of at most %d: unpin something", ErrPinsTooLarge, len(data), maxPinsBytes)
+		}
 		all := make(map[digest.Digest]int64)
 		for _, p := range list {
 			t = c.pinned(p)
@@ -131,10 +156,10 @@ func (c *Cache) Pin(p Pin) (t Tree, err error) {
 		switch {
 		case t.err != nil:
 			return fmt.Errorf("what is pinned cannot be read: %w", t.err)
-		case len(t.sizes) >= maxTree:
-			return fmt.Errorf("%w: it leads to more than %d objects", ErrPinsTooLarge, maxTree)
+		case len(t.sizes) >= maxTree || slices.ContainsFunc(t.barren, c.leadsTooFar):
+			return fmt.Errorf("%w: it leads to more objects than tarn keeps account of: %d, or %d from one manifest", ErrPinsTooLarge, maxTree, manifest.MaxDescriptors)
 		case len(t.others) > 0:
-			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others, ", "), strings.Join(p.Platforms, ", "))
+			return fmt.Errorf("%w: the image is for %s, and not for %s", ErrNoPin, strings.Join(t.others[:min(len(t.others), maxPlatforms)], ", "), strings.Join(p.Platforms, ", "))
 		}
 		var sum int64
 		for _, size := range all {
@@ -208,7 +233,7 @@ func (c *Cache) writePins() error {
 	if err := c.unreadPins(); err != nil {
 		return err
 	}
-	data, err := json.MarshalIndent(append([]Pin{}, c.Pins()...), "", "  ") // a list also when it is empty
+	data, err := encodePins(c.Pins())
 	if err == nil {
 		err = c.writeFile("pins", pinsName, data, true)
 	}
@@ -216,6 +241,10 @@ func (c *Cache) writePins() error {
 		return fmt.Errorf("write the pins: %w", err)
 	}
 	return nil
+}
+
+func encodePins(list []Pin) ([]byte, error) {
+	return json.MarshalIndent(append([]Pin{}, list...), "", "  ") // a list also when it is empty
 }
 
 // writeFile replaces a small file of the directory as one step. For much more than the
@@ -272,7 +301,7 @@ func (c *Cache) readPins() {
 	c.pins.leases = make(map[digest.Digest]lease)
 	path := filepath.Join(c.opts.Dir, pinsName)
 	os.Remove(path + ".new") // of a process that ended while it wrote
-	data, err := os.ReadFile(path)
+	data, err := readSmall(path, maxPinsFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
@@ -305,6 +334,9 @@ func parsePins(data []byte) (list []Pin, err error) {
 		return nil, errors.New("there is no list")
 	}
 	for i, one := range all {
+		if len(list) >= maxPins {
+			return list, errors.Join(err, fmt.Errorf("there are %d pins, of at most %d", len(all), maxPins))
+		}
 		var p Pin
 		perr := json.Unmarshal(one, &p)
 		if perr == nil {
@@ -431,8 +463,9 @@ type Tree struct {
 	// Platforms that there is something of.
 	Platforms []string
 	sizes     map[digest.Digest]int64
-	err       error    // a manifest that is here cannot be read
-	others    []string // platforms of an index that has none of those asked for
+	err       error           // a manifest that is here cannot be read
+	others    []string        // platforms of an index that has none of those asked for
+	barren    []digest.Digest // named as manifests, and here, and lead nowhere
 }
 
 // tree walks from a digest over the manifests that are here, to these platforms
@@ -443,7 +476,7 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		return t
 	}
 	none := true
-	leaf := func(child v1.Descriptor) {
+	leaf := func(child manifest.Descriptor) {
 		if _, seen := t.sizes[child.Digest]; seen || len(t.sizes) >= maxTree {
 			return
 		}
@@ -458,8 +491,8 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		t.sizes[child.Digest] = size
 		t.Total = addSizes(t.Total, size)
 	}
-	var walk func(d digest.Digest, size int64, platform *v1.Platform)
-	walk = func(d digest.Digest, size int64, platform *v1.Platform) {
+	var walk func(d digest.Digest, size int64, platform *manifest.Platform)
+	walk = func(d digest.Digest, size int64, platform *manifest.Platform) {
 		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
 			return
 		}
@@ -474,11 +507,15 @@ func (c *Cache) tree(root digest.Digest, platforms []string) (t Tree) {
 		}
 		t.sizes[d] = size
 		t.Total = addSizes(t.Total, size)
-		if ok && platform != nil {
+		if ok && platform != nil && len(t.Platforms) < maxPlatforms {
 			t.Platforms = append(t.Platforms, platformName(*platform))
 		}
-		for _, child := range m.descriptors() {
-			if !m.isIndex() { // nor read: of files without a row, nobody knows what they are
+		children := m.Descriptors()
+		if ok && children == nil {
+			t.barren = append(t.barren, d)
+		}
+		for _, child := range children {
+			if len(m.Manifests) == 0 { // nor read: of files without a row, nobody knows what they are
 				leaf(child)
 				continue
 			}
@@ -517,8 +554,8 @@ func (c *Cache) isHere(d digest.Digest) bool {
 	return known || c.isStray(d)
 }
 
-// maxTree bounds what one image leads to: a manifest of the largest size names some
-// 40,000, and an index as many such manifests.
+// maxTree bounds what one image leads to: a manifest of the most descriptors is within
+// it, and an index may have as many such manifests.
 const maxTree = 1 << 15
 
 // plainArm64: v8 is what arm64 is without a variant.
@@ -538,7 +575,7 @@ func addSizes(a, b int64) int64 {
 }
 
 // platformName is for people, too: what a manifest says is not for their terminal.
-func platformName(p v1.Platform) string {
+func platformName(p manifest.Platform) string {
 	name := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		name += "/" + p.Variant
@@ -552,16 +589,17 @@ func platformName(p v1.Platform) string {
 }
 
 // configPlatform reads what an image's config says that it runs on.
-func (c *Cache) configPlatform(config v1.Descriptor) (p v1.Platform, ok bool) {
+func (c *Cache) configPlatform(config manifest.Descriptor) (p manifest.Platform, ok bool) {
 	row, stored := c.index.Row(config.Digest)
-	if !stored || row.Size > maxManifest || row.Size == 0 {
+	if !stored || row.Size > manifest.MaxSize || row.Size == 0 {
 		return p, false
 	}
 	body, err := c.store.Read(config.Digest, row.Size)
-	if err != nil || json.Unmarshal(body, &p) != nil || p.OS == "" {
+	if err != nil {
 		return p, false
 	}
-	return p, true
+	p = manifest.ParsePlatform(body)
+	return p, p.OS != ""
 }
 
 // inCommitter has f run in the committer, and returns its error.

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -143,15 +144,15 @@ func (b built) own() [][]byte { return [][]byte{b.index, b.manifest, b.config, b
 func pullImage(t *testing.T, c *Cache, tag string, sequence uint64, bodies ...[]byte) {
 	t.Helper()
 	for i, body := range bodies {
-		if i == 0 && tag != "" {
-			c.NoteTag(appKey.TagKey(tag), index.Tag{Digest: digest.FromBytes(body), Sequence: sequence, Confirmed: time.Now()})
-		}
 		req := parallelRequest(&origin{body: body}, "one")
 		if body[0] == '{' {
 			req.Check = func([]byte) error { return nil }
 		}
 		if got, err := readAll(c, req); err != nil || !bytes.Equal(got, body) {
 			t.Fatalf("%d bytes: %v", len(got), err)
+		}
+		if i == 0 && tag != "" {
+			c.NoteTag(appKey.TagKey(tag), index.Tag{Digest: digest.FromBytes(body), Sequence: sequence, Confirmed: time.Now()})
 		}
 	}
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
@@ -422,13 +423,13 @@ func TestPinsThatCannotBeReadStay(t *testing.T) {
 	c := openChaos(t, dir, 1<<30)
 	defer c.Close()
 	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
-	if _, err := c.Pin(p); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), "restart") {
+	if _, err := c.Pin(p); !errors.Is(err, errNoFile) || !strings.Contains(err.Error(), "restart") {
 		t.Error(err)
 	}
 	if n := len(c.Pins()); n != 0 {
 		t.Errorf("%d pins are held that are written nowhere", n)
 	}
-	if err := c.Unpin(p); !errors.Is(err, syscall.EISDIR) {
+	if err := c.Unpin(p); !errors.Is(err, errNoFile) {
 		t.Error(err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), brokenSuffix) }) {
@@ -536,7 +537,8 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 	tag := func(r *rand.Rand) string { return fmt.Sprint("v", r.IntN(3)) }
 	many(4, func(r *rand.Rand) {
 		i := images[r.IntN(len(images))]
-		c.NoteTag(appKey.TagKey(tag(r)), index.Tag{Digest: i.indexDigest, Sequence: sequence.Add(1), Confirmed: time.Now()})
+		key, n := appKey.TagKey(tag(r)), index.Tag{Digest: i.indexDigest, Sequence: sequence.Add(1), Confirmed: time.Now()}
+		c.NoteTag(key, n)
 		for _, body := range i.own() {
 			req := parallelRequest(&origin{body: body}, "one")
 			if body[0] == '{' {
@@ -545,6 +547,7 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, body) {
 				t.Errorf("%d bytes of %d: %v", len(got), len(body), err)
 			}
+			c.NoteTag(key, n)
 		}
 	})
 	many(1, func(r *rand.Rand) {
@@ -646,8 +649,8 @@ func TestTheListSaysWhatEachRegistryCallsAnImage(t *testing.T) {
 	types := map[string]string{"a.test/x:v1": "application/vnd.other+json", "lab.test/app:v1": v1.MediaTypeImageIndex}
 	c.index.NoteMembership(foreign.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["a.test/x:v1"]})
 	c.index.NoteMembership(appKey.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["lab.test/app:v1"]})
-	c.NoteTag(foreign.TagKey("v1"), index.Tag{Digest: b.indexDigest, Sequence: 1, Confirmed: time.Now()})
 	pullImage(t, c, "v1", 1, b.own()...)
+	c.NoteTag(foreign.TagKey("v1"), index.Tag{Digest: b.indexDigest, Sequence: 1, Confirmed: time.Now()})
 	var list v1.Index
 	settle(t, "the list", func() bool {
 		data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
@@ -793,7 +796,8 @@ func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
 	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}); !errors.Is(err, os.ErrExist) {
 		t.Error(err)
 	}
-	c.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 1, Confirmed: time.Now()})
+	c.index.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 1, Confirmed: time.Now()})
+	c.tagMoved.Store(true)
 	if err := c.inCommitter(func() error { c.followTags(); return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -1088,17 +1092,59 @@ func TestAPinOfTooManyObjectsIsRefused(t *testing.T) {
 	t.Parallel()
 	c := openChaos(t, t.TempDir(), 1<<40)
 	defer c.Close()
-	var all v1.Index
-	for i := range maxTree {
-		all.Manifests = append(all.Manifests, v1.Descriptor{Digest: digest.FromString(fmt.Sprint(i)), Size: 1})
+	leadTo := func(name string, n int) v1.Index {
+		var all v1.Index
+		for i := range n {
+			all.Manifests = append(all.Manifests, v1.Descriptor{Digest: digest.FromString(fmt.Sprint(name, i)), Size: 1})
+		}
+		return all
 	}
-	body, err := json.Marshal(all)
-	if err != nil {
-		t.Fatal(err)
+	marshal := func(v v1.Index) []byte {
+		body, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return body
 	}
-	pullImage(t, c, "v1", 1, body)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
-		t.Error(err)
+	alone := marshal(leadTo("alone", manifest.MaxDescriptors+1))
+	var parts [][]byte
+	var together v1.Index
+	for i := range maxTree/manifest.MaxDescriptors + 1 {
+		parts = append(parts, marshal(leadTo(fmt.Sprint("part", i, "-"), manifest.MaxDescriptors)))
+		together.Manifests = append(together.Manifests, v1.Descriptor{Digest: digest.FromBytes(parts[i]), Size: int64(len(parts[i]))})
+	}
+	within := marshal(v1.Index{Manifests: []v1.Descriptor{{Digest: digest.FromBytes(alone), Size: int64(len(alone))}}})
+	for name, bodies := range map[string][][]byte{
+		"one manifest": {alone}, "a manifest within an index": {within, alone}, "many manifests": append([][]byte{marshal(together)}, parts...),
+	} {
+		pullImage(t, c, "", 0, bodies...)
+		if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(bodies[0])}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(parts[0])}); err != nil {
+		t.Errorf("as many as there may be: %v", err)
+	}
+}
+
+// TestALargeBlobThatIsNoManifestIsNotReadAsOne, however it begins.
+func TestALargeBlobThatIsNoManifestIsNotReadAsOne(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	d := digest.FromString("layer")
+	for body, want := range map[string]int{
+		`{"config":{},"layers":[{"digest":"` + d.String() + `"}]}`:                                              1,
+		`{"a":1,"layers":[{"digest":"` + d.String() + `"}],"b":2}`:                                              1,
+		`{"a":{"layers":1},"b":"` + strings.Repeat("x", 1000) + `","layers":[{"digest":"` + d.String() + `"}]}`: 0,
+	} {
+		if _, err := readAll(c, parallelRequest(&origin{body: []byte(body)}, "one")); err != nil {
+			t.Fatal(err)
+		}
+		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+		if got := c.index.ChildrenOf(digest.FromString(body)); len(got) != want {
+			t.Errorf("%.40s leads to %v", body, got)
+		}
 	}
 }
 

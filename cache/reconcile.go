@@ -15,6 +15,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -162,13 +163,19 @@ func (c *Cache) openIndex() error {
 		if rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
 			return errors.Join(err, rerr)
 		}
-		ix, err = index.Open(path, c.opts.Steps)
+		ix, err = index.Open(path, c.opts.Steps, c.indexBounds())
 	}
 	if err != nil {
 		return err
 	}
 	c.index = ix
 	return nil
+}
+
+// indexBounds have registries that are not listed fill no more of the index than a
+// part of their share of the room.
+func (c *Cache) indexBounds() index.Bounds {
+	return index.Bounds{Listed: c.opts.Listed, Strangers: c.opts.MaxSize / strangersShare / 2}
 }
 
 // maxOpenings in a row may end with the process before an index is believed to
@@ -185,7 +192,7 @@ func (c *Cache) openMarked(path string) (*index.Index, error) {
 	if len(tries) < maxOpenings {
 		// Without a marker it is as it was.
 		c.opts.Steps.Do("write marker", func() error { return os.WriteFile(marker, append(tries, '.'), 0o600) })
-		ix, err = index.Open(path, c.opts.Steps)
+		ix, err = index.Open(path, c.opts.Steps, c.indexBounds())
 	}
 	c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })
 	return ix, err
@@ -359,9 +366,11 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 			continue
 		}
 		a := adoption{stray: s, sound: sound, done: make(chan error, 1)}
-		if sound && s.info.Size() <= maxManifest {
-			body, _ := c.store.Read(s.digest, s.info.Size()) // without it, it leads nowhere
-			a.children = childrenOf(body)
+		if size := s.info.Size(); sound && size <= manifest.MaxSize {
+			body, _ := c.store.Read(s.digest, size) // without it, it leads nowhere
+			if manifest.Looks(body[:min(len(body), manifest.Prefix)], size) {
+				a.children = childrenOf(body)
+			}
 		}
 		select {
 		case c.adoptions <- a:

@@ -39,7 +39,8 @@ func claimFor(size int64) int64 {
 }
 
 // strangersShare is which part of the room, one in so many, may be claimed by
-// what registries that are not listed announce: they need not send it.
+// what registries that are not listed announce, which they need not send, and by
+// what the index has of them.
 const strangersShare = 4
 
 // reserve claims room for n more bytes of a pending file before any of them is
@@ -93,6 +94,7 @@ func (c *Cache) tryWith(domain string, n int64, pending func() int64) (short int
 	if err != nil {
 		return 0, false, err
 	}
+	rows := c.index.StrangersBytes()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	unwritten += c.made - made
@@ -102,7 +104,7 @@ func (c *Cache) tryWith(domain string, n int64, pending func() int64) (short int
 	if short := c.used + c.overhead + c.claimed + n - c.opts.MaxSize; short > 0 {
 		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, c.opts.MaxSize)
 	}
-	if short := c.strangers + n - c.opts.MaxSize/strangersShare; short > 0 && domain != ListedDomain {
+	if short := c.strangers + rows + n - c.opts.MaxSize/strangersShare; short > 0 && domain != ListedDomain {
 		return short, true, fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", errNoRoom, n)
 	}
 	c.claim(domain, n)

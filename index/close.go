@@ -31,8 +31,8 @@ func (ix *Index) CloseRepository(k RepositoryKey) (forgot bool) {
 		})
 		ix.mu.Lock()
 		defer ix.mu.Unlock()
-		maps.DeleteFunc(open, func(key string, _ Membership) bool { _, noted := ix.memberships[key]; return noted })
-		for key, note := range ix.memberships {
+		maps.DeleteFunc(open, func(key string, _ Membership) bool { _, noted := ix.memberships.now[key]; return noted })
+		for key, note := range ix.memberships.now {
 			if note != nil && !note.Anonymous.IsZero() && strings.HasPrefix(key, string(prefix)) {
 				open[key] = *note
 			}
@@ -40,14 +40,14 @@ func (ix *Index) CloseRepository(k RepositoryKey) (forgot bool) {
 	})
 	defer ix.mu.Unlock()
 	for key, m := range open {
-		if note, noted := ix.memberships[key]; noted {
+		if note, noted := ix.memberships.now[key]; noted {
 			if note == nil {
 				continue // its authority took all of it back in between
 			}
 			m = *note
 		}
 		m.Anonymous = time.Time{}
-		ix.memberships[key] = &m
+		ix.memberships.set(key, &m, ix.extentOf([]byte(key)))
 		forgot = true
 	}
 	return forgot

@@ -174,13 +174,14 @@ type Index struct {
 	// mu guards the notes, which stand before the rows of the same key until
 	// they are written. No transaction runs under it.
 	mu          sync.Mutex
-	tags        map[string]Tag
-	memberships map[string]*Membership // nil: deleted
-	yeses       map[string]stamp       // zero: deleted
+	tags        notes[Tag]
+	memberships notes[*Membership] // nil: deleted
+	yeses       map[string]stamp   // zero: deleted
 	challenges  map[string]Challenge
 	uses        map[digest.Digest]Use
 	usesFrom    time.Time // the first of uses, about
 	applied     uint64    // how often notes were written and forgotten
+	bounds      Bounds
 }
 
 // useInterval is for how long uses are gathered: each hit makes one, and
@@ -200,7 +201,7 @@ const openTimeout = time.Second
 // Open opens the index or makes a new one. Each row is read once, so that a
 // file that is damaged inside is found now and not in the middle of a request.
 // Outside of tests, steps is nil.
-func Open(path string, steps fault.Steps) (ix *Index, err error) {
+func Open(path string, steps fault.Steps, bounds Bounds) (ix *Index, err error) {
 	db, err := openDB(path, steps)
 	if err != nil {
 		return nil, err
@@ -209,8 +210,9 @@ func Open(path string, steps fault.Steps) (ix *Index, err error) {
 		path:        path,
 		steps:       steps,
 		db:          db,
-		tags:        make(map[string]Tag),
-		memberships: make(map[string]*Membership),
+		tags:        notes[Tag]{now: make(map[string]Tag), most: maxTags},
+		memberships: notes[*Membership]{now: make(map[string]*Membership), most: maxMemberships},
+		bounds:      bounds,
 		yeses:       make(map[string]stamp),
 		challenges:  make(map[string]Challenge),
 		uses:        make(map[digest.Digest]Use),
@@ -309,11 +311,14 @@ func (ix *Index) Renew(aside string) error {
 	if err != nil {
 		return err
 	}
-	fresh := &Index{db: db, steps: ix.steps}
+	fresh := &Index{db: db, steps: ix.steps, bounds: ix.bounds}
 	if err := fresh.check(); err != nil {
 		db.Close()
 		return err
 	}
+	ix.mu.Lock()
+	ix.tags.rows, ix.memberships.rows = fresh.tags.rows, fresh.memberships.rows
+	ix.mu.Unlock()
 	ix.using.Lock()
 	old := ix.db
 	ix.db, ix.broken = db, nil
@@ -414,9 +419,13 @@ func (ix *Index) check() error {
 				string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{},
 				string(yesBucket): &stamp{}, string(challengeBucket): &Challenge{}, string(useBucket): &Use{},
 			}[string(name)]
+			count := map[string]*extent{string(tagBucket): &ix.tags.rows, string(membershipBucket): &ix.memberships.rows}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
 				if into != nil && into.decode(v) != nil {
-					return fmt.Errorf("%w: the row %q of %s is none", ErrBroken, k, name)
+					return fmt.Errorf("%w: the row %.300q of %s is none", ErrBroken, k, name)
+				}
+				if count != nil {
+					*count = count.with(ix.extentOf(k))
 				}
 				return nil
 			})
@@ -455,7 +464,7 @@ func (ix *Index) Objects(f func(digest.Digest, Object)) error {
 		return tx.Bucket(objectBucket).ForEach(func(k, v []byte) error {
 			var o Object
 			if err := o.decode(v); err != nil {
-				return fmt.Errorf("row of object %q: %w", k, err)
+				return fmt.Errorf("row of object %.300q: %w", k, err)
 			}
 			f(digest.Digest(k), o)
 			return nil
@@ -469,7 +478,7 @@ func (ix *Index) Uses(f func(digest.Digest, Use)) error {
 		return tx.Bucket(useBucket).ForEach(func(k, v []byte) error {
 			var u Use
 			if err := u.decode(v); err != nil {
-				return fmt.Errorf("row of use %q: %w", k, err)
+				return fmt.Errorf("row of use %.300q: %w", k, err)
 			}
 			f(digest.Digest(k), u)
 			return nil
@@ -549,7 +558,7 @@ func (ix *Index) Use(d digest.Digest) (u Use, ok bool) {
 // Tags calls f for each tag, with the parts of its key, in no order.
 func (ix *Index) Tags(f func(k RepositoryKey, tag string, t Tag)) error {
 	ix.mu.Lock()
-	notes := maps.Clone(ix.tags)
+	notes := maps.Clone(ix.tags.now)
 	ix.mu.Unlock()
 	each := func(key string, t Tag) {
 		if parts := strings.Split(key, "\x00"); len(parts) == 3 {
@@ -566,7 +575,7 @@ func (ix *Index) Tags(f func(k RepositoryKey, tag string, t Tag)) error {
 			}
 			var t Tag
 			if err := t.decode(v); err != nil {
-				return fmt.Errorf("row of tag %q: %w", k, err)
+				return fmt.Errorf("row of tag %.300q: %w", k, err)
 			}
 			each(string(k), t)
 			return nil
@@ -604,7 +613,7 @@ func possessionKey(domain string, d digest.Digest) []byte {
 // Tag returns the last confirmation of a tag.
 func (ix *Index) Tag(key string) (t Tag, ok bool) {
 	ix.mu.Lock()
-	t, ok = ix.tags[key]
+	t, ok = ix.tags.now[key]
 	ix.mu.Unlock()
 	if ok {
 		return t, true
@@ -616,7 +625,7 @@ func (ix *Index) Tag(key string) (t Tag, ok bool) {
 // Membership returns what is known of an object in a repository.
 func (ix *Index) Membership(key string) (m Membership, ok bool) {
 	ix.mu.Lock()
-	note, noted := ix.memberships[key]
+	note, noted := ix.memberships.now[key]
 	ix.mu.Unlock()
 	if noted {
 		if note == nil {
@@ -644,22 +653,22 @@ func (ix *Index) get(bucket []byte, key string, into row) (ok bool) {
 // refuses all writes. Past it, what is not noted costs a question.
 const maxNotes = 1 << 17
 
-// NoteTag takes the confirmation unless one with a higher sequence is known. It
-// returns what the tag meant before, and whether it was taken.
+// NoteTag takes the confirmation unless one with a higher sequence is known, or there
+// are too many tags. It returns what the tag meant before, and whether it was taken.
 func (ix *Index) NoteTag(key string, t Tag) (before digest.Digest, taken bool) {
 	var old Tag
 	var ok bool
 	ix.readThenLock(func() { old, ok = ix.Tag(key) })
 	defer ix.mu.Unlock()
-	if note, noted := ix.tags[key]; noted {
+	if note, noted := ix.tags.now[key]; noted {
 		old, ok = note, true // another one came in between
-	} else if len(ix.tags) >= maxNotes {
+	} else if !ix.mayNote(ok, len(ix.tags.now), ix.tags.all(), ix.tags.most, key) {
 		return "", false
 	}
 	if ok && old.Sequence >= t.Sequence {
 		return "", false
 	}
-	ix.tags[key] = t
+	ix.tags.set(key, t, ix.extentOf([]byte(key)))
 	return old.Digest, true
 }
 
@@ -680,9 +689,12 @@ func (ix *Index) readThenLock(read func()) {
 	}
 }
 
-// NoteMembership takes what an authority said; what is known already and newer
-// stays.
+// NoteMembership takes what an authority said, unless there is too much of that; what
+// is known already and newer stays.
 func (ix *Index) NoteMembership(key string, m Membership) {
+	if len(m.MediaType) > maxMediaType {
+		m.MediaType = ""
+	}
 	var old Membership
 	var ok bool
 	// A deletion that was noted and written since would be undone by what was
@@ -692,11 +704,11 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 	if ok && old.MediaType == m.MediaType && !newer(m.Time, old.Time) && (m.Anonymous.IsZero() || !newer(m.Anonymous, old.Anonymous)) {
 		return
 	}
-	if note, noted := ix.memberships[key]; noted {
+	if note, noted := ix.memberships.now[key]; noted {
 		if ok = note != nil; ok {
 			old = *note
 		}
-	} else if len(ix.memberships) >= maxNotes {
+	} else if !ix.mayNote(ok, len(ix.memberships.now), ix.memberships.all(), ix.memberships.most, key) {
 		return
 	}
 	if ok {
@@ -707,7 +719,7 @@ func (ix *Index) NoteMembership(key string, m Membership) {
 			m.Anonymous = old.Anonymous
 		}
 	}
-	ix.memberships[key] = &m
+	ix.memberships.set(key, &m, ix.extentOf([]byte(key)))
 }
 
 // DeleteMembership forgets what the authority took back. It tells whether there
@@ -718,7 +730,7 @@ func (ix *Index) DeleteMembership(key string) bool {
 	}
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	ix.memberships[key] = nil
+	ix.memberships.set(key, nil, ix.extentOf([]byte(key)))
 	return true
 }
 
@@ -827,6 +839,7 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 	}
 	ix.writing.Lock() // no note is written before it is looked at below
 	defer ix.writing.Unlock()
+	gone := make(map[string]extent)
 	err = ix.change(func(tx *bolt.Tx) error {
 		for name, rows := range old {
 			b := tx.Bucket([]byte(name))
@@ -835,6 +848,8 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 					delete(meant, string(r.key)) // it was written meanwhile
 				} else if err := b.Delete(r.key); err != nil {
 					return err
+				} else {
+					gone[name] = gone[name].with(ix.extentOf(r.key))
 				}
 			}
 		}
@@ -847,8 +862,10 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	ix.applied++
+	ix.tags.rows = ix.tags.rows.without(gone[string(tagBucket)])
+	ix.memberships.rows = ix.memberships.rows.without(gone[string(membershipBucket)])
 	for key, d := range meant {
-		if _, noted := ix.tags[key]; !noted {
+		if _, noted := ix.tags.now[key]; !noted {
 			untagged = append(untagged, d)
 		}
 	}
@@ -923,7 +940,7 @@ func (ix *Index) Apply(put []Stored, drop []digest.Digest) error {
 			return err
 		}
 	}
-	return ix.write(put, drop, notes{})
+	return ix.write(put, drop, batch{})
 }
 
 // notesAWrite bounds a transaction: what waits for it does not wait long, and what
@@ -936,8 +953,8 @@ func (ix *Index) usesDue() bool {
 	return len(ix.uses) > maxNotes/2 || len(ix.uses) > 0 && (age >= useInterval || age < 0)
 }
 
-// notes are what waits to be written, copied.
-type notes struct {
+// batch is what waits to be written, copied.
+type batch struct {
 	tags        map[string]Tag
 	memberships map[string]*Membership
 	yeses       map[string]stamp
@@ -946,12 +963,12 @@ type notes struct {
 }
 
 // due returns the notes that are to be written now, or all.
-func (ix *Index) due(all bool) notes {
+func (ix *Index) due(all bool) batch {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	n := notes{
-		tags:        maps.Clone(ix.tags),
-		memberships: maps.Clone(ix.memberships),
+	n := batch{
+		tags:        maps.Clone(ix.tags.now),
+		memberships: maps.Clone(ix.memberships.now),
 		yeses:       maps.Clone(ix.yeses),
 		challenges:  maps.Clone(ix.challenges),
 	}
@@ -961,26 +978,26 @@ func (ix *Index) due(all bool) notes {
 	return n
 }
 
-func (n notes) len() int {
+func (n batch) len() int {
 	return len(n.tags) + len(n.memberships) + len(n.yeses) + len(n.challenges) + len(n.uses)
 }
 
 // parts are as many notes as a transaction takes, each of rows that lie together.
-func (n notes) parts() (parts []notes) {
+func (n batch) parts() (parts []batch) {
 	for part := range inParts(n.tags) {
-		parts = append(parts, notes{tags: part})
+		parts = append(parts, batch{tags: part})
 	}
 	for part := range inParts(n.memberships) {
-		parts = append(parts, notes{memberships: part})
+		parts = append(parts, batch{memberships: part})
 	}
 	for part := range inParts(n.yeses) {
-		parts = append(parts, notes{yeses: part})
+		parts = append(parts, batch{yeses: part})
 	}
 	for part := range inParts(n.challenges) {
-		parts = append(parts, notes{challenges: part})
+		parts = append(parts, batch{challenges: part})
 	}
 	for part := range inParts(n.uses) {
-		parts = append(parts, notes{uses: part})
+		parts = append(parts, batch{uses: part})
 	}
 	return parts
 }
@@ -1011,10 +1028,13 @@ func sorted[K cmp.Ordered, V any](m map[K]V) iter.Seq2[K, V] {
 	}
 }
 
-func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
+func (ix *Index) write(put []Stored, drop []digest.Digest, n batch) error {
 	ix.writing.Lock()
 	defer ix.writing.Unlock()
 	ix.refresh(n)
+	ix.mu.Lock()
+	tags, memberships := ix.tags.rows, ix.memberships.rows
+	ix.mu.Unlock()
 	err := ix.change(func(tx *bolt.Tx) error {
 		if err := dropObjects(tx, drop); err != nil {
 			return err
@@ -1036,7 +1056,7 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 				return err
 			}
 		}
-		return n.write(tx)
+		return ix.writeBatch(tx, n, &tags, &memberships)
 	})
 	if err != nil {
 		return fmt.Errorf("write the index: %w", err)
@@ -1046,8 +1066,9 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	ix.applied++
-	forget(ix.tags, n.tags)
-	forget(ix.memberships, n.memberships)
+	ix.tags.rows, ix.memberships.rows = tags, memberships
+	ix.tags.forget(n.tags, ix.extentOf)
+	ix.memberships.forget(n.memberships, ix.extentOf)
 	forget(ix.yeses, n.yeses)
 	forget(ix.challenges, n.challenges)
 	forget(ix.uses, n.uses)
@@ -1057,11 +1078,11 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n notes) error {
 // refresh has the notes be as they are now: what another transaction has written since
 // they were looked at, such as what an authority took back, is not written over. It is
 // called with writing held, so that they are the last word until they are forgotten.
-func (ix *Index) refresh(n notes) {
+func (ix *Index) refresh(n batch) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	refresh(n.tags, ix.tags)
-	refresh(n.memberships, ix.memberships)
+	refresh(n.tags, ix.tags.now)
+	refresh(n.memberships, ix.memberships.now)
 	refresh(n.yeses, ix.yeses)
 	refresh(n.challenges, ix.challenges)
 	refresh(n.uses, ix.uses)
@@ -1100,7 +1121,7 @@ func dropObjects(tx *bolt.Tx, drop []digest.Digest) error {
 // Flush writes the notes that are due, or all, if there are any.
 func (ix *Index) Flush(all bool) error {
 	n := ix.due(all)
-	parts := []notes{n}
+	parts := []batch{n}
 	switch {
 	case n.len() == 0:
 		return nil
@@ -1117,7 +1138,7 @@ func (ix *Index) Flush(all bool) error {
 }
 
 // wrote has the time of the uses begin again, when all that were due are written.
-func (ix *Index) wrote(n notes) {
+func (ix *Index) wrote(n batch) {
 	if n.uses != nil {
 		ix.mu.Lock()
 		defer ix.mu.Unlock()
@@ -1125,9 +1146,24 @@ func (ix *Index) wrote(n notes) {
 	}
 }
 
-func (n notes) write(tx *bolt.Tx) error {
-	tb := tx.Bucket(tagBucket)
+// writeBatch writes notes, but no rows beyond the bounds, and counts what it writes.
+func (ix *Index) writeBatch(tx *bolt.Tx, n batch, tags, memberships *extent) error {
+	tb, mb := tx.Bucket(tagBucket), tx.Bucket(membershipBucket)
+	more := func(b *bolt.Bucket, key string, rows *extent, most int64) bool {
+		if b.Get([]byte(key)) != nil {
+			return true
+		}
+		one := ix.extentOf([]byte(key))
+		if !ix.within(*rows, one, most, tags.with(*memberships)) {
+			return false
+		}
+		*rows = rows.with(one)
+		return true
+	}
 	for key, t := range sorted(n.tags) {
+		if !more(tb, key, tags, ix.tags.most) {
+			continue
+		}
 		if err := tb.Put([]byte(key), t.encode()); err != nil {
 			return err
 		}
@@ -1138,7 +1174,12 @@ func (n notes) write(tx *bolt.Tx) error {
 		}
 	}
 	for key, m := range sorted(n.memberships) {
-		if err := putOrDelete(tx.Bucket(membershipBucket), key, m, m == nil); err != nil {
+		if m == nil && mb.Get([]byte(key)) != nil {
+			*memberships = memberships.without(ix.extentOf([]byte(key)))
+		} else if m != nil && !more(mb, key, memberships, ix.memberships.most) {
+			continue
+		}
+		if err := putOrDelete(mb, key, m, m == nil); err != nil {
 			return err
 		}
 	}

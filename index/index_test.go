@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func open(t *testing.T, path string) *Index {
 	t.Helper()
-	ix, err := Open(path, nil)
+	ix, err := Open(path, nil, Bounds{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(good, nil); !errors.Is(err, ErrLocked) {
+	if _, err := Open(good, nil, Bounds{}); !errors.Is(err, ErrLocked) {
 		t.Errorf("a second opening: %v", err)
 	}
 	ix.Close()
@@ -129,7 +129,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if ix, err := Open(path, nil); !errors.Is(err, ErrBroken) {
+		if ix, err := Open(path, nil, Bounds{}); !errors.Is(err, ErrBroken) {
 			t.Errorf("%s: %v", name, err)
 			if err == nil {
 				ix.Close()
@@ -413,7 +413,7 @@ func TestManyNotesAreWrittenInParts(t *testing.T) {
 			return berrors.ErrMaxSizeReached
 		}
 		return do()
-	})
+	}, Bounds{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -429,15 +429,15 @@ func TestManyNotesAreWrittenInParts(t *testing.T) {
 	if err := ix.Flush(false); !errors.Is(err, ErrFull) {
 		t.Fatal(err)
 	}
-	if n := len(ix.memberships); n != many-notesAWrite {
+	if n := len(ix.memberships.now); n != many-notesAWrite {
 		t.Errorf("%d are left", n)
 	}
 	// With what is to be written at once, they wait.
 	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil || writes.Load() != 3 {
 		t.Errorf("%d transactions: %v", writes.Load(), err)
 	}
-	if err := ix.Flush(false); err != nil || writes.Load() != 5 || len(ix.memberships) != 0 {
-		t.Errorf("%d transactions, %d are left: %v", writes.Load(), len(ix.memberships), err)
+	if err := ix.Flush(false); err != nil || writes.Load() != 5 || len(ix.memberships.now) != 0 {
+		t.Errorf("%d transactions, %d are left: %v", writes.Load(), len(ix.memberships.now), err)
 	}
 	for i := range many {
 		if _, ok := ix.Membership(key(i)); !ok {
@@ -548,7 +548,7 @@ func overwrite(t *testing.T, path string, size int64) {
 func BenchmarkFlush(b *testing.B) {
 	for _, n := range []int{5_000, 50_000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			ix, err := Open(filepath.Join(b.TempDir(), "index.db"), nil)
+			ix, err := Open(filepath.Join(b.TempDir(), "index.db"), nil, Bounds{})
 			if err != nil {
 				b.Fatal(err)
 			}

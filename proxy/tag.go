@@ -244,10 +244,10 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		}
 	}
 	defer o.Close()
-	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row) // it is here now
 	if o.Source == cache.Hit {
 		w.detail("fwd=stale; fwd-status=200", "confirmed")
 	} else {
+		p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row) // what it means comes only now
 		w.source(o.Source)
 	}
 	return p.serveManifest(ctx, w, r, q, o, c.digest, c.mediaType)

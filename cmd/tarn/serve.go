@@ -98,15 +98,8 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		defer adminListener.Close()
 	}
 
-	store, err := openCache(cfg, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, store.Close()) }()
-
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	registerCache(registry, store)
 	metrics := proxy.NewMetrics(registry)
 
 	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, log, listener, adminListener)
@@ -119,6 +112,12 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
+	store, err := openCache(cfg, log, func(name string) bool { return upstreams.Listed(upstream.Name(name)) })
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	registerCache(registry, store)
 
 	p, err := proxy.New(proxy.Options{
 		Upstreams:       upstreams,
@@ -264,7 +263,7 @@ func listenAdmin(addr string) (net.Listener, error) {
 	return l, os.Chmod(path, 0o600)
 }
 
-func openCache(cfg Config, log *zap.Logger) (*cache.Cache, error) {
+func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("dir: %w; choose another with --dir", err)
 	}
@@ -277,6 +276,7 @@ func openCache(cfg Config, log *zap.Logger) (*cache.Cache, error) {
 		Dir:     cfg.Dir,
 		MaxSize: cfg.MaxSize.Bytes(total),
 		MinFree: cfg.MinFree.Bytes(total),
+		Listed:  listed,
 		Logger:  log,
 	})
 	switch {
