@@ -472,8 +472,8 @@ func checkParallel(v any) error {
 	return nil
 }
 
-// checkURL says what is wrong with an endpoint's URL. Its errors never repeat
-// the URL, in which somebody may have written a password.
+// checkURL says what is wrong with an endpoint's URL. Its errors repeat the URL
+// only once it is known to have no user, password or query, and so no secret.
 func checkURL(s string) error {
 	u, err := url.Parse(s)
 	switch {
@@ -493,6 +493,11 @@ func checkURL(s string) error {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return errors.New("the URL's port must be a number from 1 to 65535")
 		}
+	}
+	// The address as documentation of registries gives it. Each request would go
+	// to /v2/v2/, and the registry's 404 would say that no image is there.
+	if base, ok := strings.CutSuffix(strings.TrimRight(u.EscapedPath(), "/"), "/v2"); ok {
+		return fmt.Errorf("the URL must not end in /v2, which tarn adds itself: write %s://%s%s", u.Scheme, u.Host, base)
 	}
 	return nil
 }
