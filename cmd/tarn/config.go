@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"tarn/proxy"
 	"tarn/upstream"
 
 	"github.com/spf13/pflag"
@@ -28,6 +29,10 @@ type Config struct {
 	// Listen is host:port of the registry API. No host means every address
 	// of the node. Default 127.0.0.1:5050.
 	Listen string `yaml:"listen"`
+	// Names are hosts under which clients ask the registry API, besides
+	// addresses, localhost, tarn and this host's own name: with or without a
+	// port, which does not count. Default none.
+	Names []string `yaml:"names"`
 	// TLS makes the registry API speak TLS. Default: plain HTTP.
 	TLS TLS `yaml:"tls"`
 	// AdminListen is where people and probes are answered: host:port,
@@ -345,6 +350,7 @@ func parseUpstreamFlag(s string) (upstream.Name, Endpoint, error) {
 var rules = map[string]func(value any) error{
 	"listen":                      func(v any) error { return checkAddress(v.(string)) },
 	"admin_listen":                func(v any) error { return checkAdminAddress(v.(string)) },
+	"names[]":                     checkHost,
 	"log_level":                   oneOf("debug", "info", "warn", "error"),
 	"dir":                         checkDir,
 	"max_size":                    checkMaxSize,
@@ -391,6 +397,8 @@ func checkName(v any) error {
 	}
 	return nil
 }
+
+func checkHost(v any) error { return proxy.CheckHost(v.(string)) }
 
 func checkAddress(s string) error {
 	_, port, err := net.SplitHostPort(s)

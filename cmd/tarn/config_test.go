@@ -56,6 +56,7 @@ upstreams:
     head_timeout: 2s
   - name: ghcr.io
 listen: :6000
+names: [tarn.tarn.svc, "Mirror.corp.:5050"]
 admin_listen: unix:/run/tarn/admin.sock
 log_level: debug
 dir: /srv/tarn
@@ -74,6 +75,7 @@ defaults: {head_timeout: 3500ms}
 	}
 	want := defaultConfig()
 	want.Listen = ":6000"
+	want.Names = []string{"tarn.tarn.svc", "Mirror.corp.:5050"}
 	want.AdminListen = "unix:/run/tarn/admin.sock"
 	want.LogLevel = "debug"
 	want.Dir = "/srv/tarn"

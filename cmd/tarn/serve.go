@@ -127,6 +127,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		Cache:           store,
 		DefaultUpstream: defaultUpstream,
 		ListedOnly:      cfg.Allow == "listed",
+		Names:           cfg.Names,
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
 		Defaults:        proxy.Rules{GrantTTL: cfg.Defaults.GrantTTL, MembershipTTL: cfg.Defaults.MembershipTTL, StaleIfError: cfg.Defaults.StaleIfError, Parallel: cfg.Defaults.Parallel},
