@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip, skopeo and mkfs.ext4 from Debian; containerd with
+# Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip, skopeo, mkfs.ext4 and chromium from Debian; containerd with
 # its shim and ctr, and crane, built from source. With the argument "clients", the further clients as well: podman and
 # docker from Debian, oras, regctl and BuildKit from source. Says on its last line, alone on standard output, the folders
 # with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds.
@@ -18,6 +18,7 @@ command -v strace >/dev/null || packages+=(strace)
 command -v ip >/dev/null || packages+=(iproute2)
 command -v skopeo >/dev/null || packages+=(skopeo)
 command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
+command -v chromium >/dev/null || packages+=(chromium)
 if [[ ${1:-} == clients ]]; then
 	command -v podman >/dev/null || packages+=(podman)
 fi

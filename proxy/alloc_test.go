@@ -16,3 +16,21 @@ func TestRoutingTakesFewAllocations(t *testing.T) {
 		}
 	}
 }
+
+func TestWhoAsksUnderWhichNameTakesNoAllocation(t *testing.T) {
+	h, err := newHosts([]string{"mirror.corp.example"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, host := range []string{"127.0.0.1:5050", "[::1]:5050", "localhost:5050", "mirror.corp.example"} {
+		r := mustRequest(t, "/v2/")
+		r.Host = host
+		if n := testing.AllocsPerRun(100, func() {
+			if err := h.check(r); err != nil {
+				t.Error(err)
+			}
+		}); n > 0 {
+			t.Errorf("%s: %v allocations", host, n)
+		}
+	}
+}

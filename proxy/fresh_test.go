@@ -64,7 +64,7 @@ func (g *tagRegister) write(v int64) {
 // what tarn asks goes over HTTP.
 func (g *tagRegister) read(p *Proxy) (int64, error) {
 	w := httptest.NewRecorder()
-	p.ServeHTTP(w, httptest.NewRequest("HEAD", manifestPath("app", "v1"), nil))
+	p.ServeHTTP(w, httptest.NewRequest("HEAD", "http://tarn"+manifestPath("app", "v1"), nil))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	v, ok := g.values[digest.Digest(w.Header().Get("Docker-Content-Digest"))]

@@ -71,6 +71,7 @@ type setup struct {
 	headTimeout  time.Duration
 	writeTimeout time.Duration
 	listedOnly   bool
+	names        []string
 	prefetch     Prefetch
 	// rules are each listed upstream's; nil means the defaults.
 	rules *Rules
@@ -148,7 +149,7 @@ func start(t testing.TB, s setup) *tarnd {
 		}
 	}
 	p, err := New(Options{
-		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Rules: ruleOf, Defaults: DefaultRules(),
+		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Names: s.names, Rules: ruleOf, Defaults: DefaultRules(),
 		WriteTimeout: s.writeTimeout, Metrics: NewMetrics(d.metrics), Logger: log,
 	})
 	if err != nil {

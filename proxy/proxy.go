@@ -54,6 +54,9 @@ type Options struct {
 	// Rules by listed upstream; the others follow Defaults.
 	Rules    map[upstream.Name]Rules
 	Defaults Rules
+	// Names are hosts under which clients ask, besides addresses, localhost, tarn
+	// and this host's own name: with or without a port, which does not count.
+	Names []string
 	// Prefetch is what is fetched before a client asks. 0 means nothing.
 	Prefetch Prefetch
 	// Metrics counts; nil counts nothing.
@@ -101,6 +104,7 @@ type Proxy struct {
 	upstreams *upstream.Client
 	cache     *cache.Cache
 	names     names
+	hosts     hosts
 	fresh     *freshness
 	infos     manifestInfos
 	metrics   *Metrics
@@ -133,6 +137,10 @@ func New(opts Options) (*Proxy, error) {
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
+	hosts, err := newHosts(opts.Names)
+	if err != nil {
+		return nil, fmt.Errorf("names: %w", err)
+	}
 	sequence, err := opts.Cache.Index().LastSequence()
 	if err != nil {
 		return nil, fmt.Errorf("read the last sequence: %w", err)
@@ -142,6 +150,7 @@ func New(opts Options) (*Proxy, error) {
 		cache:     opts.Cache,
 		metrics:   opts.Metrics,
 		log:       opts.Logger,
+		hosts:     hosts,
 		names: names{
 			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
 			defaultUpstream: opts.DefaultUpstream,
@@ -281,6 +290,10 @@ func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // cuts the connection, quietly
 		}
 	}()
+	if err := p.hosts.check(r); err != nil {
+		w.fail(&request{method: r.Method}, err)
+		return
+	}
 	route(p.router, w, r)
 }
 

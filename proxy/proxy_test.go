@@ -810,7 +810,7 @@ func TestAClientThatStallsIsCut(t *testing.T) {
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(20 * time.Second))
 		c.(*net.TCPConn).SetReadBuffer(64 << 10)
-		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", path)
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: tarn\r\nConnection: close\r\n\r\n", path)
 		eventually(t, "the stalled client is cut", func() bool { return d.finished(path) > before })
 		n, err := io.Copy(io.Discard, c)
 		if n >= int64(len(layer)) {

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"tarn/proxy"
 	"tarn/upstream"
 
 	"github.com/spf13/pflag"
@@ -28,6 +29,10 @@ type Config struct {
 	// Listen is host:port of the registry API. No host means every address
 	// of the node. Default 127.0.0.1:5050.
 	Listen string `yaml:"listen"`
+	// Names are hosts under which clients ask the registry API, besides
+	// addresses, localhost, tarn and this host's own name: with or without a
+	// port, which does not count. Default none.
+	Names []string `yaml:"names"`
 	// TLS makes the registry API speak TLS. Default: plain HTTP.
 	TLS TLS `yaml:"tls"`
 	// AdminListen is where people and probes are answered: host:port,
@@ -351,6 +356,7 @@ func parseUpstreamFlag(s string) (upstream.Name, Endpoint, error) {
 var rules = map[string]func(value any) error{
 	"listen":                      func(v any) error { return checkAddress(v.(string)) },
 	"admin_listen":                func(v any) error { return checkAdminAddress(v.(string)) },
+	"names[]":                     checkHost,
 	"log_level":                   oneOf("debug", "info", "warn", "error"),
 	"dir":                         checkDir,
 	"max_size":                    checkMaxSize,
@@ -399,6 +405,8 @@ func checkName(v any) error {
 	}
 	return nil
 }
+
+func checkHost(v any) error { return proxy.CheckHost(v.(string)) }
 
 func checkAddress(s string) error {
 	_, port, err := net.SplitHostPort(s)
@@ -480,8 +488,8 @@ func checkParallel(v any) error {
 	return nil
 }
 
-// checkURL says what is wrong with an endpoint's URL. Its errors never repeat
-// the URL, in which somebody may have written a password.
+// checkURL says what is wrong with an endpoint's URL. Its errors repeat the URL
+// only once it is known to have no user, password or query, and so no secret.
 func checkURL(s string) error {
 	u, err := url.Parse(s)
 	switch {
@@ -501,6 +509,11 @@ func checkURL(s string) error {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return errors.New("the URL's port must be a number from 1 to 65535")
 		}
+	}
+	// The address as documentation of registries gives it. Each request would go
+	// to /v2/v2/, and the registry's 404 would say that no image is there.
+	if base, ok := strings.CutSuffix(strings.TrimRight(u.EscapedPath(), "/"), "/v2"); ok {
+		return fmt.Errorf("the URL must not end in /v2, which tarn adds itself: write %s://%s%s", u.Scheme, u.Host, base)
 	}
 	return nil
 }

@@ -56,6 +56,7 @@ upstreams:
     head_timeout: 2s
   - name: ghcr.io
 listen: :6000
+names: [tarn.tarn.svc, "Mirror.corp.:5050"]
 admin_listen: unix:/run/tarn/admin.sock
 log_level: debug
 dir: /srv/tarn
@@ -74,6 +75,7 @@ defaults: {head_timeout: 3500ms}
 	}
 	want := defaultConfig()
 	want.Listen = ":6000"
+	want.Names = []string{"tarn.tarn.svc", "Mirror.corp.:5050"}
 	want.AdminListen = "unix:/run/tarn/admin.sock"
 	want.LogLevel = "debug"
 	want.Dir = "/srv/tarn"
@@ -154,6 +156,8 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"an endpoint that is a host":      {"upstreams:\n- name: a.io\n  endpoints: [a.io]\n", `tarn.yaml:3: key "upstreams[0].endpoints[0]": the URL's scheme must be http or https, as in https://registry.example:5000`},
 		"an endpoint with a password": {"upstreams:\n- name: a.io\n  endpoints: ['https://u:secret@a.io']\n",
 			`tarn.yaml:3: key "upstreams[0].endpoints[0]": the URL must not have a user or password`},
+		"an endpoint that ends in /v2": {"upstreams:\n- name: a.io\n  endpoints: ['https://a.io:5000/mirror/v2/']\n",
+			`tarn.yaml:3: key "upstreams[0].endpoints[0]": the URL must not end in /v2, which tarn adds itself: write https://a.io:5000/mirror`},
 		"two mistakes, in the order of the lines": {"upstreams: 1\nlisten: 1\n",
 			"tarn.yaml:1: key \"upstreams\": must be a list, not a number\ntarn.yaml:2: key \"listen\": must be a string, not a number"},
 	} {
@@ -390,6 +394,7 @@ func TestFlagsOverrideTheFile(t *testing.T) {
 		"a size without sense":      {"--max-size=big", `--max-size: "big" is not a size`},
 		"an upstream without a URL": {"--upstream=ghcr.io", `--upstream: "ghcr.io" is not NAME=URL`},
 		"an upstream without name":  {"--upstream==http://x", `--upstream: `},
+		"an upstream's /v2":         {"--upstream=ghcr.io=https://ghcr.io/v2", `--upstream: the URL must not end in /v2, which tarn adds itself: write https://ghcr.io`},
 		"an upstream's bad URL":     {"--upstream=ghcr.io=ghcr.io", `--upstream: the URL's scheme must be http or https, as in https://registry.example:5000`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -457,6 +462,11 @@ func TestURLsOfEndpoints(t *testing.T) {
 		"https://a.io#":                 false,
 		"https://a.io/%zz":              false,
 		"https://a b.io":                false,
+		"https://a.io/v2":               false,
+		"https://a.io/v2//":             false,
+		"https://a.io/p/v2/":            false,
+		"https://a.io/v2/p":             true,
+		"https://a.io/pv2":              true,
 	} {
 		if err := checkURL(raw); (err == nil) != ok {
 			t.Errorf("%q: %v", raw, err)

@@ -124,6 +124,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		Cache:           store,
 		DefaultUpstream: defaultUpstream,
 		ListedOnly:      cfg.Allow == "listed",
+		Names:           cfg.Names,
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
 		Defaults:        rulesOf(cfg.Defaults),
