@@ -4,7 +4,6 @@ package proxy
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,13 +11,13 @@ import (
 	"strings"
 	"sync"
 
+	"tarn/internal/manifest"
+
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// maxManifest is what containerd takes at most, and what distribution-spec
-// "Pushing Manifests" has registries support at least.
-const maxManifest = 4 << 20
+const maxManifest = manifest.MaxSize
 
 type body = io.ReadCloser
 
@@ -67,23 +66,38 @@ var errSchema1 = errors.New("schema 1 manifest")
 // manifestInfo is what a manifest's own bytes say about its type.
 type manifestInfo struct {
 	own   string // its mediaType, "" for none
-	shape string // what it looks like, for when nobody says
+	shape string // what it looks like: an index, an image, or "" for neither
+}
+
+// shapeOf is what clients read a manifest of that type as, the name of OCI's: the
+// two families call the same thing by different names. Any other type is its own.
+func shapeOf(mediaType string) string {
+	switch mediaType {
+	case v1.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.list.v2+json":
+		return v1.MediaTypeImageIndex
+	case v1.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json":
+		return v1.MediaTypeImageManifest
+	}
+	return mediaType
+}
+
+// fits tells whether a manifest of that type may have the shape that its fields
+// have: an index is never an image, and an image never an index.
+func (m manifestInfo) fits(mediaType string) bool {
+	is := shapeOf(mediaType)
+	known := is == v1.MediaTypeImageIndex || is == v1.MediaTypeImageManifest
+	return !known || m.shape == "" || m.shape == is
 }
 
 // parseManifest reads a manifest, or fails with an error that wraps
 // errManifest.
 func parseManifest(body []byte) (manifestInfo, error) {
-	var m struct {
-		MediaType string          `json:"mediaType"`
-		Manifests json.RawMessage `json:"manifests"`
-		Layers    json.RawMessage `json:"layers"`
-		Config    json.RawMessage `json:"config"`
-	}
-	if err := json.Unmarshal(body, &m); err != nil {
-		return manifestInfo{}, fmt.Errorf("%w: it is no JSON object", errManifest)
+	m, err := manifest.Parse(body)
+	if err != nil {
+		return manifestInfo{}, fmt.Errorf("%w: %w", errManifest, err)
 	}
 	info := manifestInfo{own: m.MediaType}
-	isIndex, isImage := m.Manifests != nil, m.Layers != nil || m.Config != nil
+	isIndex, isImage := m.HasManifests, m.HasLayers || m.HasConfig
 	switch {
 	case isIndex && isImage:
 		return info, fmt.Errorf("%w: it is an index and an image at once", errManifest)
@@ -94,22 +108,26 @@ func parseManifest(body []byte) (manifestInfo, error) {
 	case isImage:
 		info.shape = v1.MediaTypeImageManifest
 	}
+	if !info.fits(info.own) {
+		return info, fmt.Errorf("%w: its mediaType is %q, and its fields are not", errManifest, info.own)
+	}
 	return info, nil
 }
 
 // typeAs returns the type to serve the manifest with where the authority calls
-// it contentType. A type that the body and the registry do not agree on would
-// let one client see a manifest where another sees an index.
+// it contentType. OCI's and Docker's names of one shape are each other's. A type
+// of another shape than the body's would let one client see a manifest where
+// another sees an index. What is no manifest's type gives way to the body.
 func (m manifestInfo) typeAs(contentType string) (string, error) {
 	switch {
-	case generic(contentType) && m.own == "" && m.shape == "":
+	case manifestLike(contentType):
+	case m.own == "" && m.shape == "":
 		return "", fmt.Errorf("%w: it is neither an image nor an index", errManifest)
-	case generic(contentType):
+	default:
 		return cmp.Or(m.own, m.shape), nil
-	case m.own != "" && m.own != contentType:
-		return "", fmt.Errorf("%w: its mediaType is %q, upstream calls it %q", errManifest, m.own, contentType)
-	case !manifestLike(contentType):
-		return "", fmt.Errorf("%w: upstream calls it %q", errManifest, contentType)
+	}
+	if m.own != "" && shapeOf(m.own) != shapeOf(contentType) || !m.fits(contentType) {
+		return "", fmt.Errorf("%w: it is %s, upstream calls it %s", errManifest, cmp.Or(m.own, m.shape), contentType)
 	}
 	return contentType, nil
 }

@@ -4,17 +4,14 @@ package proxy
 
 import (
 	"context"
-	"encoding/json"
 	"io"
 	"net/http"
 	"runtime"
 	"time"
 
-	"tarn/blobstore"
 	"tarn/cache"
+	"tarn/internal/manifest"
 	"tarn/upstream"
-
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // Prefetch is what of an image is fetched before the client asks, when its
@@ -53,13 +50,9 @@ func (p *Proxy) fetchAhead(q *request, manifest []byte) {
 	p.ahead.Go(func() { p.fetchImage(q, manifest, maxAheadDepth) })
 }
 
-func (p *Proxy) fetchImage(q *request, manifest []byte, depth int) {
-	var m struct {
-		Manifests []v1.Descriptor `json:"manifests"`
-		Config    v1.Descriptor   `json:"config"`
-		Layers    []v1.Descriptor `json:"layers"`
-	}
-	if json.Unmarshal(manifest, &m) != nil {
+func (p *Proxy) fetchImage(q *request, body []byte, depth int) {
+	m, err := manifest.Parse(body)
+	if err != nil {
 		return
 	}
 	if d, ok := ownPlatform(m.Manifests); ok && depth > 0 {
@@ -68,13 +61,13 @@ func (p *Proxy) fetchImage(q *request, manifest []byte, depth int) {
 		}
 		return
 	}
-	wanted := []v1.Descriptor{m.Config}
+	wanted := []manifest.Descriptor{m.Config}
 	if p.prefetch == PrefetchLayers {
 		wanted = append(wanted, m.Layers...)
 	}
 	left := int64(maxAheadBytes)
 	for _, d := range wanted[:min(len(wanted), maxAheadObjects)] {
-		if blobstore.CheckDigest(d.Digest) != nil || d.Size <= 0 || d.Size > left {
+		if d.Digest == "" || d.Size <= 0 || d.Size > left {
 			continue
 		}
 		left -= d.Size
@@ -83,18 +76,18 @@ func (p *Proxy) fetchImage(q *request, manifest []byte, depth int) {
 }
 
 // ownPlatform is the entry of an index for this node.
-func ownPlatform(manifests []v1.Descriptor) (v1.Descriptor, bool) {
+func ownPlatform(manifests []manifest.Descriptor) (manifest.Descriptor, bool) {
 	for _, d := range manifests {
-		if d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == runtime.GOARCH && blobstore.CheckDigest(d.Digest) == nil {
+		if d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == runtime.GOARCH && d.Digest != "" {
 			return d, true
 		}
 	}
-	return v1.Descriptor{}, false
+	return manifest.Descriptor{}, false
 }
 
 // fetchOne fetches an object unless it is here or on its way, and returns the
 // bytes of a manifest.
-func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d v1.Descriptor) []byte {
+func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d manifest.Descriptor) []byte {
 	select {
 	case p.aheadSlots <- struct{}{}:
 		defer func() { <-p.aheadSlots }()
