@@ -345,7 +345,7 @@ func TestAnIndexThatBreaksDuringAdoption(t *testing.T) {
 	}
 	c.Index().Counts()
 	k := index.RepositoryKey{Upstream: "docker.io", Repository: "x"}
-	c.index.NoteYes(k.YesKey("me"), time.Now())
+	c.index.NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
 	settle(t, "renewed", func() bool {
 		_, err := os.Stat(filepath.Join(dir, brokenName))
 		return err == nil && c.Index().Broken() == nil
@@ -679,7 +679,7 @@ func TestTroubleEndsByItself(t *testing.T) {
 	defer c.Close()
 	bad.Store(true)
 	k := index.RepositoryKey{Upstream: "docker.io", Repository: "x"}
-	c.index.NoteYes(k.YesKey("me"), time.Now())
+	c.index.NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
 	settle(t, "trouble", func() bool { return c.Stats().Trouble != "" })
 	bad.Store(false)
 	settle(t, "all", func() bool { return c.Stats().Trouble == "" })

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package index is the bbolt file that remembers what the blobs are: objects,
-// what they lead to, tags, memberships, possessions, yeses, challenges and uses.
+// what they lead to, tags, memberships, possessions and uses.
 //
 // Contract: objects and possessions are written at once, by Apply. Tags,
-// memberships, yeses, challenges and uses are notes: they are read back at once,
+// memberships and uses are notes: they are read back at once,
 // but written with the next Apply or Flush, uses with one a minute, so that
 // answering a request costs no transaction; a crash loses at most the notes since then,
 // and each of them is only a reason not to ask a registry again, or to keep
@@ -59,17 +59,17 @@ var (
 const version = 4
 
 var (
-	metaBucket        = []byte("meta")
-	objectBucket      = []byte("objects")
-	tagBucket         = []byte("tags")
-	membershipBucket  = []byte("memberships")
-	possessionBucket  = []byte("possessions")
-	useBucket         = []byte("uses")
-	childrenBucket    = []byte("children")
-	yesBucket         = []byte("yeses")
-	challengeBucket   = []byte("challenges")
-	versionKey        = []byte("version")
-	allBuckets        = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, useBucket, childrenBucket, yesBucket, challengeBucket}
+	metaBucket       = []byte("meta")
+	objectBucket     = []byte("objects")
+	tagBucket        = []byte("tags")
+	membershipBucket = []byte("memberships")
+	possessionBucket = []byte("possessions")
+	useBucket        = []byte("uses")
+	childrenBucket   = []byte("children")
+	versionKey       = []byte("version")
+	allBuckets       = [][]byte{metaBucket, objectBucket, tagBucket, membershipBucket, possessionBucket, useBucket, childrenBucket}
+	// formerBuckets are those of earlier versions: who had a yes is not kept any more.
+	formerBuckets     = [][]byte{[]byte("yeses"), []byte("challenges")}
 	errInvalidVersion = errors.New("version of the rows is not known to this tarn")
 )
 
@@ -105,13 +105,6 @@ type Membership struct {
 	MediaType string
 }
 
-// Challenge is how the authority asked anonymous for a credential in a
-// repository, and when it was asked.
-type Challenge struct {
-	Time time.Time
-	Text string // the WWW-Authenticate header
-}
-
 // Use is when an object was used last, and how it ranked then.
 type Use struct {
 	Time     time.Time
@@ -120,9 +113,6 @@ type Use struct {
 	// Lost: tags or manifests led to it, and none did any more.
 	Lost bool
 }
-
-// stamp is the row of a yes: when the authority was asked.
-type stamp struct{ time.Time }
 
 // RepositoryKey names a repository: the canonical upstream name, and the
 // repository's name there.
@@ -151,10 +141,6 @@ func (k RepositoryKey) MembershipKey(kind string, d digest.Digest) string {
 	return string(k.bytes(kind, d.String()))
 }
 
-// YesKey is the key of the yes that the authority gave somebody in this
-// repository.
-func (k RepositoryKey) YesKey(who string) string { return string(k.bytes(who)) }
-
 // Index is an open index. It is safe for concurrent use.
 type Index struct {
 	path  string
@@ -176,8 +162,6 @@ type Index struct {
 	mu          sync.Mutex
 	tags        notes[Tag]
 	memberships notes[*Membership] // nil: deleted
-	yeses       map[string]stamp   // zero: deleted
-	challenges  map[string]Challenge
 	uses        map[digest.Digest]Use
 	usesFrom    time.Time // the first of uses, about
 	applied     uint64    // how often notes were written and forgotten
@@ -213,8 +197,6 @@ func Open(path string, steps fault.Steps, bounds Bounds) (ix *Index, err error) 
 		tags:        notes[Tag]{now: make(map[string]Tag), most: maxTags},
 		memberships: notes[*Membership]{now: make(map[string]*Membership), most: maxMemberships},
 		bounds:      bounds,
-		yeses:       make(map[string]stamp),
-		challenges:  make(map[string]Challenge),
 		uses:        make(map[digest.Digest]Use),
 	}
 	if err := ix.check(); err != nil {
@@ -394,13 +376,19 @@ var notTheFile = []error{
 // check makes the buckets of a new file, or reads every row. It writes only
 // where it must: a disk may be full.
 func (ix *Index) check() error {
-	fresh := false
+	fresh, former := false, false
 	err := ix.view(func(tx *bolt.Tx) error {
 		fresh = tx.Bucket(metaBucket) == nil
+		for _, name := range formerBuckets {
+			former = former || tx.Bucket(name) != nil
+		}
 		return nil
 	})
-	if err == nil && fresh {
+	switch {
+	case err == nil && fresh:
 		err = ix.update(create)
+	case err == nil && former:
+		ix.update(dropFormer) // a disk that refuses it now is asked again at the next start
 	}
 	if err != nil {
 		return err
@@ -416,8 +404,7 @@ func (ix *Index) check() error {
 		}
 		for _, name := range allBuckets {
 			into := map[string]row{
-				string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{},
-				string(yesBucket): &stamp{}, string(challengeBucket): &Challenge{}, string(useBucket): &Use{},
+				string(objectBucket): &Object{}, string(tagBucket): &Tag{}, string(membershipBucket): &Membership{}, string(useBucket): &Use{},
 			}[string(name)]
 			count := map[string]*extent{string(tagBucket): &ix.tags.rows, string(membershipBucket): &ix.memberships.rows}[string(name)]
 			err := tx.Bucket(name).ForEach(func(k, v []byte) error {
@@ -435,6 +422,17 @@ func (ix *Index) check() error {
 		}
 		return nil
 	})
+}
+
+func dropFormer(tx *bolt.Tx) error {
+	for _, name := range formerBuckets {
+		if tx.Bucket(name) != nil {
+			if err := tx.DeleteBucket(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func create(tx *bolt.Tx) error {
@@ -738,18 +736,6 @@ func (ix *Index) DeleteMembership(key string) bool {
 // burst writes one.
 const renewal = time.Second
 
-// Yes returns when the authority was asked that last said yes, zero when it
-// never did.
-func (ix *Index) Yes(key string) time.Time {
-	ix.mu.Lock()
-	s, noted := ix.yeses[key]
-	ix.mu.Unlock()
-	if !noted {
-		ix.get(yesBucket, key, &s)
-	}
-	return s.Time
-}
-
 // newer tells whether a moment is worth a row in place of the old one: it is a
 // little later, or so much earlier that the clock was set back.
 func newer(t, old time.Time) bool {
@@ -757,33 +743,8 @@ func newer(t, old time.Time) bool {
 	return d >= renewal || d < -time.Minute
 }
 
-// NoteYes takes the authority's yes.
-func (ix *Index) NoteYes(key string, asked time.Time) {
-	if !newer(asked, ix.Yes(key)) {
-		return
-	}
-	ix.mu.Lock()
-	defer ix.mu.Unlock()
-	if old, noted := ix.yeses[key]; noted && !newer(asked, old.Time) || !noted && len(ix.yeses) >= maxNotes {
-		return
-	}
-	ix.yeses[key] = stamp{asked}
-}
-
-// DeleteYes forgets what the authority took back, like DeleteMembership.
-func (ix *Index) DeleteYes(key string) bool {
-	if ix.Yes(key).IsZero() {
-		return false
-	}
-	ix.mu.Lock()
-	defer ix.mu.Unlock()
-	ix.yeses[key] = stamp{}
-	return true
-}
-
 // Pruning says from before when rows are of no use any more.
 type Pruning struct {
-	Yeses       time.Time // and challenges
 	Memberships time.Time
 	Tags        time.Time // of what is not stored
 }
@@ -802,16 +763,6 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 				return nil
 			})
 		}
-		find(yesBucket, p.Yeses, func(k, v []byte) (time.Time, error) {
-			var s stamp
-			err := s.decode(v)
-			return s.Time, err
-		})
-		find(challengeBucket, p.Yeses, func(k, v []byte) (time.Time, error) {
-			var c Challenge
-			err := c.decode(v)
-			return c.Time, err
-		})
 		find(membershipBucket, p.Memberships, func(k, v []byte) (time.Time, error) {
 			var m Membership
 			err := m.decode(v)
@@ -870,30 +821,6 @@ func (ix *Index) Prune(p Pruning) (untagged []digest.Digest, err error) {
 		}
 	}
 	return untagged, nil
-}
-
-// Challenge returns the last one of a repository.
-func (ix *Index) Challenge(k RepositoryKey) (c Challenge, ok bool) {
-	key := string(k.bytes())
-	ix.mu.Lock()
-	c, ok = ix.challenges[key]
-	ix.mu.Unlock()
-	if !ok {
-		ok = ix.get(challengeBucket, key, &c)
-	}
-	return c, ok
-}
-
-// NoteChallenge takes a challenge.
-func (ix *Index) NoteChallenge(k RepositoryKey, c Challenge) {
-	if old, ok := ix.Challenge(k); ok && old.Text == c.Text && !newer(c.Time, old.Time) {
-		return
-	}
-	ix.mu.Lock()
-	defer ix.mu.Unlock()
-	if len(ix.challenges) < maxNotes {
-		ix.challenges[string(k.bytes())] = c
-	}
 }
 
 // NoteUse remembers that an object was used.
@@ -957,8 +884,6 @@ func (ix *Index) usesDue() bool {
 type batch struct {
 	tags        map[string]Tag
 	memberships map[string]*Membership
-	yeses       map[string]stamp
-	challenges  map[string]Challenge
 	uses        map[digest.Digest]Use
 }
 
@@ -969,8 +894,6 @@ func (ix *Index) due(all bool) batch {
 	n := batch{
 		tags:        maps.Clone(ix.tags.now),
 		memberships: maps.Clone(ix.memberships.now),
-		yeses:       maps.Clone(ix.yeses),
-		challenges:  maps.Clone(ix.challenges),
 	}
 	if all || ix.usesDue() {
 		n.uses = maps.Clone(ix.uses)
@@ -979,7 +902,7 @@ func (ix *Index) due(all bool) batch {
 }
 
 func (n batch) len() int {
-	return len(n.tags) + len(n.memberships) + len(n.yeses) + len(n.challenges) + len(n.uses)
+	return len(n.tags) + len(n.memberships) + len(n.uses)
 }
 
 // parts are as many notes as a transaction takes, each of rows that lie together.
@@ -989,12 +912,6 @@ func (n batch) parts() (parts []batch) {
 	}
 	for part := range inParts(n.memberships) {
 		parts = append(parts, batch{memberships: part})
-	}
-	for part := range inParts(n.yeses) {
-		parts = append(parts, batch{yeses: part})
-	}
-	for part := range inParts(n.challenges) {
-		parts = append(parts, batch{challenges: part})
 	}
 	for part := range inParts(n.uses) {
 		parts = append(parts, batch{uses: part})
@@ -1069,8 +986,6 @@ func (ix *Index) write(put []Stored, drop []digest.Digest, n batch) error {
 	ix.tags.rows, ix.memberships.rows = tags, memberships
 	ix.tags.forget(n.tags, ix.extentOf)
 	ix.memberships.forget(n.memberships, ix.extentOf)
-	forget(ix.yeses, n.yeses)
-	forget(ix.challenges, n.challenges)
 	forget(ix.uses, n.uses)
 	return nil
 }
@@ -1083,8 +998,6 @@ func (ix *Index) refresh(n batch) {
 	defer ix.mu.Unlock()
 	refresh(n.tags, ix.tags.now)
 	refresh(n.memberships, ix.memberships.now)
-	refresh(n.yeses, ix.yeses)
-	refresh(n.challenges, ix.challenges)
 	refresh(n.uses, ix.uses)
 }
 
@@ -1179,17 +1092,13 @@ func (ix *Index) writeBatch(tx *bolt.Tx, n batch, tags, memberships *extent) err
 		} else if m != nil && !more(mb, key, memberships, ix.memberships.most) {
 			continue
 		}
-		if err := putOrDelete(mb, key, m, m == nil); err != nil {
-			return err
+		var err error
+		if m == nil {
+			err = mb.Delete([]byte(key))
+		} else {
+			err = mb.Put([]byte(key), m.encode())
 		}
-	}
-	for key, s := range sorted(n.yeses) {
-		if err := putOrDelete(tx.Bucket(yesBucket), key, &s, s.IsZero()); err != nil {
-			return err
-		}
-	}
-	for key, c := range sorted(n.challenges) {
-		if err := putOrDelete(tx.Bucket(challengeBucket), key, &c, false); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -1203,13 +1112,6 @@ func (ix *Index) writeBatch(tx *bolt.Tx, n batch, tags, memberships *extent) err
 		}
 	}
 	return nil
-}
-
-func putOrDelete(b *bolt.Bucket, key string, r row, gone bool) error {
-	if gone {
-		return b.Delete([]byte(key))
-	}
-	return b.Put([]byte(key), r.encode())
 }
 
 func appendTime(t time.Time) []byte {

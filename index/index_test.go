@@ -380,7 +380,7 @@ func TestASecondWriterDoesNotHangBehindAPanic(t *testing.T) {
 	second := make(chan error, 1)
 	go func() { // the committer
 		k := RepositoryKey{"docker.io", "x"}
-		ix.NoteYes(k.YesKey("me"), time.Now())
+		ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: time.Now()})
 		second <- ix.Flush(false)
 	}()
 	if err := os.Truncate(path, 4096); err != nil {
@@ -491,13 +491,15 @@ func TestWhatWasTakenBackMeanwhileStaysSo(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
 	defer ix.Close()
 	repo := RepositoryKey{"docker.io", "library/app"}
-	tag, member, yes := repo.TagKey("v1"), repo.MembershipKey("manifests", d1), repo.YesKey("somebody")
+	tag, member, open := repo.TagKey("v1"), repo.MembershipKey("manifests", d1), repo.MembershipKey("blobs", d2)
 	ix.NoteMembership(member, Membership{Time: at})
-	ix.NoteYes(yes, at)
+	ix.NoteMembership(open, Membership{Time: at, Anonymous: at})
 	ix.NoteTag(tag, Tag{Digest: d1, Confirmed: at, Sequence: 1})
 	seen := ix.due(true)
 	ix.DeleteMembership(member)
-	ix.DeleteYes(yes)
+	if !ix.CloseRepository(repo) || ix.CloseRepository(repo) {
+		t.Error("what anonymous was served is not forgotten once")
+	}
 	ix.NoteTag(tag, Tag{Digest: d2, Confirmed: at, Sequence: 2})
 	if err := ix.Flush(false); err != nil {
 		t.Fatal(err)
@@ -508,8 +510,8 @@ func TestWhatWasTakenBackMeanwhileStaysSo(t *testing.T) {
 	if m, ok := ix.Membership(member); ok {
 		t.Errorf("the membership is back: %+v", m)
 	}
-	if asked := ix.Yes(yes); !asked.IsZero() {
-		t.Errorf("the yes is back: %v", asked)
+	if m, ok := ix.Membership(open); !ok || !m.Anonymous.IsZero() || m.Time.IsZero() {
+		t.Errorf("what anonymous was served is back, or more is gone: %+v", m)
 	}
 	if got, _ := ix.Tag(tag); got.Digest != d2 {
 		t.Errorf("the tag is back: %+v", got)
@@ -520,7 +522,7 @@ func TestWhatWasTakenBackMeanwhileStaysSo(t *testing.T) {
 func TestClosingFindsOutThatTheFileIsBroken(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "index.db")
 	ix := open(t, path)
-	ix.NoteYes("k", at)
+	ix.NoteMembership("k", Membership{Time: at})
 	info, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)

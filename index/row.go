@@ -60,17 +60,6 @@ func (m *Membership) decode(b []byte) error {
 	return err
 }
 
-func (s *stamp) encode() []byte { return encodeRow([]int64{nanos(s.Time)}, "") }
-
-func (s *stamp) decode(b []byte) error {
-	var when int64
-	rest, err := decodeRow(b, &when)
-	if s.Time = moment(when); err == nil && rest != "" {
-		err = errRow
-	}
-	return err
-}
-
 func (u *Use) encode() []byte {
 	lost := int64(0)
 	if u.Lost {
@@ -103,15 +92,6 @@ func decodeChildren(b []byte) (ds []digest.Digest) {
 		ds = append(ds, digest.Digest(part))
 	}
 	return ds
-}
-
-func (c *Challenge) encode() []byte { return encodeRow([]int64{nanos(c.Time)}, c.Text) }
-
-func (c *Challenge) decode(b []byte) error {
-	var when int64
-	rest, err := decodeRow(b, &when)
-	c.Time, c.Text = moment(when), rest
-	return err
 }
 
 func encodeRow(numbers []int64, text string) []byte {
