@@ -188,6 +188,12 @@ func isNo(err error) bool {
 	return true
 }
 
+// answered tells whether an error is an answer, as opposed to none.
+func answered(err error) bool {
+	var status *upstream.StatusError
+	return errors.As(err, &status) || errors.Is(err, upstream.ErrProtocol)
+}
+
 // lacksHead tells whether a registry refuses HEAD as such.
 func lacksHead(err error) bool {
 	var status *upstream.StatusError

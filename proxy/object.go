@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -164,8 +165,9 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 	}
 	y, err = p.question(asking, q, http.MethodGet, first)
 	if errors.Is(err, upstream.ErrRange) {
-		registry.Saw(upstream.NoRanges)
-		y, err = p.question(asking, q, http.MethodGet, part{})
+		if y, err = p.question(asking, q, http.MethodGet, part{}); err == nil {
+			registry.Saw(upstream.NoRanges)
+		}
 	}
 	return y, err == nil && covers(), err
 }
@@ -236,9 +238,12 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 	case q.kind == upstream.Blob:
 		return serveHead(w, r, q.digest, blobType, y.Size)
 	case !schema1(y.MediaType) && (y.Size <= 0 || !manifestLike(y.MediaType)):
-		return p.headByGet(ctx, w, r, q)
+		if err := p.headByGet(ctx, w, r, q); err == nil || w.status != 0 || !answered(err) {
+			return err
+		}
+		// It says yes to HEAD and no to GET, and that is what there is to say.
 	}
-	return serveHead(w, r, q.digest, y.MediaType, y.Size)
+	return serveHead(w, r, q.digest, cmp.Or(y.MediaType, blobType), y.Size)
 }
 
 // headQuestion is the client's own HEAD. Where the registry knows none, or leaves

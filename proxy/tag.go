@@ -4,6 +4,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,9 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 		return p.serveStaleTag(ctx, w, r, q, err)
 	}
 	w.collapsed = shared
+	if q.method == http.MethodHead && c.poor() {
+		return p.relayManifest(ctx, w, q, c)
+	}
 	if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
 		return p.relayManifest(ctx, w, q, c)
 	}
@@ -93,15 +97,19 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	if !key.manifest {
 		c, err = p.headTagAt(ctx, q)
 	}
-	if key.manifest || lacksHead(err) || err == nil && c == nil || isNo(err) && key.method == http.MethodGet {
+	if key.manifest || lacksHead(err) || err == nil && c.poor() || isNo(err) && key.method == http.MethodGet {
 		if err != nil {
 			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
 		}
+		poor := c
 		asked = p.now()
 		if !key.manifest {
 			sequence = p.fresh.number()
 		}
 		c, err = p.readTag(ctx, q)
+		if poor != nil && answered(err) && key.method == http.MethodHead {
+			return poor, nil // it says yes to HEAD and no to GET, and that is what there is to say
+		}
 	}
 	if err != nil {
 		p.refuseTag(q, sequence, err, asked)
@@ -133,21 +141,27 @@ func (p *Proxy) refuseTag(q *request, sequence uint64, err error, asked time.Tim
 	p.rights.Learn(q.asker, rights.Object{Kind: string(q.kind)}, e)
 }
 
-// headTagAt asks with HEAD. Without an error it returns nil where the answer
-// leaves out the digest, the length or the type.
+// headTagAt asks with HEAD.
 func (p *Proxy) headTagAt(ctx context.Context, q *request) (*confirmation, error) {
 	resp, err := p.do(ctx, q, q.asker.Credential, http.MethodHead, q.tag, part{})
 	if err != nil {
 		return nil, err
 	}
 	resp.Body.Close()
-	if blobstore.CheckDigest(resp.Digest) != nil || resp.Size <= 0 || resp.Encoding != "" || !manifestLike(resp.MediaType) {
-		return nil, nil
+	c := &confirmation{size: resp.Size, mediaType: resp.MediaType}
+	if blobstore.CheckDigest(resp.Digest) == nil {
+		c.digest = resp.Digest
 	}
-	return &confirmation{
-		digest: resp.Digest, size: resp.Size, mediaType: resp.MediaType,
-		evidence: p.weigh(q, resp.Digest, resp, time.Time{}),
-	}, nil
+	if resp.Size == 0 || resp.Encoding != "" {
+		c.size = -1 // not the manifest's
+	}
+	c.evidence = p.weigh(q, c.digest, resp, time.Time{})
+	return c, nil
+}
+
+// poor tells whether an answer leaves out the digest, the length or the type.
+func (c *confirmation) poor() bool {
+	return c.digest == "" || c.size < 0 || !manifestLike(c.mediaType) && !schema1(c.mediaType)
 }
 
 // readTag asks for the manifest itself.
@@ -301,13 +315,18 @@ func checkAs(contentType func() string) func([]byte) error {
 func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *confirmation) error {
 	h := w.Header()
 	cause := "type-not-accepted"
-	if schema1(c.mediaType) {
+	switch {
+	case schema1(c.mediaType):
 		cause = "schema1"
+	case c.poor():
+		cause = "head-only"
 	}
 	w.detail("fwd=bypass; fwd-status=200", cause)
 	if q.method == http.MethodHead {
-		h.Set("Content-Type", c.mediaType)
-		h.Set("Content-Length", fmt.Sprint(c.size))
+		h.Set("Content-Type", cmp.Or(c.mediaType, blobType))
+		if c.size >= 0 {
+			h.Set("Content-Length", fmt.Sprint(c.size))
+		}
 		if c.digest != "" {
 			setDigest(h, c.digest)
 		}

@@ -185,7 +185,7 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 	if err == nil && resp.foreign && resp.StatusCode == http.StatusUnauthorized {
 		resp, from, err = r.proveElsewhere(ctx, e, req, authorization, resp, from)
 	}
-	if err == nil && resp.foreign && resp.StatusCode >= 400 && resp.StatusCode < 500 && req.Kind.named() {
+	if err == nil && resp.foreign && resp.StatusCode >= 400 && resp.StatusCode < 500 && resp.StatusCode != http.StatusTooManyRequests && req.Kind.named() {
 		resp.Body.Close()
 		again := req
 		again.Method = http.MethodGet
@@ -193,7 +193,7 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 			again.Length = 1
 		}
 		resp, from, err = r.follow(ctx, e, again, authorization)
-		if err == nil && resp.foreign && resp.StatusCode >= 400 && (resp.StatusCode != http.StatusNotFound || req.Kind == Blob) {
+		if err == nil && resp.foreign && resp.StatusCode >= 400 && !relayed(req.Kind, resp.StatusCode) {
 			resp.Body.Close()
 			if again.ranged() && resp.StatusCode < 500 {
 				// Whatever it means, the whole may be had there.
@@ -219,6 +219,12 @@ func (r *Registry) try(ctx context.Context, e Endpoint, req Request, authorizati
 		r.Saw(Labelled)
 	}
 	return out, from, nil
+}
+
+// relayed tells whether what a redirect target says is told to clients: a 404 of
+// a registry, which its name redirects to, and that one may ask less often.
+func relayed(k Kind, status int) bool {
+	return status == http.StatusTooManyRequests || status == http.StatusNotFound && k != Blob
 }
 
 // named tells whether requests of this kind name an object.
