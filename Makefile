@@ -40,6 +40,7 @@ soak:
 # What CI has samples of: each fault at each step, each system call up to the 200th, more rounds. Takes some hours.
 nightly: soak
 	TARN_TEST_FAULTS=all TARN_TEST_ROUNDS=2000 go test -count=1 -timeout 0 ./cache
+	TARN_TEST_DIRECT=100000 go test -count=1 -timeout 0 -run TestAsIfTheRegistryHadBeenAskedDirectly ./proxy
 	cd e2e && TARN_E2E_FAULTS=200 TARN_E2E_ROUNDS=10 TARN_E2E_BOUND=1024 go test -count=1 -timeout 0 -run 'FailingDisk|LargerThan|TheBoundHolds' -v .
 
 # tarn beside other systems, in turns on one machine; see docs/PERFORMANCE.md. BENCH are its flags. Wants two cores.

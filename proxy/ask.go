@@ -102,8 +102,8 @@ func (p *Proxy) recall(a rights.Asker) error {
 // ask puts a question to the authority, with the client's own credential, and
 // takes what the answer says of an object, if it is about one: a yes, or an
 // error that others may share who are the same to the authority; ownWords makes
-// each client's own of it. A no to a HEAD for a client's GET is not the last
-// word, and is not taken.
+// each client's own of it. A no to a HEAD for a client's GET, or to a GET for a
+// client's HEAD, is not the last word, and is not taken.
 func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, rights.Yes, error) {
 	if err := p.recall(q.asker); err != nil {
 		return nil, rights.Yes{}, err
@@ -118,7 +118,7 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 		d = ""
 	}
 	switch {
-	case err != nil && (method == q.method || method == http.MethodGet || !isNo(err)):
+	case err != nil && !q.completes && (method == q.method || method == http.MethodHead && !isNo(err)):
 		p.rights.Learn(q.asker, q.object(d), refusalOf(err, asked))
 		return nil, rights.Yes{}, err
 	case err != nil:

@@ -274,7 +274,7 @@ func (p *Proxy) headQuestion(ctx context.Context, w *response, q *request) (righ
 // headByGet fetches the manifest to say what a HEAD must say of it.
 func (p *Proxy) headByGet(ctx context.Context, w *response, r *http.Request, q *request) error {
 	one := *q
-	one.method = http.MethodGet
+	one.method, one.completes = http.MethodGet, true
 	o, y, _, err := p.openDigest(ctx, w, &one)
 	if err != nil {
 		return err

@@ -36,6 +36,7 @@ const (
 // nothing of it looked at again.
 type request struct {
 	method     string // GET or HEAD
+	completes  bool   // it is a GET that completes the answer to a client's HEAD
 	kind       upstream.Kind
 	base       bool // /v2/ itself; then only upstream may be set
 	upstream   upstream.Name
