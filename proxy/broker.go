@@ -26,7 +26,8 @@ import (
 // dockerd. /v2/ sends them to tarn's own /token, which passes their credential
 // to the token service of the one registry that their scopes name, and nothing
 // else anywhere. It keeps nothing, and what it hands out is the registry's own
-// token, so that the registry still decides on each request.
+// token, or, where the registry takes passwords itself, the client's own password
+// sealed (seal.go), so that the registry still decides on each request.
 //
 // It is off by default, because such clients keep the secret under tarn's
 // address: whoever they are talked into naming as a registry must not get it.
@@ -59,15 +60,9 @@ func (p *Proxy) serveBase(w *response, r *http.Request, q *request) error {
 	broker := q.ns == "" && (q.upstream == "" && p.brokers || p.rules(q.upstream).TokenBroker)
 	scheme, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if broker && !strings.EqualFold(scheme, "Bearer") {
-		if r.Host == "" || strings.ContainsAny(r.Host, `"\`) {
-			return badName("no usable Host header")
+		if err := challengeToken(w, r, q); err != nil {
+			return err
 		}
-		// Who names the registry before /v2/ says in no scope which it is.
-		realm := url.URL{Scheme: "http", Host: r.Host, Path: strings.TrimSuffix(q.prefix, "v2/") + "token"}
-		if r.TLS != nil {
-			realm.Scheme = "https"
-		}
-		h.Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s",service="tarn"`, realm.String()))
 		return &apiError{http.StatusUnauthorized, errcode.ErrorCodeUnauthorized,
 			"get a token for one repository: its scope is repository:REGISTRY/NAME:pull"}
 	}
@@ -121,10 +116,12 @@ func (p *Proxy) answerToken(w *response, r *http.Request, q *request) error {
 		return badToken(fmt.Sprintf("tarn takes no credential for %s: set token_broker: true for that upstream in its configuration, or use none", name))
 	}
 	t, err := p.upstreams.Registry(name).ClientToken(ctx, repositories, ask.authorization, ask.refreshToken)
-	if errors.Is(err, upstream.ErrNoTokenService) {
+	switch {
+	case errors.Is(err, upstream.ErrBasic) && ask.authorization != "":
+		return writeToken(w, p.sealer.seal(name, ask.authorization, p.now()))
+	case errors.Is(err, upstream.ErrNoTokenService), errors.Is(err, upstream.ErrBasic):
 		return writeToken(w, upstream.Token{Value: markerToken, Life: markerLife, Issued: p.now()})
-	}
-	if err != nil {
+	case err != nil:
 		return err
 	}
 	return writeToken(w, t)

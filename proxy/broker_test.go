@@ -139,22 +139,6 @@ func TestTheBrokersMarkerMeansAnonymous(t *testing.T) {
 	}
 }
 
-func TestABasicRegistryBehindTheBrokerGivesTheMarker(t *testing.T) {
-	t.Parallel()
-	rules := DefaultRules()
-	rules.TokenBroker = true
-	r, d := private(t, "Basic", setup{rules: &rules})
-	token, _ := d.token(t, "scope=repository:lab.test/private/app:pull", r.Access.Login("private/app", "a")...)
-	if token != markerToken {
-		t.Errorf("token %q", token)
-	}
-	for _, e := range r.Exchanges() {
-		if e.Authorization != "" {
-			t.Error("the registry saw the password at /v2/")
-		}
-	}
-}
-
 func TestTheBrokerRefusesWhatIsNotOnePullFromOneRegistry(t *testing.T) {
 	t.Parallel()
 	r, off, evil, d := brokered(t)

@@ -114,6 +114,7 @@ type Proxy struct {
 	ruleOf    map[upstream.Name]Rules
 	defaults  Rules
 	brokers   bool // some upstream has a token broker
+	sealer    sealer
 
 	writeTimeout time.Duration
 	now          func() time.Time
@@ -158,6 +159,7 @@ func New(opts Options) (*Proxy, error) {
 		},
 		ruleOf:   opts.Rules,
 		defaults: opts.Defaults,
+		sealer:   newSealer(),
 		now:      time.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
@@ -247,6 +249,10 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 	}
 	w.request = q
 	if !q.base {
+		if err := p.unseal(w, r, q); err != nil {
+			w.fail(q, err)
+			return
+		}
 		p.identify(q)
 	}
 	if q.ns != "" {

@@ -97,6 +97,10 @@ var defaultAccept = []string{strings.Join([]string{
 	"*/*",
 }, ", ")}
 
+// maxAccept bounds what a client accepts, in bytes: more than ten times what any
+// sends. It is kept as long as a question is open.
+const maxAccept = 8 << 10
+
 // acceptOf returns the client's Accept lines, or nil when they are none or
 // take anything and name nothing.
 func acceptOf(h http.Header) []string {
@@ -125,6 +129,13 @@ func (n names) parse(r *http.Request) (*request, error) {
 	}
 	if len(r.Header.Values("Authorization")) > 1 {
 		return nil, badName("more than one Authorization header")
+	}
+	size := 0
+	for _, line := range r.Header.Values("Accept") {
+		size += len(line)
+	}
+	if size > maxAccept {
+		return nil, badName(fmt.Sprintf("Accept headers of %d bytes, of at most %d", size, maxAccept))
 	}
 	q := &request{
 		method:        r.Method,

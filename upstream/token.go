@@ -51,6 +51,8 @@ var (
 	errTokenRefused = errors.New("token service refuses")
 	// ErrNoTokenService: the registry does not ask for Bearer tokens.
 	ErrNoTokenService = errors.New("registry has no token service")
+	// ErrBasic: it asks for passwords itself.
+	ErrBasic = errors.New("registry takes passwords itself")
 )
 
 // tokenRequest is one question to a token service. At most one of
@@ -184,7 +186,7 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 // pulling from these repositories, and keeps nothing. authorization is Basic;
 // or refreshToken is set in its place.
 //
-// Errors: ErrNoTokenService; ErrCredentials when the registry names a token
+// Errors: ErrNoTokenService; ErrBasic; ErrCredentials when the registry names a token
 // service that is not the one it may have; a *StatusError with 401 when the
 // service refuses.
 func (r *Registry) ClientToken(ctx context.Context, repositories []string, authorization, refreshToken string) (Token, error) {
@@ -196,7 +198,10 @@ func (r *Registry) ClientToken(ctx context.Context, repositories []string, autho
 		return Token{}, err
 	}
 	bearer, ok := bearerChallenge(challenge)
-	if !ok {
+	switch {
+	case !ok && hasBasic(challenge):
+		return Token{}, ErrBasic
+	case !ok:
 		return Token{}, ErrNoTokenService
 	}
 	realm, err := realmOf(e.URL, bearer["realm"])
