@@ -21,14 +21,15 @@ var house = map[string][]string{
 	"internal/evict":        {},
 	"internal/manifest":     {"blobstore"},
 	"internal/evictsim":     {"internal/evict"},
-	"blobstore":             {"internal/fault"},
-	"index":                 {"internal/fault"},
-	"cache":                 {"blobstore", "index", "internal/evict", "internal/fault", "internal/manifest"},
+	"internal/regular":      {},
+	"blobstore":             {"internal/fault", "internal/regular"},
+	"index":                 {"internal/fault", "internal/regular"},
+	"cache":                 {"blobstore", "index", "internal/evict", "internal/fault", "internal/manifest", "internal/regular"},
 	"upstream":              {},
 	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "upstream"},
 	"admin":                 {"proxy", "cache", "index"},
 	"internal/registrytest": {},
-	"cmd/tarn":              {"admin", "cache", "proxy", "upstream"},
+	"cmd/tarn":              {"admin", "cache", "internal/regular", "proxy", "upstream"},
 }
 
 func TestImportsOnlyPointDown(t *testing.T) {

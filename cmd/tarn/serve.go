@@ -26,6 +26,7 @@ import (
 
 	"tarn/admin"
 	"tarn/cache"
+	"tarn/internal/regular"
 	"tarn/proxy"
 	"tarn/upstream"
 
@@ -283,6 +284,8 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 		Logger:  log,
 	})
 	switch {
+	case errors.Is(err, cache.ErrForeign):
+		return nil, fmt.Errorf("dir: %w; choose an empty directory with --dir", err)
 	case errors.Is(err, cache.ErrInUse):
 		return nil, fmt.Errorf("dir: %w; stop it, or choose another directory with --dir", err)
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
@@ -364,14 +367,14 @@ func staleKey(cfg Config, log *zap.Logger) []byte {
 		return nil
 	}
 	path := filepath.Join(cfg.Dir, "stale.key")
-	key, err := os.ReadFile(path)
+	key, err := regular.Read(path, sha256.Size)
 	if err == nil && len(key) == sha256.Size {
 		return key
 	}
 	key = make([]byte, sha256.Size)
 	rand.Read(key)
 	if errors.Is(err, fs.ErrNotExist) || err == nil {
-		err = os.WriteFile(path, key, 0o600)
+		err = regular.Replace(path, key, 0o600)
 	}
 	if err != nil {
 		log.Warn("who had a yes is not remembered past this process", zap.Error(err))
