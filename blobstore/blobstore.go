@@ -29,6 +29,7 @@ import (
 	"syscall"
 
 	"tarn/internal/fault"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -76,8 +77,17 @@ func Open(dir string, steps fault.Steps) (*Store, error) {
 			return nil, fmt.Errorf("open the blob store: %w", err)
 		}
 	}
+	for _, sub := range []string{s.blobsDir(), s.pendingDir()} { // openDir does not see a link in the middle
+		info, err := os.Lstat(sub)
+		if err == nil && !info.IsDir() {
+			err = fmt.Errorf("%s is no directory, but %s: remove it", filepath.Base(sub), info.Mode().Type())
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open the blob store: %w", err)
+		}
+	}
 	for _, a := range Algorithms {
-		d, err := os.Open(s.algDir(a))
+		d, err := openDir(s.algDir(a))
 		if err != nil {
 			s.Close()
 			return nil, fmt.Errorf("open the blob store: %w", err)
@@ -96,12 +106,13 @@ func (s *Store) Close() error {
 	return errors.Join(errs...)
 }
 
-func (s *Store) algDir(a digest.Algorithm) string { return filepath.Join(s.dir, "blobs", a.String()) }
+func (s *Store) blobsDir() string                 { return filepath.Join(s.dir, "blobs") }
+func (s *Store) algDir(a digest.Algorithm) string { return filepath.Join(s.blobsDir(), a.String()) }
 func (s *Store) pendingDir() string               { return filepath.Join(s.dir, "pending") }
 
 // Directories are all that the store has, its own first.
 func (s *Store) Directories() []string {
-	dirs := []string{s.dir, filepath.Join(s.dir, "blobs"), s.pendingDir()}
+	dirs := []string{s.dir, s.blobsDir(), s.pendingDir()}
 	for _, a := range Algorithms {
 		dirs = append(dirs, s.algDir(a))
 	}
@@ -113,9 +124,8 @@ func (s *Store) Path(d digest.Digest) string {
 	return filepath.Join(s.algDir(d.Algorithm()), d.Encoded())
 }
 
-// openFlags neither follow a link nor wait for the other end of a pipe, which somebody
-// may have put in a blob's place.
-const openFlags = syscall.O_RDONLY | syscall.O_NOFOLLOW | syscall.O_NONBLOCK
+// openFlags are for what somebody may have put in a blob's place.
+const openFlags = os.O_RDONLY | regular.Flags
 
 // Open opens a blob for reading. The error wraps fs.ErrNotExist when there is
 // none.
@@ -194,9 +204,13 @@ func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
 	return nil
 }
 
+func openDir(path string) (*os.File, error) {
+	return os.OpenFile(path, openFlags|syscall.O_DIRECTORY, 0)
+}
+
 // readDir is os.ReadDir without the sorting.
 func readDir(path string) ([]fs.DirEntry, error) {
-	dir, err := os.Open(path)
+	dir, err := openDir(path)
 	if err != nil {
 		return nil, err
 	}

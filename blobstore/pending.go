@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"tarn/internal/fault"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -33,7 +34,11 @@ type Pending struct {
 	steps   fault.Steps
 }
 
-const journalSuffix = ".journal"
+const (
+	journalSuffix = ".journal"
+	// maxJournal is what is read of one: many times what a flight writes.
+	maxJournal = 1 << 20
+)
 
 // Create opens a new pending file.
 func (s *Store) Create(d digest.Digest) (*Pending, error) {
@@ -78,7 +83,7 @@ func (p *Pending) Sync() error {
 func (p *Pending) Note(record []byte) error {
 	if p.journal == nil {
 		err := p.steps.Do("create journal", func() (err error) {
-			p.journal, err = os.OpenFile(p.path+journalSuffix, os.O_CREATE|os.O_WRONLY|os.O_APPEND, fileMode)
+			p.journal, err = regular.Open(p.path+journalSuffix, os.O_CREATE|os.O_WRONLY|os.O_APPEND, fileMode)
 			return err
 		})
 		if err != nil {
@@ -185,10 +190,19 @@ func (s *Store) Left() (left []*Pending, deleted []digest.Digest, err error) {
 			for _, p := range left {
 				p.Close()
 			}
-			return nil, deleted, fmt.Errorf("sweep pending files: %w", err)
+			return nil, deleted, fmt.Errorf("sweep pending files: %.100q: %w", e.Name(), bare(err))
 		}
 	}
 	return left, deleted, nil
+}
+
+// bare is an error of a file without its path, which may be any bytes.
+func bare(err error) error {
+	var of *fs.PathError
+	if errors.As(err, &of) {
+		return of.Err
+	}
+	return err
 }
 
 // pendingDigest reads what Create wrote into a file's name.
@@ -202,7 +216,7 @@ func pendingDigest(name string) (digest.Digest, bool) {
 // openLeft returns nil when there is nothing to continue from.
 func (s *Store) openLeft(path string, d digest.Digest) *Pending {
 	var data []byte
-	err := s.steps.Do("read journal", func() (err error) { data, err = os.ReadFile(path + journalSuffix); return err })
+	err := s.steps.Do("read journal", func() (err error) { data, err = regular.Read(path+journalSuffix, maxJournal); return err })
 	if err != nil {
 		return nil
 	}
@@ -211,13 +225,13 @@ func (s *Store) openLeft(path string, d digest.Digest) *Pending {
 		return nil
 	}
 	var f *os.File
-	err = s.steps.Do("open pending", func() (err error) { f, err = os.OpenFile(path, os.O_RDWR, 0); return err })
+	err = s.steps.Do("open pending", func() (err error) { f, err = regular.Open(path, os.O_RDWR, 0); return err })
 	if err != nil {
 		return nil
 	}
 	p := &Pending{File: f, Digest: d, Notes: notes, path: path, steps: s.steps}
 	// What a crash tore must not be glued to the next record.
-	if p.journal, err = os.OpenFile(path+journalSuffix, os.O_WRONLY|os.O_APPEND, 0); err == nil {
+	if p.journal, err = regular.Open(path+journalSuffix, os.O_WRONLY|os.O_APPEND, 0); err == nil {
 		err = s.steps.Do("cut journal", func() error { return p.journal.Truncate(int64(whole)) })
 	}
 	if err != nil {

@@ -46,6 +46,7 @@ import (
 	"tarn/blobstore"
 	"tarn/index"
 	"tarn/internal/fault"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
@@ -229,6 +230,10 @@ type Cache struct {
 // ErrInUse: another process has the data directory.
 var ErrInUse = errors.New("data directory is in use by another tarn")
 
+// ErrForeign: the data directory has somebody else's files, or a layout that this
+// tarn does not know.
+var ErrForeign = errors.New("data directory is not tarn's")
+
 const dirMode = 0o700
 
 // New opens the data directory, reconciles rows and files, and starts the
@@ -239,6 +244,9 @@ func New(opts Options) (*Cache, error) {
 	}
 	if err := os.MkdirAll(opts.Dir, dirMode); err != nil {
 		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	if err := checkDir(opts.Dir); err != nil {
+		return nil, err
 	}
 	lock, err := lockDir(opts.Dir)
 	if err != nil {
@@ -287,7 +295,10 @@ const lockPatience = time.Second
 // lockDir takes the directory for this process; the kernel lets go of it when
 // the process ends, however it ends.
 func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := regular.Open(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
+	if errors.Is(err, regular.ErrNot) {
+		return nil, fmt.Errorf("%s in the data directory: %w: remove it", lockName, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("data directory is not writable: %w", err)
 	}

@@ -173,7 +173,7 @@ func (c *Cache) commit(batch []*flight) {
 			trouble = err
 			continue
 		}
-		info, err := os.Stat(c.store.Path(f.key.Digest))
+		info, err := os.Lstat(c.store.Path(f.key.Digest))
 		if err != nil {
 			trouble = err
 			continue

@@ -989,6 +989,7 @@ func TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage(t *testing.T) {
 func TestEverythingInTheDirectoryCounts(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
+	openChaos(t, dir, 1<<30).Close() // so that it is tarn's
 	for name, size := range map[string]int{brokenName: 1 << 20, "foreign.bin": 300_000, pinsName + brokenSuffix: 10_000} {
 		if err := os.WriteFile(filepath.Join(dir, name), randomBytes(size), 0o600); err != nil {
 			t.Fatal(err)

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,6 +16,7 @@ import (
 
 	"tarn/index"
 	"tarn/internal/manifest"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -281,7 +281,7 @@ func (c *Cache) layOut() {
 // written next, says why it is not.
 func (c *Cache) markLayout() bool {
 	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
-	if there, rerr := os.ReadFile(filepath.Join(c.opts.Dir, layoutName)); rerr == nil && bytes.Equal(there, data) {
+	if there, rerr := regular.Read(filepath.Join(c.opts.Dir, layoutName), maxLayout); rerr == nil && bytes.Equal(there, data) {
 		return true
 	}
 	return err == nil && c.writeFile("layout", layoutName, data, false) == nil

@@ -18,6 +18,7 @@ import (
 	"tarn/blobstore"
 	"tarn/index"
 	"tarn/internal/manifest"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -264,7 +265,10 @@ func (c *Cache) writeFile(what, name string, data []byte, durable bool) error {
 	defer c.measureOverhead()
 	temporary := path + ".new"
 	err := c.opts.Steps.Do("write "+what, func() error {
-		f, err := os.OpenFile(temporary, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+		if err := os.Remove(temporary); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		f, err := os.OpenFile(temporary, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 		if err != nil {
 			return err
 		}
@@ -301,12 +305,12 @@ func (c *Cache) readPins() {
 	c.pins.leases = make(map[digest.Digest]lease)
 	path := filepath.Join(c.opts.Dir, pinsName)
 	os.Remove(path + ".new") // of a process that ended while it wrote
-	data, err := readSmall(path, maxPinsFile)
+	data, err := regular.Read(path, maxPinsFile)
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
 	if err != nil {
-		c.pins.unread = err
+		c.pins.unread = fmt.Errorf("%s: %w", pinsName, err)
 		c.log.Sugar().Errorw("the pins cannot be read: nothing is pinned until tarn is restarted and can", "cause", err.Error())
 		return
 	}
@@ -333,6 +337,8 @@ func parsePins(data []byte) (list []Pin, err error) {
 	if all == nil {
 		return nil, errors.New("there is no list")
 	}
+	const maxSaid = 5 // of what is wrong, in a line of the log
+	wrong := 0
 	for i, one := range all {
 		if len(list) >= maxPins {
 			return list, errors.Join(err, fmt.Errorf("there are %d pins, of at most %d", len(all), maxPins))
@@ -343,7 +349,9 @@ func parsePins(data []byte) (list []Pin, err error) {
 			perr = p.check()
 		}
 		if perr != nil {
-			err = errors.Join(err, fmt.Errorf("pin %d: %w", i+1, perr))
+			if wrong++; wrong <= maxSaid {
+				err = errors.Join(err, fmt.Errorf("pin %d: %w", i+1, perr))
+			}
 			continue
 		}
 		list = append(list, p)

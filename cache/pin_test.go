@@ -21,6 +21,7 @@ import (
 
 	"tarn/index"
 	"tarn/internal/manifest"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -423,13 +424,13 @@ func TestPinsThatCannotBeReadStay(t *testing.T) {
 	c := openChaos(t, dir, 1<<30)
 	defer c.Close()
 	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
-	if _, err := c.Pin(p); !errors.Is(err, errNoFile) || !strings.Contains(err.Error(), "restart") {
+	if _, err := c.Pin(p); !errors.Is(err, regular.ErrNot) || !strings.Contains(err.Error(), "restart") {
 		t.Error(err)
 	}
 	if n := len(c.Pins()); n != 0 {
 		t.Errorf("%d pins are held that are written nowhere", n)
 	}
-	if err := c.Unpin(p); !errors.Is(err, errNoFile) {
+	if err := c.Unpin(p); !errors.Is(err, regular.ErrNot) {
 		t.Error(err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), brokenSuffix) }) {

@@ -16,6 +16,7 @@ import (
 	"tarn/blobstore"
 	"tarn/index"
 	"tarn/internal/manifest"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -68,7 +69,7 @@ func (c *Cache) open() (strays []stray, err error) {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("walk the blobs: %w", err)
+			return fmt.Errorf("walk the blobs: %.100q: %w", e.Name(), bare(err))
 		}
 		c.used += blobstore.Allocated(info)
 		if blobstore.CheckDigest(d) != nil {
@@ -115,6 +116,15 @@ func (c *Cache) open() (strays []stray, err error) {
 			"pending_kept", parked, "pending_swept", swept, "rows_without_file", len(gone), "files_to_adopt", len(strays), "foreign_files", foreign)
 	}
 	return strays, nil
+}
+
+// bare is an error of a file without its path, which may be any bytes.
+func bare(err error) error {
+	var of *fs.PathError
+	if errors.As(err, &of) {
+		return of.Err
+	}
+	return err
 }
 
 // restoreAll parks what the flights of an earlier process left, as far as there
@@ -186,12 +196,12 @@ const maxOpenings = 2
 // survive it. The marker counts them.
 func (c *Cache) openMarked(path string) (*index.Index, error) {
 	marker := path + ".opening"
-	tries, _ := os.ReadFile(marker)
+	tries, _ := regular.Read(marker, maxOpenings)
 	var ix *index.Index
 	err := fmt.Errorf("%w: opening it has ended %d processes", index.ErrBroken, len(tries))
 	if len(tries) < maxOpenings {
 		// Without a marker it is as it was.
-		c.opts.Steps.Do("write marker", func() error { return os.WriteFile(marker, append(tries, '.'), 0o600) })
+		c.opts.Steps.Do("write marker", func() error { return regular.Replace(marker, append(tries, '.'), 0o600) })
 		ix, err = index.Open(path, c.opts.Steps, c.indexBounds())
 	}
 	c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })

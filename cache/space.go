@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"tarn/internal/regular"
 )
 
 // maxFlights bounds the descriptors of what waits to be committed: a disk that
@@ -168,7 +170,7 @@ func (c *Cache) probe() {
 		return
 	}
 	path := filepath.Join(c.opts.Dir, ".probe")
-	if err := c.opts.Steps.Do("probe", func() error { return os.WriteFile(path, make([]byte, fsBlock), 0o600) }); err != nil {
+	if err := c.opts.Steps.Do("probe", func() error { return regular.Replace(path, make([]byte, fsBlock), 0o600) }); err != nil {
 		os.Remove(path)
 		return
 	}

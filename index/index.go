@@ -40,6 +40,7 @@ import (
 	"time"
 
 	"tarn/internal/fault"
+	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
@@ -345,6 +346,7 @@ func tryOpenDB(path string, steps fault.Steps) (db *bolt.DB, err error) {
 	err = steps.Do("open index", func() (err error) {
 		db, err = bolt.Open(path, 0o600, &bolt.Options{
 			Timeout:      openTimeout,
+			OpenFile:     regular.Open,
 			FreelistType: bolt.FreelistMapType,
 		})
 		return err

@@ -281,6 +281,8 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 		Logger:  log,
 	})
 	switch {
+	case errors.Is(err, cache.ErrForeign):
+		return nil, fmt.Errorf("dir: %w; choose an empty directory with --dir", err)
 	case errors.Is(err, cache.ErrInUse):
 		return nil, fmt.Errorf("dir: %w; stop it, or choose another directory with --dir", err)
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
