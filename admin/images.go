@@ -24,13 +24,24 @@ type images struct {
 	parse func(string) (k index.RepositoryKey, tag string, d digest.Digest, err error)
 }
 
-func (i images) register(mux *http.ServeMux) {
+// register serves what reads, and what changes something unless it says where that
+// is done.
+func (i images) register(mux *http.ServeMux, readOnly string) {
 	mux.HandleFunc("GET /api/v1/images", i.list)
 	mux.HandleFunc("GET /api/v1/pins", i.pins)
-	mux.HandleFunc("POST /api/v1/pins", i.pin)
-	mux.HandleFunc("DELETE /api/v1/pins", i.unpin)
-	mux.HandleFunc("POST /api/v1/evict", i.evict)
-	mux.HandleFunc("POST /api/v1/verify", i.verify)
+	for pattern, change := range map[string]http.HandlerFunc{
+		"POST /api/v1/pins":   i.pin,
+		"DELETE /api/v1/pins": i.unpin,
+		"POST /api/v1/evict":  i.evict,
+		"POST /api/v1/verify": i.verify,
+	} {
+		if readOnly != "" {
+			change = func(w http.ResponseWriter, _ *http.Request) {
+				serveJSON(w, http.StatusForbidden, failure(readOnly))
+			}
+		}
+		mux.HandleFunc(pattern, change)
+	}
 }
 
 // Pinned is the answer to a pin.

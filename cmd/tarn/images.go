@@ -10,10 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -28,15 +30,16 @@ import (
 	"golang.org/x/term"
 )
 
-// daemon is the running tarn that a command speaks to, over its admin listener.
+// daemon is the running tarn that a command speaks to.
 type daemon struct {
-	config, admin, output string
+	config, dir, admin, output string
 }
 
 func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 	set := cmd.Flags()
-	set.StringVar(&d.config, "config", "", "configuration `file` of the daemon, for its admin_listen")
-	set.StringVar(&d.admin, "admin", "", "`address` of the daemon's admin listener: host:port or unix:/path (default "+defaultConfig().AdminListen+")")
+	set.StringVar(&d.config, "config", os.Getenv(configVariable), "configuration `file` of the daemon, for where it is asked; without it, $"+configVariable)
+	set.StringVar(&d.dir, "dir", "", "data `directory` of the daemon that is meant, where there are several")
+	set.StringVar(&d.admin, "admin", "", "`address` of the daemon: unix:/path of its admin socket, or host:port of its admin listener (default found as the daemon chooses it)")
 	set.StringVarP(&d.output, "output", "o", "table", "`format`: table or json")
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -48,64 +51,128 @@ func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-func (d *daemon) address() (string, error) {
+// place is where a daemon may be asked.
+type place struct {
+	address string // unix:/path or host:port
+	// meant is the data directory of the tarn that must answer; "" takes any.
+	meant string
+}
+
+// places are where the daemon may be asked, in order: the sockets, by the rule by
+// which it chose one, but its data directory first, since what is there is nobody
+// else's; and then its admin listener.
+func (d *daemon) places() (all []place, err error) {
 	if d.admin != "" {
 		address := strings.TrimSuffix(strings.TrimPrefix(d.admin, "http://"), "/") // as people copy it
 		if strings.Contains(address, "://") {
-			return "", fmt.Errorf("--admin: %q is neither host:port nor unix:/path", d.admin)
+			return nil, fmt.Errorf("--admin: %q is neither host:port nor unix:/path", d.admin)
 		}
-		return address, nil
+		return []place{{address: address}}, nil
 	}
 	c, err := loadConfig(d.config)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if c.AdminListen == "" {
-		return "", errors.New("admin_listen is off: the daemon cannot be asked")
+	// A directory that nobody named is where one looks first; one that somebody
+	// named is the one that is meant.
+	meant := ""
+	if d.dir != "" {
+		c.Dir = d.dir
 	}
-	return c.AdminListen, nil
+	dir := realDir(c.Dir)
+	if d.dir != "" || c.Dir != defaultDir && c.Dir != userConfig(os.Geteuid()).Dir {
+		meant = dir
+	}
+	switch {
+	case c.AdminSocket == socketOff:
+	case c.AdminSocket != "":
+		all = append(all, place{unixPrefix + c.AdminSocket, meant})
+	case !strings.HasPrefix(c.AdminListen, unixPrefix):
+		all = append(all, place{unixPrefix + filepath.Join(dir, socketName), ""})
+		for _, dir := range runPlaces() {
+			all = append(all, place{unixPrefix + filepath.Join(dir, socketName), meant})
+		}
+	}
+	if c.AdminListen != "" {
+		all = append(all, place{c.AdminListen, meant})
+	}
+	if len(all) == 0 {
+		return nil, errors.New("admin_socket and admin_listen are off: the daemon cannot be asked")
+	}
+	return all, nil
 }
 
 // ask sends an order and returns the answer, which is the caller's to close. An
-// answer that is not 200 is an error with the daemon's words.
+// answer that is not 200 is an error with the daemon's words. The order goes to the
+// first place where the daemon that is meant answers.
 func (d *daemon) ask(ctx context.Context, method, path string, order any) (*http.Response, error) {
-	address, err := d.address()
+	places, err := d.places()
 	if err != nil {
 		return nil, err
 	}
-	host, transport := address, &http.Transport{}
-	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		host = "localhost"
-		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", path)
-		}
-	} else if h, port, err := net.SplitHostPort(address); err == nil && (h == "" || h == "0.0.0.0" || h == "::") {
-		host = net.JoinHostPort("localhost", port)
-	}
-	var body io.Reader
+	var data []byte
 	if order != nil {
-		data, err := json.Marshal(order)
-		if err != nil {
+		if data, err = json.Marshal(order); err != nil {
 			return nil, err
 		}
-		body = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+host+path, body)
+	var denied, tried []string
+	var last, other error
+	for _, p := range places {
+		resp, err := p.ask(ctx, method, path, data)
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			denied = append(denied, p.address)
+		case err != nil && ctx.Err() != nil:
+			return nil, err
+		case err != nil:
+			tried, last = append(tried, p.address), err
+		case resp.StatusCode == http.StatusOK:
+			return resp, nil
+		case resp.StatusCode == http.StatusMisdirectedRequest: // another tarn's
+			tried, other = append(tried, p.address), words(resp)
+		case resp.StatusCode == http.StatusForbidden && len(denied) > 0:
+			resp.Body.Close() // it would name the socket that may not be opened
+		default:
+			return nil, words(resp)
+		}
+	}
+	if len(denied) > 0 {
+		return nil, fmt.Errorf("only the user that tarn runs as may open %s: run this with sudo, or in tarn's pod (kubectl exec)", strings.Join(denied, ", "))
+	}
+	return nil, fmt.Errorf("is tarn running? It does not answer at %s: %w", strings.Join(tried, ", "), cmp.Or(other, last))
+}
+
+// words are what the daemon says to an order that it does not carry out.
+func words(resp *http.Response) error {
+	defer resp.Body.Close()
+	var said struct{ Error string }
+	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
+	return errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+}
+
+func (p place) ask(ctx context.Context, method, path string, order []byte) (*http.Response, error) {
+	host, transport := p.address, &http.Transport{DisableKeepAlives: true}
+	if socket, ok := strings.CutPrefix(p.address, unixPrefix); ok {
+		if err := checkSocketPath(socket); err != nil {
+			return nil, err
+		}
+		host = "localhost"
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}
+	} else if h, port, err := net.SplitHostPort(p.address); err == nil && (h == "" || h == "0.0.0.0" || h == "::") {
+		host = net.JoinHostPort("localhost", port)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+host+path, bytes.NewReader(order))
 	if err != nil {
 		return nil, fmt.Errorf("--admin: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := (&http.Client{Transport: transport}).Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("is tarn running, with its admin listener at %s? %w", address, err)
+	if p.meant != "" {
+		req.Header.Set(admin.DirHeader, p.meant)
 	}
-	if resp.StatusCode == http.StatusOK {
-		return resp, nil
-	}
-	defer resp.Body.Close()
-	var said struct{ Error string }
-	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
-	return nil, errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+	return (&http.Client{Transport: transport}).Do(req)
 }
 
 // do is for an answer that is one document: it is printed as it is, or shown.

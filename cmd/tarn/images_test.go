@@ -23,7 +23,7 @@ import (
 // tell runs the program, and returns what it says, and with which code it ends.
 func (p *process) tell(args ...string) (stdout, stderr string, code int) {
 	p.t.Helper()
-	cmd := command(append(args, "--admin", strings.TrimPrefix(p.admin, "http://"))...)
+	cmd := command(append(args, "--admin", p.socket())...)
 	var out, words bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &words
 	err := cmd.Run()
@@ -147,7 +147,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 // TestWhatChangesSomethingIsNotAPages: a form of another site reaches nothing.
 func TestWhatChangesSomethingIsNotAPages(t *testing.T) {
 	t.Parallel()
-	p := run(t, t.TempDir())
+	p := runWith(t, t.TempDir(), "admin_changes: tcp\n") // else it reaches nothing in any case
 	for name, headers := range map[string][2]string{
 		"a form":       {"Content-Type", "text/plain"},
 		"another site": {"Origin", "http://evil.example"},
