@@ -12,13 +12,14 @@
 // nowhere else.
 //
 // Failure model: a request that may not be answered gets 403 with what to do;
-// nothing here waits for a registry.
+// nothing here waits for a registry but a pin, for 9 s at most.
 //
 // What changes something takes JSON, which a page of another site cannot send
 // unasked. It never serves a blob.
 package admin
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -28,9 +29,8 @@ import (
 	"strings"
 
 	"tarn/cache"
-	"tarn/index"
+	"tarn/proxy"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -63,7 +63,10 @@ type Options struct {
 	// Store has the images, and Parse reads their names as people write them. nil
 	// serves none.
 	Store *cache.Cache
-	Parse func(string) (k index.RepositoryKey, tag string, d digest.Digest, err error)
+	Parse func(string) (proxy.ImageName, error)
+	// Ask has the registry say what there is of an image that is to be pinned, as
+	// proxy.AskImage does. nil asks nobody.
+	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)
 }
 
 // New returns the handler.
@@ -94,7 +97,7 @@ func New(opts Options) http.Handler {
 		})
 	}
 	if opts.Store != nil {
-		images{opts.Store, opts.Parse}.register(own, opts.ReadOnly)
+		images{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
 	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))

@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -212,12 +213,17 @@ func ago(t time.Time) string {
 func newImagesCommand() *cobra.Command {
 	var d daemon
 	return d.register(&cobra.Command{
-		Use:   "images",
+		Use:   "images [IMAGE]...",
 		Short: "List the images that are here",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Long: `List the images that are here, or those that are named: by repository, by tag, or
+by a digest, which may be cut short as the list does.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path := "/api/v1/images"
+			if len(args) > 0 {
+				path += "?" + url.Values{"image": args}.Encode()
+			}
 			var answer struct{ Images []cache.Image }
-			return d.do(cmd, "GET", "/api/v1/images", nil, &answer, func(w io.Writer) {
+			return d.do(cmd, "GET", path, nil, &answer, func(w io.Writer) {
 				tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 				defer tw.Flush()
 				fmt.Fprintln(tw, "REPOSITORY\tTAG\tDIGEST\tPLATFORMS\tHERE\tOF\tCONFIRMED\tUSED\tPINNED")
@@ -242,7 +248,9 @@ func newPinCommand() *cobra.Command {
 		Short: "Keep an image from being evicted",
 		Long: `Keep an image from being evicted: what is here of it, and what comes to be.
 By tag (name:tag), the pin follows the tag; by digest (name@sha256:...) it stays.
-Nothing is downloaded. It is refused when all pins together would not fit.
+Of what is here, a digest alone will do, also one that is cut short as in the list.
+Nothing is downloaded. It is refused when all pins together would not fit, and when
+the registry says that there is no such image, or not for these platforms.
 Without an image, the pins are listed.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -251,7 +259,10 @@ Without an image, the pins are listed.`,
 			}
 			var answer admin.Pinned
 			return d.do(cmd, "POST", "/api/v1/pins", admin.Order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
-				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", args[0], size(answer.HereBytes), size(answer.TotalBytes))
+				if answer.Warning != "" {
+					fmt.Fprintln(cmd.ErrOrStderr(), "tarn: warning:", answer.Warning)
+				}
+				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", answer.Image, size(answer.HereBytes), size(answer.TotalBytes))
 				if answer.HereBytes < answer.TotalBytes || answer.TotalBytes == 0 {
 					fmt.Fprintln(w, "what is missing is kept when it is pulled")
 				}
@@ -281,8 +292,9 @@ func newUnpinCommand() *cobra.Command {
 		Short: "Let a pinned image be evicted again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &cache.Pin{}, func(w io.Writer) {
-				fmt.Fprintln(w, "unpinned", args[0])
+			var answer admin.Unpinned
+			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
+				fmt.Fprintln(w, "unpinned", answer.Image)
 			})
 		},
 	})
@@ -294,13 +306,14 @@ func newEvictCommand() *cobra.Command {
 		Use:   "evict IMAGE",
 		Short: "Remove an image from the store",
 		Long: `Remove an image from the store, under whatever names it is known, with all that
-no other stored image has. By digest, the name says nothing. Who pulls it just now gets
+no other stored image has. By digest, which may be cut short as in the list, the name
+says nothing. Who pulls it just now gets
 it whole; the next one has it fetched anew.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var answer cache.Evicted
+			var answer admin.Evicted
 			return d.do(cmd, "POST", "/api/v1/evict", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
-				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", args[0], answer.Objects, size(answer.Bytes))
+				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", answer.Image, answer.Objects, size(answer.Bytes))
 			})
 		},
 	})

@@ -90,6 +90,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 	mustSay("1MB of 1MB are here", 0, "pin", "lab.test/team/app:v1")
 	mustSay("pinned", 0, "images")
 	mustSay("as lab.test/team/app:v1: unpin that first", 1, "evict", "lab.test/team/app:v1")
+	r.Image("team/app", "other", layers[1])
 	mustSay("0B of 0B", 0, "pin", "lab.test/team/app:other", "--platform", "all")
 	mustSay("lab.test/team/app:other   all", 0, "pin")
 	mustSay("unpinned", 0, "unpin", "lab.test/team/app:other")

@@ -575,6 +575,7 @@ func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *ups
 		Dir:      realDir(cfg.Dir),
 		Store:    store,
 		Parse:    p.ParseImage,
+		Ask:      p.AskImage,
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.

@@ -152,7 +152,9 @@ func TestWhatIsMissingIsAnError(t *testing.T) {
 // TestAnOrderIsOneDocument of the right form.
 func TestAnOrderIsOneDocument(t *testing.T) {
 	t.Parallel()
-	p := run(t, t.TempDir())
+	r := registrytest.New(t)
+	r.Image("library/app", "latest", noises(1, 1000)[0])
+	p := run(t, t.TempDir(), "--upstream", "docker.io="+r.URL)
 	for body, want := range map[string]int{
 		`{"image":"app"} {"image":"app"}`:                                     400,
 		`{"image":"app"}x`:                                                    400,
