@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -118,8 +119,9 @@ func (d *daemon) ask(ctx context.Context, method, path string, order any) (*http
 		}
 	}
 	var denied, tried []string
-	var last, other error
-	for _, p := range places {
+	var last, other, readOnly error
+	for i := 0; i < len(places); i++ {
+		p := places[i]
 		resp, err := p.ask(ctx, method, path, data)
 		switch {
 		case errors.Is(err, fs.ErrPermission):
@@ -132,14 +134,22 @@ func (d *daemon) ask(ctx context.Context, method, path string, order any) (*http
 			return resp, nil
 		case resp.StatusCode == http.StatusMisdirectedRequest: // another tarn's
 			tried, other = append(tried, p.address), words(resp)
-		case resp.StatusCode == http.StatusForbidden && len(denied) > 0:
-			resp.Body.Close() // it would name the socket that may not be opened
+		case resp.StatusCode == http.StatusForbidden:
+			// A listener that only reads. It says where the socket is that was not
+			// found, when the daemon was told more than this command.
+			readOnly = words(resp)
+			if socket := p.socket(ctx); socket != "" && !slices.ContainsFunc(places, func(p place) bool { return p.address == socket }) {
+				places = append(places, place{socket, p.meant})
+			}
 		default:
 			return nil, words(resp)
 		}
 	}
-	if len(denied) > 0 {
+	switch {
+	case len(denied) > 0:
 		return nil, fmt.Errorf("only the user that tarn runs as may open %s: run this with sudo, or in tarn's pod (kubectl exec)", strings.Join(denied, ", "))
+	case readOnly != nil:
+		return nil, readOnly
 	}
 	return nil, fmt.Errorf("is tarn running? It does not answer at %s: %w", strings.Join(tried, ", "), cmp.Or(other, last))
 }
@@ -150,6 +160,18 @@ func words(resp *http.Response) error {
 	var said struct{ Error string }
 	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
 	return errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+}
+
+// socket is where the daemon that answers here says that its admin socket is.
+func (p place) socket(ctx context.Context) string {
+	resp, err := p.ask(ctx, http.MethodGet, "/api/v1/status", nil)
+	if err != nil {
+		return ""
+	}
+	defer resp.Body.Close()
+	var s struct{ AdminSocket string }
+	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&s)
+	return s.AdminSocket
 }
 
 func (p place) ask(ctx context.Context, method, path string, order []byte) (*http.Response, error) {

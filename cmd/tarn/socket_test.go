@@ -255,3 +255,27 @@ func TestCommandsReadOverTCPWhereThereIsNoSocket(t *testing.T) {
 		t.Errorf("evict: %s", said)
 	}
 }
+
+// TestCommandsAskWhereTheSocketIs, when the daemon was told more than they are.
+func TestCommandsAskWhereTheSocketIs(t *testing.T) {
+	t.Parallel()
+	p := run(t, t.TempDir())
+	config := func(more string) string {
+		return anyDisk(t, "admin_socket: "+filepath.Join(t.TempDir(), "none")+"\n"+more)
+	}
+	tell := func(config string) string {
+		t.Helper()
+		out, err := command("unpin", "app:v1", "--config", config).CombinedOutput()
+		if err == nil {
+			t.Errorf("it is unpinned: %s", out)
+		}
+		return string(out)
+	}
+	if said := tell(config("admin_listen: " + strings.TrimPrefix(p.admin, "http://") + "\n")); !strings.Contains(said, "the image is not pinned") {
+		t.Errorf("at the daemon's: %s", said)
+	}
+	// But not for the tarn of another directory.
+	if said := tell(config("admin_listen: " + strings.TrimPrefix(p.admin, "http://") + "\ndir: /somewhere\n")); !strings.Contains(said, "this is the tarn whose data directory is "+p.dir) {
+		t.Errorf("at another one's: %s", said)
+	}
+}
