@@ -3,20 +3,23 @@
 // Package admin is the listener for people and probes: health, metrics and
 // JSON for curl.
 //
-// Contract: /healthz and /readyz answer whoever asks, since they tell nothing
+// Contract: what only reads is answered on each listener; what changes something, or
+// costs much, where Options.ReadOnly is empty, which is on a socket that only tarn's
+// own user may open, unless the operator widens that. /healthz and /readyz answer whoever asks, since they tell nothing
 // that is worth hiding; everything else only who asks for this host by name or
 // address, so that a web page elsewhere cannot read it through a browser (DNS
 // rebinding, cross-site requests). Names of private images may appear here and
 // nowhere else.
 //
 // Failure model: a request that may not be answered gets 403 with what to do;
-// nothing here waits for a registry.
+// nothing here waits for a registry but a pin, for 9 s at most.
 //
 // What changes something takes JSON, which a page of another site cannot send
 // unasked. It never serves a blob.
 package admin
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -26,9 +29,8 @@ import (
 	"strings"
 
 	"tarn/cache"
-	"tarn/index"
+	"tarn/proxy"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -52,10 +54,19 @@ type Options struct {
 	Ready func() (bool, []Check)
 	// Status is the document of /api/v1/status. nil serves none.
 	Status func() any
+	// ReadOnly says, to who asks this listener to change something, where that is
+	// done. "" means here.
+	ReadOnly string
+	// Dir is the data directory, by which this tarn is told from another one. ""
+	// means that it is not.
+	Dir string
 	// Store has the images, and Parse reads their names as people write them. nil
 	// serves none.
 	Store *cache.Cache
-	Parse func(string) (k index.RepositoryKey, tag string, d digest.Digest, err error)
+	Parse func(string) (proxy.ImageName, error)
+	// Ask has the registry say what there is of an image that is to be pinned, as
+	// proxy.AskImage does. nil asks nobody.
+	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)
 }
 
 // New returns the handler.
@@ -86,12 +97,12 @@ func New(opts Options) http.Handler {
 		})
 	}
 	if opts.Store != nil {
-		images{opts.Store, opts.Parse}.register(own)
+		images{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
 	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))
 	})
-	mux.Handle("/", guard(opts.Listener, own))
+	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, own)))
 	return headers(mux)
 }
 
@@ -149,6 +160,21 @@ func guard(listener net.Addr, next http.Handler) http.Handler {
 				serveJSON(w, http.StatusForbidden, failure("requests of other web sites are refused"))
 				return
 			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// DirHeader names the data directory of the tarn that is meant, where somebody means
+// a certain one: on a node with two, the socket in /run/tarn is one's only.
+const DirHeader = "Tarn-Dir"
+
+// meant refuses what was meant for another tarn.
+func meant(dir string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if other := r.Header.Get(DirHeader); other != "" && dir != "" && other != dir {
+			serveJSON(w, http.StatusMisdirectedRequest, failure("this is the tarn whose data directory is "+dir))
+			return
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -3,6 +3,7 @@
 package admin
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,43 +14,76 @@ import (
 	"time"
 
 	"tarn/cache"
-	"tarn/index"
-
-	"github.com/opencontainers/go-digest"
+	"tarn/proxy"
 )
 
 // images is what may be asked and told of what is stored.
 type images struct {
 	store *cache.Cache
-	parse func(string) (k index.RepositoryKey, tag string, d digest.Digest, err error)
+	parse func(string) (proxy.ImageName, error)
+	ask   func(context.Context, proxy.ImageName) (proxy.Offered, error)
 }
 
-func (i images) register(mux *http.ServeMux) {
+// register serves what reads, and what changes something unless it says where that
+// is done.
+func (i images) register(mux *http.ServeMux, readOnly string) {
 	mux.HandleFunc("GET /api/v1/images", i.list)
 	mux.HandleFunc("GET /api/v1/pins", i.pins)
-	mux.HandleFunc("POST /api/v1/pins", i.pin)
-	mux.HandleFunc("DELETE /api/v1/pins", i.unpin)
-	mux.HandleFunc("POST /api/v1/evict", i.evict)
-	mux.HandleFunc("POST /api/v1/verify", i.verify)
+	for pattern, change := range map[string]http.HandlerFunc{
+		"POST /api/v1/pins":   i.pin,
+		"DELETE /api/v1/pins": i.unpin,
+		"POST /api/v1/evict":  i.evict,
+		"POST /api/v1/verify": i.verify,
+	} {
+		if readOnly != "" {
+			change = func(w http.ResponseWriter, _ *http.Request) {
+				serveJSON(w, http.StatusForbidden, failure(readOnly))
+			}
+		}
+		mux.HandleFunc(pattern, change)
+	}
 }
 
 // Pinned is the answer to a pin.
 type Pinned struct {
+	Image string `json:"image"` // its canonical name
 	cache.Pin
 	HereBytes  int64 `json:"hereBytes"`
 	TotalBytes int64 `json:"totalBytes"` // as far as its manifests are here
+	// Warning says why it is not known whether there is such an image.
+	Warning string `json:"warning,omitempty"`
+}
+
+// Unpinned is the answer to unpinning.
+type Unpinned struct {
+	Image string `json:"image"`
+	cache.Pin
+}
+
+// Evicted is the answer to an eviction.
+type Evicted struct {
+	Image string `json:"image"`
+	cache.Evicted
 }
 
 // Order is what POST and DELETE are told.
 type Order struct {
 	Image string `json:"image,omitempty"`
-	// Platforms of a pin: none are this node's, "all" is all.
+	// Platforms of a pin: none are this node's, "all" is all; at most maxPlatforms.
 	Platforms []string `json:"platforms,omitempty"`
 	// Rate of verifying, in bytes a second; 0 is as fast as the disk.
 	Rate int64 `json:"rate,omitempty"`
 }
 
-const maxOrder = 64 << 10
+const (
+	maxOrder     = 64 << 10 // bytes
+	maxPlatforms = 64       // an index has a dozen
+	maxPlatform  = 64       // characters
+	// allPlatforms is the word for all that an index has.
+	allPlatforms = "all"
+	// nodePlatform is what a pin keeps of an index when none is named.
+	nodePlatform = runtime.GOOS + "/" + runtime.GOARCH
+)
 
 func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 	// A page of another site cannot send this type unasked.
@@ -69,6 +103,16 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 		serveJSON(w, http.StatusBadRequest, failure("the body cannot be read: "+err.Error()))
 		return o, false
 	}
+	if len(o.Platforms) > maxPlatforms {
+		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d platforms are named; %d is the most", len(o.Platforms), maxPlatforms)))
+		return o, false
+	}
+	for _, p := range o.Platforms {
+		if len(p) > maxPlatform {
+			serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("a platform's name has %d characters; %d is the most", len(p), maxPlatform)))
+			return o, false
+		}
+	}
 	if o.Rate < 0 {
 		serveJSON(w, http.StatusBadRequest, failure("rate is negative"))
 		return o, false
@@ -79,26 +123,26 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 }
 
 // named reads the image of an order.
-func (i images) named(w http.ResponseWriter, r *http.Request) (o Order, p cache.Pin, ok bool) {
+func (i images) named(w http.ResponseWriter, r *http.Request) (o Order, n proxy.ImageName, ok bool) {
 	if o, ok = readOrder(w, r); !ok {
-		return o, p, false
+		return o, n, false
 	}
-	k, tag, d, err := i.parse(o.Image)
+	n, err := i.parse(o.Image)
 	if err != nil {
 		serveJSON(w, http.StatusBadRequest, failure(err.Error()))
-		return o, p, false
+		return o, n, false
 	}
-	return o, cache.Pin{Upstream: k.Upstream, Repository: k.Repository, Tag: tag, Digest: d}, true
+	return o, n, true
 }
 
 func serveFailure(w http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	switch {
-	case errors.Is(err, cache.ErrNotStored), errors.Is(err, cache.ErrNotPinned):
+	case errors.Is(err, cache.ErrNotStored), errors.Is(err, cache.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
 		status = http.StatusNotFound
-	case errors.Is(err, cache.ErrVerifying), errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared):
+	case errors.Is(err, cache.ErrVerifying), errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared), errors.Is(err, errSeveral):
 		status = http.StatusConflict
-	case errors.Is(err, cache.ErrNoPin):
+	case errors.Is(err, cache.ErrNoPin), errors.Is(err, proxy.ErrNotAsked):
 		status = http.StatusBadRequest
 	case errors.Is(err, cache.ErrClosed):
 		status = http.StatusServiceUnavailable
@@ -106,16 +150,46 @@ func serveFailure(w http.ResponseWriter, err error) {
 	serveJSON(w, status, failure(err.Error()))
 }
 
-func (i images) list(w http.ResponseWriter, _ *http.Request) {
+// maxFilters bounds how many images are asked for at once.
+const maxFilters = 64
+
+// list answers with all images, or with those that ?image= names.
+func (i images) list(w http.ResponseWriter, r *http.Request) {
 	all, err := i.store.Images()
 	if err != nil {
 		serveFailure(w, err)
 		return
 	}
-	if all == nil {
-		all = []cache.Image{}
+	asked := r.URL.Query()["image"]
+	if len(asked) > maxFilters {
+		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d images are asked for; %d is the most", len(asked), maxFilters)))
+		return
 	}
-	serveJSON(w, http.StatusOK, map[string]any{"images": all})
+	wanted := make([]bool, len(all))
+	for _, s := range asked {
+		n, err := i.parse(s)
+		if err != nil {
+			serveJSON(w, http.StatusBadRequest, failure(err.Error()))
+			return
+		}
+		found := false
+		for j, image := range all {
+			if means(n, image) {
+				wanted[j], found = true, true
+			}
+		}
+		if !found {
+			serveFailure(w, notHere(n, all))
+			return
+		}
+	}
+	images := []cache.Image{}
+	for j, image := range all {
+		if len(asked) == 0 || wanted[j] {
+			images = append(images, image)
+		}
+	}
+	serveJSON(w, http.StatusOK, map[string]any{"images": images})
 }
 
 func (i images) pins(w http.ResponseWriter, _ *http.Request) {
@@ -127,14 +201,25 @@ func (i images) pins(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (i images) pin(w http.ResponseWriter, r *http.Request) {
-	o, p, ok := i.named(w, r)
+	o, n, ok := i.named(w, r)
 	if !ok {
 		return
 	}
+	n, err := i.toPin(n)
+	if err != nil {
+		serveFailure(w, err)
+		return
+	}
+	warning, err := i.checked(r.Context(), n, o.Platforms)
+	if err != nil {
+		serveFailure(w, err)
+		return
+	}
+	p := pinOf(n)
 	switch {
 	case len(o.Platforms) == 0:
-		p.Platforms = []string{runtime.GOOS + "/" + runtime.GOARCH}
-	case len(o.Platforms) > 1 || o.Platforms[0] != "all":
+		p.Platforms = []string{nodePlatform}
+	case len(o.Platforms) > 1 || o.Platforms[0] != allPlatforms:
 		p.Platforms = o.Platforms
 	}
 	t, err := i.store.Pin(p)
@@ -142,32 +227,46 @@ func (i images) pin(w http.ResponseWriter, r *http.Request) {
 		serveFailure(w, err)
 		return
 	}
-	serveJSON(w, http.StatusOK, Pinned{p, t.Here, t.Total})
+	serveJSON(w, http.StatusOK, Pinned{n.String(), p, t.Here, t.Total, warning})
 }
 
 func (i images) unpin(w http.ResponseWriter, r *http.Request) {
-	_, p, ok := i.named(w, r)
+	_, n, ok := i.named(w, r)
 	if !ok {
 		return
 	}
-	if err := i.store.Unpin(p); err != nil {
-		serveFailure(w, err)
-		return
+	p, err := i.toUnpin(n)
+	if err == nil {
+		err = i.store.Unpin(p)
 	}
-	serveJSON(w, http.StatusOK, p)
-}
-
-func (i images) evict(w http.ResponseWriter, r *http.Request) {
-	_, p, ok := i.named(w, r)
-	if !ok {
-		return
-	}
-	e, err := i.store.EvictImage(index.RepositoryKey{Upstream: p.Upstream, Repository: p.Repository}, p.Tag, p.Digest)
 	if err != nil {
 		serveFailure(w, err)
 		return
 	}
-	serveJSON(w, http.StatusOK, e)
+	serveJSON(w, http.StatusOK, Unpinned{p.String(), p})
+}
+
+func (i images) evict(w http.ResponseWriter, r *http.Request) {
+	_, n, ok := i.named(w, r)
+	if !ok {
+		return
+	}
+	n, err := i.toEvict(n)
+	if err != nil {
+		serveFailure(w, err)
+		return
+	}
+	e, err := i.store.EvictImage(n.Repository, n.Tag, n.Digest)
+	if errors.Is(err, cache.ErrNotStored) {
+		if all, lerr := i.store.Images(); lerr == nil {
+			err = notHere(n, all)
+		}
+	}
+	if err != nil {
+		serveFailure(w, err)
+		return
+	}
+	serveJSON(w, http.StatusOK, Evicted{n.String(), e})
 }
 
 // Verified is a line of the answer to verify: the last one says that it is done,

@@ -48,6 +48,7 @@ func tarn(more string) func(dir, listen string, u *upstream) ([]string, error) {
 	return func(dir, listen string, u *upstream) ([]string, error) {
 		config := fmt.Sprintf(`listen: %s
 admin_listen: ""
+admin_socket: off
 log_level: warn # as the others, which write no line a request either
 dir: %s
 max_size: 100GiB

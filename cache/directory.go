@@ -26,7 +26,7 @@ const (
 )
 
 // ownNames are those that tarn's own files may have, with suffixes.
-var ownNames = []string{lockName, blobsName, pendingName, indexName, pinsName, listName, layoutName, "stale.key", ".probe"}
+var ownNames = []string{lockName, blobsName, pendingName, indexName, pinsName, listName, layoutName, "admin.sock", "stale.key", ".probe"}
 
 // checkDir refuses a directory in which somebody else keeps something: tarn removes
 // from blobs/ and pending/ what it does not know. A directory is tarn's when it has

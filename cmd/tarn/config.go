@@ -35,9 +35,18 @@ type Config struct {
 	Names []string `yaml:"names"`
 	// TLS makes the registry API speak TLS. Default: plain HTTP.
 	TLS TLS `yaml:"tls"`
-	// AdminListen is where people and probes are answered: host:port,
-	// unix:/path, or "" for nowhere. Default 127.0.0.1:5051.
+	// AdminListen is where people and probes are answered: host:port, unix:/path
+	// (for its owner only, and for changes, too), or "" for nowhere. Default
+	// 127.0.0.1:5051.
 	AdminListen string `yaml:"admin_listen"`
+	// AdminSocket is where pins, evictions and verifying are asked for, by who
+	// runs tarn: the path of a unix socket, "off", or "" for admin.sock in the
+	// first of /run/tarn, $XDG_RUNTIME_DIR/tarn and Dir that can be written and
+	// has no other tarn's; and for none where AdminListen is a socket. Default "".
+	AdminSocket string `yaml:"admin_socket"`
+	// AdminChanges tells where these are asked for: socket, or tcp, which is at
+	// AdminListen, too, by whoever can connect there. Default socket.
+	AdminChanges string `yaml:"admin_changes"`
 	// MetricsListen is host:port of a further listener, with metrics that
 	// name no image. Default "", none.
 	MetricsListen string `yaml:"metrics_listen"`
@@ -193,6 +202,10 @@ var notYet = map[string]bool{
 // defaultDir is where the daemon of a node keeps its data.
 const defaultDir = "/var/lib/tarn"
 
+// configVariable names the configuration file where --config does not, so that
+// daemon and commands have the same without a word.
+const configVariable = "TARN_CONFIG"
+
 // maxConfigBytes bounds what a mistaken --config can make tarn read.
 const maxConfigBytes = 1 << 20
 
@@ -201,6 +214,7 @@ func defaultConfig() Config {
 	return Config{
 		Listen:          "127.0.0.1:5050",
 		AdminListen:     "127.0.0.1:5051",
+		AdminChanges:    "socket",
 		LogLevel:        "info",
 		Dir:             defaultDir,
 		MaxSize:         Size{bytes: 50 << 30},
@@ -264,7 +278,7 @@ type serveFlags struct {
 func (f *serveFlags) register(set *pflag.FlagSet) {
 	d := defaultConfig()
 	f.set = set
-	set.StringVar(&f.file, "config", "", "configuration `file` (YAML)")
+	set.StringVar(&f.file, "config", os.Getenv(configVariable), "configuration `file` (YAML); without it, $"+configVariable)
 	set.StringVar(&f.listen, "listen", "", "`address` of the registry API (default "+d.Listen+")")
 	set.StringVar(&f.admin, "admin-listen", "", "`address` for people and probes: host:port, unix:/path, or empty for none (default "+d.AdminListen+")")
 	set.StringVar(&f.dir, "dir", "", "data `directory` (default "+d.Dir+", or for a user without a file, tarn in the cache directory)")
@@ -356,6 +370,8 @@ func parseUpstreamFlag(s string) (upstream.Name, Endpoint, error) {
 var rules = map[string]func(value any) error{
 	"listen":                      func(v any) error { return checkAddress(v.(string)) },
 	"admin_listen":                func(v any) error { return checkAdminAddress(v.(string)) },
+	"admin_socket":                checkAdminSocket,
+	"admin_changes":               oneOf("socket", "tcp"),
 	"names[]":                     checkHost,
 	"log_level":                   oneOf("debug", "info", "warn", "error"),
 	"dir":                         checkDir,
@@ -421,16 +437,30 @@ func checkAddress(s string) error {
 }
 
 func checkAdminAddress(s string) error {
-	path, unix := strings.CutPrefix(s, "unix:")
+	path, unix := strings.CutPrefix(s, unixPrefix)
 	switch {
 	case s == "":
 		return nil
 	case unix && !filepath.IsAbs(path):
 		return fmt.Errorf("%q: the path of a socket must be absolute, as in unix:/run/tarn/admin.sock", s)
 	case unix:
-		return nil
+		return checkSocketPath(path)
 	}
 	return checkAddress(s)
+}
+
+// socketOff is the word for no admin socket.
+const socketOff = "off"
+
+func checkAdminSocket(v any) error {
+	switch path := v.(string); {
+	case path == "" || path == socketOff:
+		return nil
+	case !filepath.IsAbs(path):
+		return fmt.Errorf("%q is neither off nor the absolute path of a socket, as in /run/tarn/admin.sock", path)
+	default:
+		return checkSocketPath(path)
+	}
 }
 
 func checkMaxSize(v any) error {

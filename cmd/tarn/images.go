@@ -10,10 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -28,15 +32,16 @@ import (
 	"golang.org/x/term"
 )
 
-// daemon is the running tarn that a command speaks to, over its admin listener.
+// daemon is the running tarn that a command speaks to.
 type daemon struct {
-	config, admin, output string
+	config, dir, admin, output string
 }
 
 func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 	set := cmd.Flags()
-	set.StringVar(&d.config, "config", "", "configuration `file` of the daemon, for its admin_listen")
-	set.StringVar(&d.admin, "admin", "", "`address` of the daemon's admin listener: host:port or unix:/path (default "+defaultConfig().AdminListen+")")
+	set.StringVar(&d.config, "config", os.Getenv(configVariable), "configuration `file` of the daemon, for where it is asked; without it, $"+configVariable)
+	set.StringVar(&d.dir, "dir", "", "data `directory` of the daemon that is meant, where there are several")
+	set.StringVar(&d.admin, "admin", "", "`address` of the daemon: unix:/path of its admin socket, or host:port of its admin listener (default found as the daemon chooses it)")
 	set.StringVarP(&d.output, "output", "o", "table", "`format`: table or json")
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -48,64 +53,149 @@ func (d *daemon) register(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-func (d *daemon) address() (string, error) {
+// place is where a daemon may be asked.
+type place struct {
+	address string // unix:/path or host:port
+	// meant is the data directory of the tarn that must answer; "" takes any.
+	meant string
+}
+
+// places are where the daemon may be asked, in order: the sockets, by the rule by
+// which it chose one, but its data directory first, since what is there is nobody
+// else's; and then its admin listener.
+func (d *daemon) places() (all []place, err error) {
 	if d.admin != "" {
 		address := strings.TrimSuffix(strings.TrimPrefix(d.admin, "http://"), "/") // as people copy it
 		if strings.Contains(address, "://") {
-			return "", fmt.Errorf("--admin: %q is neither host:port nor unix:/path", d.admin)
+			return nil, fmt.Errorf("--admin: %q is neither host:port nor unix:/path", d.admin)
 		}
-		return address, nil
+		return []place{{address: address}}, nil
 	}
 	c, err := loadConfig(d.config)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if c.AdminListen == "" {
-		return "", errors.New("admin_listen is off: the daemon cannot be asked")
+	// A directory that nobody named is where one looks first; one that somebody
+	// named is the one that is meant.
+	meant := ""
+	if d.dir != "" {
+		c.Dir = d.dir
 	}
-	return c.AdminListen, nil
+	dir := realDir(c.Dir)
+	if d.dir != "" || c.Dir != defaultDir && c.Dir != userConfig(os.Geteuid()).Dir {
+		meant = dir
+	}
+	switch {
+	case c.AdminSocket == socketOff:
+	case c.AdminSocket != "":
+		all = append(all, place{unixPrefix + c.AdminSocket, meant})
+	case !strings.HasPrefix(c.AdminListen, unixPrefix):
+		all = append(all, place{unixPrefix + filepath.Join(dir, socketName), ""})
+		for _, dir := range runPlaces() {
+			all = append(all, place{unixPrefix + filepath.Join(dir, socketName), meant})
+		}
+	}
+	if c.AdminListen != "" {
+		all = append(all, place{c.AdminListen, meant})
+	}
+	if len(all) == 0 {
+		return nil, errors.New("admin_socket and admin_listen are off: the daemon cannot be asked")
+	}
+	return all, nil
 }
 
 // ask sends an order and returns the answer, which is the caller's to close. An
-// answer that is not 200 is an error with the daemon's words.
+// answer that is not 200 is an error with the daemon's words. The order goes to the
+// first place where the daemon that is meant answers.
 func (d *daemon) ask(ctx context.Context, method, path string, order any) (*http.Response, error) {
-	address, err := d.address()
+	places, err := d.places()
 	if err != nil {
 		return nil, err
 	}
-	host, transport := address, &http.Transport{}
-	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		host = "localhost"
-		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", path)
-		}
-	} else if h, port, err := net.SplitHostPort(address); err == nil && (h == "" || h == "0.0.0.0" || h == "::") {
-		host = net.JoinHostPort("localhost", port)
-	}
-	var body io.Reader
+	var data []byte
 	if order != nil {
-		data, err := json.Marshal(order)
-		if err != nil {
+		if data, err = json.Marshal(order); err != nil {
 			return nil, err
 		}
-		body = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+host+path, body)
+	var denied, tried []string
+	var last, other, readOnly error
+	for i := 0; i < len(places); i++ {
+		p := places[i]
+		resp, err := p.ask(ctx, method, path, data)
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			denied = append(denied, p.address)
+		case err != nil && ctx.Err() != nil:
+			return nil, err
+		case err != nil:
+			tried, last = append(tried, p.address), err
+		case resp.StatusCode == http.StatusOK:
+			return resp, nil
+		case resp.StatusCode == http.StatusMisdirectedRequest: // another tarn's
+			tried, other = append(tried, p.address), words(resp)
+		case resp.StatusCode == http.StatusForbidden:
+			// A listener that only reads. It says where the socket is that was not
+			// found, when the daemon was told more than this command.
+			readOnly = words(resp)
+			if socket := p.socket(ctx); socket != "" && !slices.ContainsFunc(places, func(p place) bool { return p.address == socket }) {
+				places = append(places, place{socket, p.meant})
+			}
+		default:
+			return nil, words(resp)
+		}
+	}
+	switch {
+	case len(denied) > 0:
+		return nil, fmt.Errorf("only the user that tarn runs as may open %s: run this with sudo, or in tarn's pod (kubectl exec)", strings.Join(denied, ", "))
+	case readOnly != nil:
+		return nil, readOnly
+	}
+	return nil, fmt.Errorf("is tarn running? It does not answer at %s: %w", strings.Join(tried, ", "), cmp.Or(other, last))
+}
+
+// words are what the daemon says to an order that it does not carry out.
+func words(resp *http.Response) error {
+	defer resp.Body.Close()
+	var said struct{ Error string }
+	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
+	return errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+}
+
+// socket is where the daemon that answers here says that its admin socket is.
+func (p place) socket(ctx context.Context) string {
+	resp, err := p.ask(ctx, http.MethodGet, "/api/v1/status", nil)
+	if err != nil {
+		return ""
+	}
+	defer resp.Body.Close()
+	var s struct{ AdminSocket string }
+	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&s)
+	return s.AdminSocket
+}
+
+func (p place) ask(ctx context.Context, method, path string, order []byte) (*http.Response, error) {
+	host, transport := p.address, &http.Transport{DisableKeepAlives: true}
+	if socket, ok := strings.CutPrefix(p.address, unixPrefix); ok {
+		if err := checkSocketPath(socket); err != nil {
+			return nil, err
+		}
+		host = "localhost"
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}
+	} else if h, port, err := net.SplitHostPort(p.address); err == nil && (h == "" || h == "0.0.0.0" || h == "::") {
+		host = net.JoinHostPort("localhost", port)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+host+path, bytes.NewReader(order))
 	if err != nil {
 		return nil, fmt.Errorf("--admin: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := (&http.Client{Transport: transport}).Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("is tarn running, with its admin listener at %s? %w", address, err)
+	if p.meant != "" {
+		req.Header.Set(admin.DirHeader, p.meant)
 	}
-	if resp.StatusCode == http.StatusOK {
-		return resp, nil
-	}
-	defer resp.Body.Close()
-	var said struct{ Error string }
-	json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&said)
-	return nil, errors.New(cmp.Or(said.Error, "the daemon answers "+resp.Status))
+	return (&http.Client{Transport: transport}).Do(req)
 }
 
 // do is for an answer that is one document: it is printed as it is, or shown.
@@ -145,12 +235,17 @@ func ago(t time.Time) string {
 func newImagesCommand() *cobra.Command {
 	var d daemon
 	return d.register(&cobra.Command{
-		Use:   "images",
+		Use:   "images [IMAGE]...",
 		Short: "List the images that are here",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Long: `List the images that are here, or those that are named: by repository, by tag, or
+by a digest, which may be cut short as the list does.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path := "/api/v1/images"
+			if len(args) > 0 {
+				path += "?" + url.Values{"image": args}.Encode()
+			}
 			var answer struct{ Images []cache.Image }
-			return d.do(cmd, "GET", "/api/v1/images", nil, &answer, func(w io.Writer) {
+			return d.do(cmd, "GET", path, nil, &answer, func(w io.Writer) {
 				tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 				defer tw.Flush()
 				fmt.Fprintln(tw, "REPOSITORY\tTAG\tDIGEST\tPLATFORMS\tHERE\tOF\tCONFIRMED\tUSED\tPINNED")
@@ -175,7 +270,9 @@ func newPinCommand() *cobra.Command {
 		Short: "Keep an image from being evicted",
 		Long: `Keep an image from being evicted: what is here of it, and what comes to be.
 By tag (name:tag), the pin follows the tag; by digest (name@sha256:...) it stays.
-Nothing is downloaded. It is refused when all pins together would not fit.
+Of what is here, a digest alone will do, also one that is cut short as in the list.
+Nothing is downloaded. It is refused when all pins together would not fit, and when
+the registry says that there is no such image, or not for these platforms.
 Without an image, the pins are listed.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -184,7 +281,10 @@ Without an image, the pins are listed.`,
 			}
 			var answer admin.Pinned
 			return d.do(cmd, "POST", "/api/v1/pins", admin.Order{Image: args[0], Platforms: platforms}, &answer, func(w io.Writer) {
-				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", args[0], size(answer.HereBytes), size(answer.TotalBytes))
+				if answer.Warning != "" {
+					fmt.Fprintln(cmd.ErrOrStderr(), "tarn: warning:", answer.Warning)
+				}
+				fmt.Fprintf(w, "pinned %s: %s of %s are here\n", answer.Image, size(answer.HereBytes), size(answer.TotalBytes))
 				if answer.HereBytes < answer.TotalBytes || answer.TotalBytes == 0 {
 					fmt.Fprintln(w, "what is missing is kept when it is pulled")
 				}
@@ -214,8 +314,9 @@ func newUnpinCommand() *cobra.Command {
 		Short: "Let a pinned image be evicted again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &cache.Pin{}, func(w io.Writer) {
-				fmt.Fprintln(w, "unpinned", args[0])
+			var answer admin.Unpinned
+			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
+				fmt.Fprintln(w, "unpinned", answer.Image)
 			})
 		},
 	})
@@ -227,13 +328,14 @@ func newEvictCommand() *cobra.Command {
 		Use:   "evict IMAGE",
 		Short: "Remove an image from the store",
 		Long: `Remove an image from the store, under whatever names it is known, with all that
-no other stored image has. By digest, the name says nothing. Who pulls it just now gets
+no other stored image has. By digest, which may be cut short as in the list, the name
+says nothing. Who pulls it just now gets
 it whole; the next one has it fetched anew.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var answer cache.Evicted
+			var answer admin.Evicted
 			return d.do(cmd, "POST", "/api/v1/evict", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
-				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", args[0], answer.Objects, size(answer.Bytes))
+				fmt.Fprintf(w, "evicted %s: %d objects, %s\n", answer.Image, answer.Objects, size(answer.Bytes))
 			})
 		},
 	})

@@ -23,7 +23,7 @@ import (
 // tell runs the program, and returns what it says, and with which code it ends.
 func (p *process) tell(args ...string) (stdout, stderr string, code int) {
 	p.t.Helper()
-	cmd := command(append(args, "--admin", strings.TrimPrefix(p.admin, "http://"))...)
+	cmd := command(append(args, "--admin", p.socket())...)
 	var out, words bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &words
 	err := cmd.Run()
@@ -90,6 +90,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 	mustSay("1MB of 1MB are here", 0, "pin", "lab.test/team/app:v1")
 	mustSay("pinned", 0, "images")
 	mustSay("as lab.test/team/app:v1: unpin that first", 1, "evict", "lab.test/team/app:v1")
+	r.Image("team/app", "other", layers[1])
 	mustSay("0B of 0B", 0, "pin", "lab.test/team/app:other", "--platform", "all")
 	mustSay("lab.test/team/app:other   all", 0, "pin")
 	mustSay("unpinned", 0, "unpin", "lab.test/team/app:other")
@@ -147,7 +148,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 // TestWhatChangesSomethingIsNotAPages: a form of another site reaches nothing.
 func TestWhatChangesSomethingIsNotAPages(t *testing.T) {
 	t.Parallel()
-	p := run(t, t.TempDir())
+	p := runWith(t, t.TempDir(), "admin_changes: tcp\n") // else it reaches nothing in any case
 	for name, headers := range map[string][2]string{
 		"a form":       {"Content-Type", "text/plain"},
 		"another site": {"Origin", "http://evil.example"},

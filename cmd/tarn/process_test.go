@@ -38,6 +38,7 @@ type process struct {
 	t      testing.TB
 	url    string
 	admin  string
+	dir    string
 	output lockedBuffer
 	exited chan struct{}
 	err    error // of Wait
@@ -109,7 +110,10 @@ func runWith(t testing.TB, dir, settings string, args ...string) *process {
 func runPrepared(t testing.TB, dir, settings string, prepare func(*exec.Cmd), args ...string) *process {
 	t.Helper()
 	listen, admin := freePort(t), freePort(t)
-	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, exited: make(chan struct{})}
+	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, dir: dir, exited: make(chan struct{})}
+	if !strings.Contains(settings, "admin_socket:") { // not in /run/tarn, which is the machine's
+		settings += "admin_socket: " + filepath.Join(dir, socketName) + "\n"
+	}
 	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t, settings), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
 	prepare(p.Cmd)
@@ -180,6 +184,18 @@ func (p *process) ended() {
 	if p.err != nil {
 		p.t.Errorf("after SIGTERM: %v\n%s", p.err, p.output.String())
 	}
+}
+
+// socket is the address of its admin socket.
+func (p *process) socket() string { return unixPrefix + filepath.Join(p.dir, socketName) }
+
+// overSocket is a client that speaks to it over that.
+func (p *process) overSocket() *http.Client {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(p.dir, socketName))
+	}}
+	p.t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
 }
 
 // get returns the whole answer.

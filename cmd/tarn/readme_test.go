@@ -52,6 +52,7 @@ func TestReadme(t *testing.T) {
 	listen, admin := freePort(t), freePort(t)
 	local := strings.NewReplacer("127.0.0.1:5050", listen, "127.0.0.1:5051", admin)
 	hub.PushImage(t, "library/alpine", "latest", []byte("the first alpine"))
+	config := anyDisk(t, "admin_socket: "+filepath.Join(t.TempDir(), socketName)+"\n")
 
 	served, confirmed := 0, 0
 	var stop func()
@@ -64,10 +65,10 @@ func TestReadme(t *testing.T) {
 				stop()
 			}
 			served++
-			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", anyDisk(t, ""), t.TempDir(), listen, admin, hub.URL)
+			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", config, t.TempDir(), listen, admin, hub.URL)
 			stop = background(t, line, "http://"+listen+"/v2/")
 		case strings.HasPrefix(line, "go run ./cmd/tarn "):
-			if shell(t, line+" --admin "+admin) == "" {
+			if shell(t, line+" --config "+config) == "" {
 				t.Errorf("%s said nothing", line)
 			}
 		case strings.Contains(line, "somebody has pushed another"):

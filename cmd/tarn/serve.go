@@ -117,6 +117,15 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	// After the data directory, where the socket may be: from now on it is there,
+	// and nobody else's.
+	socket, err := listenChanges(cfg, log)
+	if err != nil {
+		return fmt.Errorf("admin_socket: %w", err)
+	}
+	if socket != nil {
+		defer socket.Close()
+	}
 	registerCache(registry, store)
 
 	p, err := proxy.New(proxy.Options{
@@ -137,15 +146,29 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	defer p.Close()
 
 	registryServer := newServer(p, log)
-	var adminServer *http.Server
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- registryServer.Serve(listener) }()
-	if adminListener != nil {
-		adminServer = newServer(newAdmin(cfg, store, p, upstreams, registry, adminListener), log)
-		adminServer.ReadTimeout = readHeaderTimeout // its bodies are small
-		go func() { failed <- adminServer.Serve(adminListener) }()
+	asked := adminOptions(cfg, store, p, upstreams, registry, socket)
+	var adminServers []*http.Server
+	serveAdmin := func(l net.Listener, readOnly string) {
+		opts := asked
+		opts.Listener, opts.ReadOnly = l.Addr(), readOnly
+		s := newServer(admin.New(opts), log)
+		s.ReadTimeout = readHeaderTimeout // its bodies are small
+		adminServers = append(adminServers, s)
+		go func() { failed <- s.Serve(l) }()
 	}
-	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir),
+	if adminListener != nil {
+		serveAdmin(adminListener, readOnly(cfg, adminListener, socket))
+		if tcp, ok := adminListener.Addr().(*net.TCPAddr); ok && cfg.AdminChanges == "tcp" && !tcp.IP.IsLoopback() {
+			log.Warn("admin_changes: tcp lets other hosts pin, evict and verify images: whoever can connect to admin_listen",
+				zap.String("admin_listen", tcp.String()))
+		}
+	}
+	if socket != nil {
+		serveAdmin(socket, "")
+	}
+	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
 
 	select {
@@ -156,8 +179,8 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	// Shutdown closes the listener before it waits, so that clients are
 	// refused and go to the registry itself.
 	shutdown(registryServer, shutdownGrace)
-	if adminServer != nil {
-		shutdown(adminServer, adminGrace)
+	for _, s := range adminServers {
+		shutdown(s, adminGrace)
 	}
 	return err
 }
@@ -241,33 +264,67 @@ func listen(network, addr string) (net.Listener, error) {
 	return l, err
 }
 
-// listenAdmin takes host:port or unix:/path. A socket that nobody listens on
-// any more is replaced.
+// listenAdmin takes host:port or unix:/path.
 func listenAdmin(addr string) (net.Listener, error) {
-	path, ok := strings.CutPrefix(addr, "unix:")
+	path, ok := strings.CutPrefix(addr, unixPrefix)
 	if !ok {
 		return listen("tcp", addr)
 	}
+	return listenSocketAt(path)
+}
+
+// listenSocketAt makes the directory of a socket that the operator named.
+func listenSocketAt(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s is taken by another process", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		os.Remove(path)
+	return listenSocket(path)
+}
+
+// listenChanges opens the admin socket; nil where there is none. Where no place
+// can be found for it, tarn serves all the same.
+func listenChanges(cfg Config, log *zap.Logger) (net.Listener, error) {
+	switch {
+	case cfg.AdminSocket == socketOff:
+		return nil, nil
+	case cfg.AdminSocket != "":
+		return listenSocketAt(cfg.AdminSocket)
+	case strings.HasPrefix(cfg.AdminListen, unixPrefix):
+		return nil, nil // which is one
 	}
-	l, err := net.Listen("unix", path)
+	l, err := listenFirst(append(runPlaces(), realDir(cfg.Dir)))
 	if err != nil {
-		return nil, err
+		log.Warn("there is no place for the admin socket, over which images are pinned, evicted and verified: name one as admin_socket", zap.Error(err))
+		return nil, nil
 	}
-	return l, os.Chmod(path, 0o600)
+	return l, nil
+}
+
+func addressOf(socket net.Listener) string {
+	if socket == nil {
+		return ""
+	}
+	return unixPrefix + socket.Addr().String()
+}
+
+// readOnly are the words for who asks the admin listener for a change; "" where it
+// takes them.
+func readOnly(cfg Config, l, socket net.Listener) string {
+	switch {
+	case cfg.AdminChanges == "tcp" || l.Addr().Network() == "unix":
+		return ""
+	case socket == nil:
+		return "this listener is only for reading, and there is no admin socket for what changes something: set admin_socket in tarn's configuration, or admin_changes: tcp to allow it here"
+	}
+	return "this listener is only for reading; what changes something is asked for at " + addressOf(socket) +
+		", by the user that tarn runs as: with sudo, or in tarn's pod (kubectl exec), tarn pin, unpin, evict and verify find it by themselves; admin_changes: tcp in tarn's configuration would allow it here"
 }
 
 func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("dir: %w; choose another with --dir", err)
 	}
+	os.Remove(filepath.Join(cfg.Dir, "stale.key")) // of an earlier tarn: it named credentials on the disk
 	var fsys syscall.Statfs_t
 	if err := syscall.Statfs(cfg.Dir, &fsys); err != nil {
 		return nil, fmt.Errorf("dir: %w", err)
@@ -476,23 +533,28 @@ func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client
 
 // status is the document of /api/v1/status.
 type status struct {
-	Version string      `json:"version"`
-	Started time.Time   `json:"started"`
-	Listen  string      `json:"listen"`
-	Dir     string      `json:"dir"`
-	Cache   cache.Stats `json:"cache"`
-	Index   any         `json:"index"`
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	Listen  string    `json:"listen"`
+	Dir     string    `json:"dir"`
+	// AdminSocket is where what changes something is asked for; "" for nowhere but
+	// where the configuration says.
+	AdminSocket string      `json:"adminSocket"`
+	Cache       cache.Stats `json:"cache"`
+	Index       any         `json:"index"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
 }
 
-func newAdmin(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *upstream.Client, registry *prometheus.Registry, l net.Listener) http.Handler {
+// adminOptions are the same for each admin listener.
+func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *upstream.Client, registry *prometheus.Registry, socket net.Listener) admin.Options {
 	started := time.Now()
-	return admin.New(admin.Options{
-		Listener: l.Addr(),
+	return admin.Options{
 		Registry: registry,
+		Dir:      realDir(cfg.Dir),
 		Store:    store,
 		Parse:    p.ParseImage,
+		Ask:      p.AskImage,
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.
@@ -506,7 +568,7 @@ func newAdmin(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *upstrea
 			if err != nil {
 				index = map[string]string{"error": err.Error()}
 			}
-			return status{version, started, cfg.Listen, cfg.Dir, store.Stats(), index, upstreams.Health()}
+			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), index, upstreams.Health()}
 		},
-	})
+	}
 }

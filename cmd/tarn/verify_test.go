@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -66,7 +65,7 @@ func TestVerifyShowsHowFarItHasCome(t *testing.T) {
 	t.Parallel()
 	p, _ := runWithImage(t, 4<<20)
 	screen, tty := terminal(t)
-	cmd := command("verify", "--rate", "8MiB", "--admin", p.admin)
+	cmd := command("verify", "--rate", "8MiB", "--admin", p.socket())
 	cmd.Stderr = tty
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -89,7 +88,7 @@ func TestAVerifyEndsWithWhoAskedForIt(t *testing.T) {
 	t.Parallel()
 	p, _ := runWithImage(t, 3<<20)
 	screen, tty := terminal(t)
-	cmd := command("verify", "--rate", "1", "--admin", p.admin)
+	cmd := command("verify", "--rate", "1", "--admin", p.socket())
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, tty
 	if err := cmd.Start(); err != nil {
@@ -114,7 +113,7 @@ func TestAVerifyEndsWithWhoAskedForIt(t *testing.T) {
 func TestAVerifyDoesNotHoldUpTheEnd(t *testing.T) {
 	t.Parallel()
 	p, _ := runWithImage(t, 3<<20)
-	resp, err := http.Post(p.admin+"/api/v1/verify", "application/json", strings.NewReader(`{"rate":1}`))
+	resp, err := p.overSocket().Post("http://tarn/api/v1/verify", "application/json", strings.NewReader(`{"rate":1}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +134,7 @@ func TestWhatIsMissingIsAnError(t *testing.T) {
 	}
 	defer full.Close()
 	for _, args := range [][]string{{"images"}, {"images", "-o", "json"}, {"pin"}, {"verify"}} {
-		cmd := command(append(args, "--admin", p.admin)...)
+		cmd := command(append(args, "--admin", p.socket())...)
 		cmd.Stdout = full
 		if err := cmd.Run(); err == nil {
 			t.Errorf("tarn %v has printed nothing, and says that it has", args)
@@ -153,7 +152,9 @@ func TestWhatIsMissingIsAnError(t *testing.T) {
 // TestAnOrderIsOneDocument of the right form.
 func TestAnOrderIsOneDocument(t *testing.T) {
 	t.Parallel()
-	p := run(t, t.TempDir())
+	r := registrytest.New(t)
+	r.Image("library/app", "latest", noises(1, 1000)[0])
+	p := run(t, t.TempDir(), "--upstream", "docker.io="+r.URL)
 	for body, want := range map[string]int{
 		`{"image":"app"} {"image":"app"}`:                                     400,
 		`{"image":"app"}x`:                                                    400,
@@ -164,7 +165,7 @@ func TestAnOrderIsOneDocument(t *testing.T) {
 		`{"image":"` + strings.Repeat("a", 1<<20) + `"}`:                      400,
 		`{"image":"app"}` + "\n":                                              200,
 	} {
-		resp, err := http.Post(p.admin+"/api/v1/pins", "application/json", strings.NewReader(body))
+		resp, err := p.overSocket().Post("http://tarn/api/v1/pins", "application/json", strings.NewReader(body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -188,7 +189,7 @@ func TestHalfAnOrderIsNotWaitedForLong(t *testing.T) {
 		"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx",
 	} {
 		waiting.Go(func() {
-			conn, err := net.Dial("tcp", strings.TrimPrefix(p.admin, "http://"))
+			conn, err := net.Dial("unix", filepath.Join(p.dir, socketName))
 			if err != nil {
 				t.Error(err)
 				return

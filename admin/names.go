@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"tarn/cache"
+	"tarn/index"
+	"tarn/proxy"
+)
+
+// What people name when they name an image: a repository without a tag, the
+// beginning of a digest, or a digest alone mean an image that is here, if they mean
+// one. Where they mean none or several, the answer says which there are.
+
+// errSeveral: what was named means more than one image.
+var errSeveral = errors.New("which one is meant?")
+
+// means tells whether a name means an image, as a filter: a bare repository means
+// all that are here of it.
+func means(n proxy.ImageName, image cache.Image) bool {
+	return (n.Repository == index.RepositoryKey{} || n.Repository == keyOf(image)) &&
+		(n.Tag == "" || n.Bare || n.Tag == image.Tag) &&
+		(n.Digest == "" || n.Digest == image.Digest) &&
+		strings.HasPrefix(image.Digest.String(), n.Prefix)
+}
+
+func keyOf(image cache.Image) index.RepositoryKey {
+	return index.RepositoryKey{Upstream: image.Upstream, Repository: image.Repository}
+}
+
+func pinOf(n proxy.ImageName) cache.Pin {
+	return cache.Pin{Upstream: n.Repository.Upstream, Repository: n.Repository.Repository, Tag: n.Tag, Digest: n.Digest}
+}
+
+// toPin is the image that is meant to be pinned.
+func (i images) toPin(n proxy.ImageName) (proxy.ImageName, error) {
+	if !n.Bare && n.Prefix == "" && n.Repository != (index.RepositoryKey{}) {
+		return n, nil
+	}
+	all, err := i.store.Images()
+	if err != nil {
+		return n, err
+	}
+	if n.Bare {
+		// Nothing of it is here: then it is what a pull without a tag would get.
+		return bare(n, all, true)
+	}
+	return byDigest(n, all, func(a, b cache.Image) bool { return a.Digest == b.Digest && keyOf(a) == keyOf(b) })
+}
+
+// toEvict is the image that is meant to be evicted.
+func (i images) toEvict(n proxy.ImageName) (proxy.ImageName, error) {
+	if !n.Bare && n.Prefix == "" {
+		return n, nil // of a whole digest the repository says nothing
+	}
+	all, err := i.store.Images()
+	if err != nil {
+		return n, err
+	}
+	if n.Bare {
+		return bare(n, all, false)
+	}
+	// Under whatever names it is known, it is the same image.
+	return byDigest(n, all, func(a, b cache.Image) bool { return a.Digest == b.Digest })
+}
+
+// bare is latest where that is here, as everywhere; but who has others here means
+// one of them.
+func bare(n proxy.ImageName, all []cache.Image, otherwise bool) (proxy.ImageName, error) {
+	here := slices.ContainsFunc(all, func(image cache.Image) bool { return means(n, image) })
+	n.Bare = false
+	if here && !slices.ContainsFunc(all, func(image cache.Image) bool { return means(n, image) }) || !here && !otherwise {
+		return n, notHere(n, all)
+	}
+	return n, nil
+}
+
+// byDigest finds the one image that a digest, or the beginning of one, means.
+func byDigest(n proxy.ImageName, all []cache.Image, same func(a, b cache.Image) bool) (proxy.ImageName, error) {
+	var found []cache.Image
+	for _, image := range all {
+		if means(n, image) && !slices.ContainsFunc(found, func(f cache.Image) bool { return same(f, image) }) {
+			found = append(found, image)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return n, notHere(n, all)
+	case 1:
+		return proxy.ImageName{Repository: keyOf(found[0]), Digest: found[0].Digest}, nil
+	}
+	return n, several(n, found)
+}
+
+// toUnpin is the pin that is meant.
+func (i images) toUnpin(n proxy.ImageName) (cache.Pin, error) {
+	var found, ofRepository []cache.Pin
+	for _, p := range i.store.Pins() {
+		if k := (index.RepositoryKey{Upstream: p.Upstream, Repository: p.Repository}); k != n.Repository && n.Repository != (index.RepositoryKey{}) {
+			continue
+		}
+		ofRepository = append(ofRepository, p)
+		switch {
+		case n.Tag != "" && p.Tag == n.Tag:
+			found = append(found, p)
+		// By tag, too, where a list shows its digest.
+		case n.Tag == "" && n.Prefix != "" && (strings.HasPrefix(p.Digest.String(), n.Prefix) || strings.HasPrefix(p.Meant.String(), n.Prefix)),
+			n.Tag == "" && n.Digest != "" && (p.Digest == n.Digest || n.Repository == index.RepositoryKey{} && p.Meant == n.Digest):
+			found = append(found, p)
+		}
+	}
+	var names []string
+	switch {
+	case len(found) == 1:
+		return found[0], nil
+	case len(found) > 1:
+		for _, p := range found {
+			names = append(names, p.String())
+		}
+		return cache.Pin{}, fmt.Errorf("%s: %w There are %s", n, errSeveral, listed(names))
+	case len(ofRepository) > 0 && n.Repository != index.RepositoryKey{}:
+		for _, p := range ofRepository {
+			names = append(names, strings.TrimPrefix(strings.TrimPrefix(p.String(), n.RepositoryName()), ":"))
+		}
+		return cache.Pin{}, fmt.Errorf("%s: %w; of this repository these are: %s", n, cache.ErrNotPinned, listed(names))
+	}
+	return cache.Pin{}, fmt.Errorf("%s: %w", n, cache.ErrNotPinned)
+}
+
+// notHere says what is here instead.
+func notHere(n proxy.ImageName, all []cache.Image) error {
+	var names, alike []string
+	for _, image := range all {
+		switch {
+		case keyOf(image) == n.Repository && image.Tag != "":
+			names = append(names, image.Tag)
+		case keyOf(image) == n.Repository:
+			names = append(names, "@"+short(image))
+		case path.Base(image.Repository) == path.Base(n.Repository.Repository): // of "" it is none that a repository has
+			alike = append(alike, image.Upstream+"/"+image.Repository)
+		}
+	}
+	switch alike = slices.Compact(alike); {
+	case len(names) > 0:
+		return fmt.Errorf("%s: %w; of this repository here are: %s", n, cache.ErrNotStored, listed(names))
+	case len(alike) > 0:
+		return fmt.Errorf("%s: %w; nothing of this repository is, but of %s", n, cache.ErrNotStored, listed(alike))
+	}
+	return fmt.Errorf("%s: %w", n, cache.ErrNotStored)
+}
+
+func several(n proxy.ImageName, found []cache.Image) error {
+	var names []string
+	for _, image := range found {
+		names = append(names, image.Upstream+"/"+image.Repository+"@"+short(image))
+	}
+	return fmt.Errorf("%s: %w There are %s", n, errSeveral, listed(names))
+}
+
+// short is a digest as the list of images shows it.
+func short(image cache.Image) string {
+	const shown = len("sha256:") + 12
+	d := image.Digest.String()
+	return d[:min(shown, len(d))]
+}
+
+// listed names as many as somebody reads.
+func listed(names []string) string {
+	const most = 20
+	if n := len(names) - most; n > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), n)
+	}
+	return strings.Join(names, ", ")
+}
+
+// checked has the registry say whether there is such an image to pin, for the
+// platforms that were named, or, of an index, for this node's. What nobody can know, for want of a credential or of an answer, is
+// taken, with a warning. So is what is here, when the registry says that it has it
+// not: it may say so to who shows no credential, and what it had once is what a pin
+// is for.
+func (i images) checked(ctx context.Context, n proxy.ImageName, platforms []string) (warning string, err error) {
+	if i.ask == nil {
+		return "", nil
+	}
+	offered, err := i.ask(ctx, n)
+	switch {
+	case errors.Is(err, proxy.ErrNoImage) && i.isHere(n):
+		return err.Error() + "; what is here of it is kept", nil
+	case errors.Is(err, proxy.ErrNoImage), errors.Is(err, proxy.ErrNotAsked):
+		return "", err
+	case err != nil:
+		return err.Error() + "; what is pulled of it is kept", nil
+	}
+	if len(platforms) == 0 && offered.Index {
+		platforms = []string{nodePlatform}
+	}
+	for _, p := range platforms {
+		if p != allPlatforms && len(offered.Platforms) > 0 && !offered.For(p) {
+			var names []string
+			for _, o := range offered.Platforms {
+				names = append(names, proxy.PlatformName(o))
+			}
+			return "", fmt.Errorf("%w: %s is for %s, and not for %q", cache.ErrNoPin, n, listed(names), p)
+		}
+	}
+	return "", nil
+}
+
+func (i images) isHere(n proxy.ImageName) bool {
+	d := n.Digest
+	if d == "" {
+		t, _ := i.store.Index().Tag(n.Repository.TagKey(n.Tag))
+		d = t.Digest
+	}
+	_, ok := i.store.Index().Row(d)
+	return ok
+}
