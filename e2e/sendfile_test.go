@@ -36,7 +36,7 @@ func TestACachedBlobIsSentByTheKernelAndNotCopied(t *testing.T) {
 	fetchBlob(t, i.repo, blob.Digest)
 	n.tarn.stop(t)
 	for _, r := range n.registry.take() {
-		if r.method == http.MethodGet {
+		if r.method == http.MethodGet && r.span != "bytes=0-0" { // which is the question
 			t.Errorf("the blob was not served from disk: the registry got %s", r)
 		}
 	}

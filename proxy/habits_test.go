@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/index"
 	"tarn/internal/registrytest"
 	"tarn/upstream"
 
@@ -282,5 +283,37 @@ func TestWhatARegistryWasSeenToDoStandsUnderIt(t *testing.T) {
 	got := d.proxy.upstreams.Health()[0].Habits
 	if want := []upstream.Habit{upstream.Labelled, upstream.HeadRefused, upstream.NoRanges}; fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// TestATagIsKnownOnceItsManifestIsHere: containerd asks for the tag with HEAD,
+// and for the manifest by its digest; what the tag means is of use in an outage.
+func TestATagIsKnownOnceItsManifestIsHere(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	img := r.Image("app", "v1", random(1, 1000))
+	r.Tag("app", "v2", img.Manifest)
+	k := index.RepositoryKey{Upstream: lab, Repository: "app"}
+	known := func(tag string) bool {
+		row, ok := d.cache.Index().Tag(k.TagKey(tag))
+		return ok && row.Digest == img.Manifest
+	}
+	for _, tag := range []string{"v1", "v2"} {
+		d.head(manifestPath("app", tag)).must(t, 200)
+		if known(tag) {
+			t.Errorf("%s is noted before its manifest is here", tag)
+		}
+	}
+	d.get(manifestPath("app", img.Manifest.String())).mustBe(t, img.Body)
+	for _, tag := range []string{"v1", "v2"} {
+		if !known(tag) {
+			t.Errorf("%s is not known", tag)
+		}
+	}
+	for i := range 3 * maxPending {
+		d.proxy.pending.add(k, fmt.Sprint(i), index.Tag{Digest: digest.FromString(fmt.Sprint(i))})
+	}
+	if n := d.proxy.pending.n; n > maxPending || n != len(d.proxy.pending.tags) {
+		t.Errorf("%d tags wait, %d are counted", len(d.proxy.pending.tags), n)
 	}
 }

@@ -43,6 +43,7 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 		w.stale(stale)
 	}
 	if q.kind == upstream.Manifest {
+		p.notePending(q, q.digest)
 		return p.serveManifest(ctx, w, r, q, o, q.digest, y.MediaType)
 	}
 	return serveObject(w, r, o, q.digest, blobType)

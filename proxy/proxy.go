@@ -106,6 +106,7 @@ type Proxy struct {
 	names     names
 	hosts     hosts
 	fresh     *freshness
+	pending   pendingTags
 	infos     manifestInfos
 	metrics   *Metrics
 	log       *zap.Logger

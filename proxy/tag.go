@@ -119,7 +119,17 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	c.yes = p.rights.Learn(q.asker, q.object(c.digest), c.evidence)
 	c.row = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
 	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row)
+	if _, here := p.cache.Has(p.key(q, c.digest)); !here && c.digest != "" {
+		p.pending.add(q.repositoryKey(), q.tag, c.row)
+	}
 	return c, nil
+}
+
+// notePending notes the tags of a manifest that is here now.
+func (p *Proxy) notePending(q *request, d digest.Digest) {
+	for tag, row := range p.pending.take(q.repositoryKey(), d) {
+		p.cache.NoteTag(q.repositoryKey().TagKey(tag), row)
+	}
 }
 
 // refuseTag takes the last word on a tag. One that meant something means nothing
@@ -261,7 +271,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	if o.Source == cache.Hit {
 		w.detail("fwd=stale; fwd-status=200", "confirmed")
 	} else {
-		p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row) // what it means comes only now
+		p.notePending(q, c.digest)
 		w.source(o.Source)
 	}
 	return p.serveManifest(ctx, w, r, q, o, c.digest, c.mediaType)

@@ -228,6 +228,9 @@ const (
 	Redirected Habit = "redirected-to-tokens"
 )
 
+// Habits are all that there are.
+var Habits = []Habit{HeadRefused, NoRanges, Labelled, Redirected}
+
 // Saw notes a habit.
 func (r *Registry) Saw(h Habit) {
 	r.mu.Lock()

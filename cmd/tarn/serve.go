@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -505,6 +506,21 @@ func registerCache(registry *prometheus.Registry, store *cache.Cache) {
 // registerUpstreams shows how the listed registries do, as metrics that name
 // none.
 func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client) {
+	for _, habit := range upstream.Habits {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name:        "tarn_upstream_habits",
+			Help:        "Listed registries that were seen to do what the specification does not have.",
+			ConstLabels: prometheus.Labels{"habit": string(habit)},
+		}, func() float64 {
+			n := 0
+			for _, h := range upstreams.Health() {
+				if slices.Contains(h.Habits, habit) {
+					n++
+				}
+			}
+			return float64(n)
+		}))
+	}
 	registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "tarn_upstream_hosts_failing",
