@@ -25,7 +25,8 @@
 // Failure model: the last bytes of an object leave only after its digest
 // matched, so a reader of wrong bytes is cut short. When the disk or the bound
 // is in the way, the object passes through: each reader has an upstream stream
-// of its own. Errors of a Fetch come back as they are.
+// of its own, or, of a range, the source's own answer, which is not verified.
+// Errors of a Fetch come back as they are.
 //
 // It never knows HTTP, and never asks anybody but through a Fetch.
 package cache
@@ -126,8 +127,9 @@ type Request struct {
 	// Source names who the Fetch asks. Several of one domain may be asked for
 	// the same object; the failures of one are nothing to who asks another.
 	Source string
-	// Offset is the first byte that is wanted.
-	Offset int64
+	// Offset is the first byte that is wanted, and Length how many; 0: all that
+	// follow.
+	Offset, Length int64
 	// Ranged: the reader asked for a part, also if that begins at byte 0. It
 	// may be asking for the others at the same time.
 	Ranged bool
@@ -209,14 +211,15 @@ type Cache struct {
 	mu        sync.Mutex
 	closed    bool
 	flights   map[Key]*flight
-	parked    map[Key]*partial // files that a flight left, for the next one
-	used      int64            // allocated bytes of blobs and strangers' files under blobs/
-	claimed   int64            // reserved for pending files, written or not
-	made      int64            // all that was ever claimed
-	strangers int64            // of that, by registries that are not listed
-	removals  []removal        // to be tried again
-	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
-	ahead     int64            // that growth
+	parked    map[Key]*partial  // files that a flight left, for the next one
+	passing   map[Key]time.Time // what does not fit, and until when that is believed
+	used      int64             // allocated bytes of blobs and strangers' files under blobs/
+	claimed   int64             // reserved for pending files, written or not
+	made      int64             // all that was ever claimed
+	strangers int64             // of that, by registries that are not listed
+	removals  []removal         // to be tried again
+	overhead  int64             // bytes of the index and of all else in the directory, their next growth included
+	ahead     int64             // that growth
 	evicted   Evicted
 	adopt     int                              // files yet to be adopted
 	strays    map[digest.Digest]bool           // those
@@ -267,6 +270,7 @@ func New(opts Options) (*Cache, error) {
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
+		passing:   make(map[Key]time.Time),
 		strays:    make(map[digest.Digest]bool),
 		bad:       make(map[digest.Digest]blobstore.Look),
 	}
@@ -420,6 +424,9 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		o, s, err := c.openStored(req)
 		if o != nil || err != nil {
 			return o, err
+		}
+		if s == nil && req.relayed() && c.passes(req.Key) {
+			return c.openRelay(ctx, req, ownAnswer{})
 		}
 		f, leader, err := c.join(req, s)
 		if err != nil {

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"math"
 	"math/rand/v2"
@@ -564,7 +563,7 @@ func (f *flight) took(w *worker, piece []byte) {
 	}
 	f.hashing = true
 	f.mu.Unlock()
-	f.sums = hashSteps(f.hash, f.sums, at, piece)
+	f.hash.Write(piece)
 	f.mu.Lock()
 	f.hashing = false
 	f.hashed += int64(len(piece))
@@ -625,7 +624,7 @@ func (f *flight) hashPiece(buf []byte) {
 	f.mu.Unlock()
 	_, err := f.pending.File.ReadAt(piece, at)
 	if err == nil {
-		f.sums = hashSteps(f.hash, f.sums, at, piece)
+		f.hash.Write(piece)
 	}
 	f.mu.Lock()
 	f.hashing = false
@@ -635,32 +634,6 @@ func (f *flight) hashPiece(buf []byte) {
 	}
 	f.hashed += int64(len(piece))
 	f.changed.Broadcast()
-}
-
-// hashSteps takes bytes into the hash, and its state at each ledgerStep into
-// the sums.
-func hashSteps(h hash.Hash, sums []string, at int64, piece []byte) []string {
-	for len(piece) > 0 {
-		n := min(int64(len(piece)), ledgerStep-at%ledgerStep)
-		h.Write(piece[:n])
-		at, piece = at+n, piece[n:]
-		if at%ledgerStep == 0 {
-			sums = append(sums, string(h.Sum(nil)))
-		}
-	}
-	return sums
-}
-
-// promises are what a reader of a flight that stands apart may hold.
-func (f *flight) promises() []promise {
-	ps := make([]promise, 0, len(f.sums)+1)
-	for i, sum := range f.sums {
-		ps = append(ps, promise{int64(i+1) * ledgerStep, sum})
-	}
-	if f.hashed%ledgerStep != 0 {
-		ps = append(ps, promise{f.hashed, string(f.prefix.Sum(nil))})
-	}
-	return ps
 }
 
 // land ends a flight whose bytes are all there.
@@ -717,20 +690,42 @@ func (f *flight) verify() error {
 type steady struct {
 	ctx   context.Context
 	fetch Fetch
-	now   *answer // what is read; nil after it broke off
+	now   *answer // what is read; nil after it broke off, and before the first
 	size  int64   // -1: not known
 	pos   int64
+	want  int64 // where the reader of a relay is
+	step  int64 // how much is asked for at a time; -1: all
+	whole bool  // ranges are not to be had
 
 	failures int
 	reached  int64
 }
 
 func newSteady(ctx context.Context, fetch Fetch, a *answer) *steady {
-	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset}
+	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset, step: -1}
+}
+
+// move goes on at another byte, in another answer unless this one leads there and
+// there is no shorter way.
+func (s *steady) move(to int64) {
+	if s.now != nil && (to < s.pos || s.now.Offset > 0 || s.now.End > 0) {
+		s.Close()
+		s.now = nil
+	}
+	if s.now != nil {
+		if _, err := io.CopyN(io.Discard, s.now.body, to-s.pos); err != nil {
+			s.Close()
+			s.now = nil
+		}
+	}
+	s.pos, s.reached = to, to
 }
 
 func (s *steady) Read(p []byte) (int, error) {
 	for {
+		if s.size >= 0 && s.pos >= s.size {
+			return 0, io.EOF
+		}
 		if s.now == nil {
 			if err := s.again(); err != nil {
 				return 0, err
@@ -778,7 +773,11 @@ func (s *steady) bear() bool {
 // again asks for what is missing.
 func (s *steady) again() error {
 	for {
-		body, info, err := s.fetch(s.ctx, s.pos, -1)
+		off, n := s.pos, s.step
+		if s.whole {
+			off, n = 0, -1
+		}
+		body, info, err := s.fetch(s.ctx, off, n)
 		switch {
 		case err == nil && (s.size >= 0 && info.Size != s.size || info.Offset != s.pos && info.Offset != 0):
 			body.Close()
@@ -789,6 +788,9 @@ func (s *steady) again() error {
 				return nil
 			}
 			body.Close()
+		case errors.Is(err, ErrRange) && !s.whole:
+			s.whole = true
+			continue
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrRange):
 			return err
 		}

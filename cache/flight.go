@@ -356,16 +356,12 @@ func (f *flight) standApart(h hash.Hash, a *answer) {
 	if orphan {
 		a.body.Close()
 	}
-	// Who has a part of this generation and comes back for another must find
-	// that the next one begins alike. Who is fed from now on sees to that
-	// when it closes. Of what was not hashed nothing can be said.
-	for reader, top := range fed {
-		if top > f.hashed {
-			f.cache.taint.add(f.key, reader)
-		} else {
-			f.cache.taint.add(f.key, reader, f.promises()...)
-		}
+	// Who has a part of this generation must not find its end in the next one. Who
+	// is fed from now on sees to that when it closes.
+	for reader := range fed {
+		f.cache.taint.add(f.key, reader, false)
 	}
+	f.cache.notePassing(f.key)
 	if f.strangers {
 		f.cache.taint.addLeft(f.key.Digest)
 	}
@@ -511,39 +507,37 @@ func (f *flight) undecided(req Request) bool {
 	return false
 }
 
-// openApart gives the reader a stream of its own from the start, over the
-// leader's answer if there is one that starts there.
+// openApart gives the reader an answer of its own: of a range just that, and of all
+// a stream from the start. The leader's is there already.
 func (f *flight) openApart(ctx context.Context, req Request, first *answer) (*Object, error) {
 	defer f.release()
-	sctx, cancel := f.ctx, f.cancel
-	if first != nil && first.Offset > 0 {
-		first.body.Close()
-		cancel()
-		first = nil
+	own := ownAnswer{first, f.ctx, f.cancel}
+	if req.relayed() {
+		return f.cache.openRelay(ctx, req, own)
 	}
-	if first == nil {
-		sctx, cancel = context.WithCancel(f.cache.ctx)
-		// Until the headers are there, the caller's context ends it too.
-		stop := context.AfterFunc(ctx, cancel)
-		body, info, err := req.Fetch(sctx, 0, -1)
-		if !stop() && err == nil {
-			body.Close()
-			err = context.Cause(ctx)
-		}
-		if err != nil {
-			cancel()
+	return f.cache.openStream(ctx, req, own)
+}
+
+// openStream gives the reader a stream of its own, over an answer if there is one that
+// begins at byte 0.
+func (c *Cache) openStream(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
+	if own.answer != nil && own.Offset > 0 {
+		own.close()
+		own.answer = nil
+	}
+	if own.answer == nil {
+		var err error
+		if own, err = c.askFor(ctx, req, 0, -1); err != nil {
 			return nil, err
 		}
-		first = &answer{info, body}
 	}
-	s, err := newStream(f.cache, req, f.key.Digest.Algorithm().Hash(), first.Info)
+	s, err := newStream(c, req, req.Digest.Algorithm().Hash(), 0, own.Size)
 	if err != nil {
-		first.body.Close()
-		cancel()
+		own.close()
 		return nil, err
 	}
-	s.take(newSteady(sctx, req.Fetch, first), cancel)
-	if size := first.Size; size >= 0 && size <= tailHold {
+	s.take(newSteady(own.ctx, req.Fetch, own.answer), own.cancel)
+	if size := own.Size; size >= 0 && size <= tailHold {
 		// As with a flight: what is held back altogether is verified before
 		// there is an answer.
 		stop := context.AfterFunc(ctx, s.interrupt)
@@ -556,5 +550,5 @@ func (f *flight) openApart(ctx context.Context, req Request, first *answer) (*Ob
 			return nil, err
 		}
 	}
-	return &Object{Size: first.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
+	return &Object{Size: own.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
 }

@@ -31,7 +31,6 @@ type partial struct {
 	ghosts  spans              // in the file, but nobody knows from where; see restore
 	hashed  int64              // all before it went through the hash
 	hash    hash.Hash          // nil: before the first byte
-	sums    []string           // the hash at each ledgerStep
 	// fed are the readers that were given bytes, up to where at most; of
 	// strangers, who read it in an earlier process, nothing is known.
 	fed       map[string]int64
@@ -220,7 +219,7 @@ func (p *partial) findGhosts() error {
 // with.
 func (p *partial) taintFed(k Key, t *taints) {
 	for reader := range p.fed {
-		t.add(k, reader)
+		t.add(k, reader, true)
 	}
 	if p.strangers {
 		t.addLeft(k.Digest)

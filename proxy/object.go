@@ -56,6 +56,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		Reader: q.reader,
 		Source: string(q.upstream),
 		Offset: q.first,
+		Length: q.length,
 		Ranged: q.ranged,
 	}
 	if q.kind == upstream.Blob {
