@@ -97,10 +97,6 @@ type Info struct {
 	Size   int64 // of the whole object in bytes, -1 when it does not say
 	Offset int64 // first byte of the body
 	End    int64 // byte after the body's last, 0 when that is the object's
-	// Source and Version tell whether two bodies are parts of the same: of
-	// one source, they have the same version. "" when it does not say.
-	Source  int
-	Version string
 }
 
 func (i Info) end() int64 {
@@ -211,15 +207,16 @@ type Cache struct {
 	mu        sync.Mutex
 	closed    bool
 	flights   map[Key]*flight
-	parked    map[Key]*partial  // files that a flight left, for the next one
-	passing   map[Key]time.Time // what does not fit, and until when that is believed
-	used      int64             // allocated bytes of blobs and strangers' files under blobs/
-	claimed   int64             // reserved for pending files, written or not
-	made      int64             // all that was ever claimed
-	strangers int64             // of that, by registries that are not listed
-	removals  []removal         // to be tried again
-	overhead  int64             // bytes of the index and of all else in the directory, their next growth included
-	ahead     int64             // that growth
+	parked    map[Key]*partial // files that a flight left, for the next one
+	passing   recent           // what does not fit
+	mixed     recent           // what came together wrong
+	used      int64            // allocated bytes of blobs and strangers' files under blobs/
+	claimed   int64            // reserved for pending files, written or not
+	made      int64            // all that was ever claimed
+	strangers int64            // of that, by registries that are not listed
+	removals  []removal        // to be tried again
+	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
+	ahead     int64            // that growth
 	evicted   Evicted
 	adopt     int                              // files yet to be adopted
 	strays    map[digest.Digest]bool           // those
@@ -270,7 +267,8 @@ func New(opts Options) (*Cache, error) {
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
-		passing:   make(map[Key]time.Time),
+		passing:   make(recent),
+		mixed:     make(recent),
 		strays:    make(map[digest.Digest]bool),
 		bad:       make(map[digest.Digest]blobstore.Look),
 	}

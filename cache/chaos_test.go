@@ -44,7 +44,7 @@ func (c *chaos) fetch(ctx context.Context, off, n int64) (io.ReadCloser, Info, e
 	if off >= size && off > 0 {
 		return nil, Info{}, ErrRange
 	}
-	info := Info{Size: size, Offset: off, End: end, Version: "v1"}
+	info := Info{Size: size, Offset: off, End: end}
 	part := c.body[off:end]
 	if len(part) == 0 {
 		panic(fmt.Sprint("asked for nothing: ", off, " ", n, " of ", size))
@@ -73,8 +73,8 @@ func (c *chaos) fetch(ctx context.Context, off, n int64) (io.ReadCloser, Info, e
 	case 9: // other bytes
 		part = bytes.Clone(part)
 		part[c.roll(len(part))] ^= 1
-	case 10: // another version, with other bytes
-		part, info.Version = make([]byte, len(part)), "v2"
+	case 10: // all other bytes
+		part = make([]byte, len(part))
 	case 11: // another size
 		info.Size += int64(c.roll(100) - 50)
 	case 12: // another range

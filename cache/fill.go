@@ -205,6 +205,7 @@ func (f *flight) fill(first *answer) {
 	}
 	switch {
 	case wrong != nil:
+		f.cache.noteMixed(f.key)
 		f.disown()
 		f.end(failed, wrong)
 	case disk != nil:
@@ -455,11 +456,6 @@ func (f *flight) fits(w *worker, info Info) error {
 		}
 		return fmt.Errorf("%w: bytes %d to %d of %d", ErrRange, info.Offset, info.end(), info.Size)
 	}
-	from := origins{w.ticket.source, info.Source}
-	if before := f.versions[from]; before != "" && info.Version != before && !w.whole {
-		return fmt.Errorf("%w: they are called %s now", ErrRange, info.Version)
-	}
-	f.versions[from] = info.Version
 	w.answered = true
 	return nil
 }
@@ -639,6 +635,7 @@ func (f *flight) hashPiece(buf []byte) {
 // land ends a flight whose bytes are all there.
 func (f *flight) land() {
 	if err := f.verify(); err != nil {
+		f.cache.noteMixed(f.key)
 		f.disown()
 		f.end(failed, err)
 		return

@@ -140,6 +140,9 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 		return nil, false, ErrClosed
 	}
 	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), most: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	if c.mixed.has(req.Key) {
+		f.parallel, f.most, f.whole = 1, 1, true
+	}
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	f.partial = newPartial()
 	if p := c.parked[req.Key]; p != nil && s == nil {

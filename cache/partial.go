@@ -35,21 +35,14 @@ type partial struct {
 	// strangers, who read it in an earlier process, nothing is known.
 	fed       map[string]int64
 	strangers bool
-	versions  map[origins]string // what each calls these bytes
-	synced    time.Time          // when it was last made durable, or begun
-	noted     int64              // how many bytes the journal knows of
-	journal   int64              // how many bytes the journal has
+	synced    time.Time // when it was last made durable, or begun
+	noted     int64     // how many bytes the journal knows of
+	journal   int64     // how many bytes the journal has
 	parked    time.Time
 }
 
-// origins are who names a version: one endpoint of a source.
-type origins struct {
-	source   string
-	endpoint int
-}
-
 func newPartial() partial {
-	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64), versions: make(map[origins]string)}
+	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64)}
 }
 
 const (

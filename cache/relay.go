@@ -25,8 +25,6 @@ const (
 	relayStep = 2 << 20
 	// passFor is how long an object is believed not to fit.
 	passFor = 10 * time.Second
-	// maxPassing bounds how many are remembered.
-	maxPassing = 1024
 )
 
 // relayed tells whether a request is answered by a range of the source's, where the
@@ -37,24 +35,14 @@ func (r Request) relayed() bool { return r.Ranged && r.Check == nil }
 func (c *Cache) notePassing(k Key) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now := time.Now()
-	if len(c.passing) >= maxPassing {
-		for k, until := range c.passing {
-			if now.After(until) {
-				delete(c.passing, k)
-			}
-		}
-	}
-	if len(c.passing) < maxPassing {
-		c.passing[k] = now.Add(passFor)
-	}
+	c.passing.add(k, passFor)
 }
 
 // passes tells whether an object did not fit a moment ago, and no flight has it now.
 func (c *Cache) passes(k Key) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.flights[k] == nil && time.Now().Before(c.passing[k]) && !c.closed
+	return c.flights[k] == nil && c.passing.has(k) && !c.closed
 }
 
 // relay is a range of one reader's own. It may be read anywhere.

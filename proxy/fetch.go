@@ -102,11 +102,9 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		s.mu.Unlock()
 	}
 	return &watchedBody{resp.Body, s, resp.Endpoint}, cache.Info{
-		Size:    resp.Size,
-		Offset:  resp.Offset,
-		End:     resp.End,
-		Source:  resp.Endpoint,
-		Version: resp.ETag,
+		Size:   resp.Size,
+		Offset: resp.Offset,
+		End:    resp.End,
 	}, nil
 }
 
