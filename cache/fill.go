@@ -74,6 +74,7 @@ type filling struct {
 	wrong error // the source sent what no further question can mend
 	cause error // the source's last failure
 
+	givenUp  int   // bodies that were too slow
 	failures int   // in a row
 	reached  int64 // bytes that there were at the last failure
 	resting  bool
@@ -86,6 +87,7 @@ type worker struct {
 	whole           bool  // it asks without a range, and what is there comes again
 	answered        bool
 	cut             bool // it leaves what comes behind end to another
+	slow            bool // it is given up, see rate.go
 	ticket          *ticket
 	beside          bool // others were at work when it began
 }
@@ -107,7 +109,8 @@ func newWhole(t *ticket, size int64) *worker {
 // answer is a source's, with its body.
 type answer struct {
 	Info
-	body io.ReadCloser
+	body   io.ReadCloser
+	giveUp context.CancelCauseFunc // nil for one of a reader's own
 }
 
 // errDisk marks what the disk refused.
@@ -130,27 +133,30 @@ func (f *flight) ask(lead Request) (*answer, error) {
 			off = lead.Offset
 		}
 	}
-	body, info, err := lead.Fetch(f.ctx, off, n)
+	ctx, giveUp := context.WithCancelCause(f.ctx)
+	body, info, err := lead.Fetch(ctx, off, n)
 	if errors.Is(err, ErrRange) && off > 0 && f.pending == nil {
 		off = 0 // the object may end before it
-		body, info, err = lead.Fetch(f.ctx, off, n)
+		body, info, err = lead.Fetch(ctx, off, n)
 	}
 	if errors.Is(err, ErrRange) {
 		off, n = 0, -1
 		f.whole = true
-		body, info, err = lead.Fetch(f.ctx, 0, -1)
+		body, info, err = lead.Fetch(ctx, 0, -1)
 	}
 	if err != nil {
+		giveUp(nil)
 		return nil, err
 	}
 	if info.Offset != off && info.Offset != 0 || !info.sound() {
 		body.Close()
+		giveUp(nil)
 		return nil, fmt.Errorf("%w: it starts at byte %d", ErrBroken, info.Offset)
 	}
 	if n > 0 && info.Offset == 0 && (off > 0 || info.end() > n) || info.Size < 0 {
 		f.whole = true // a part was asked for, and this is not it
 	}
-	return &answer{info, body}, nil
+	return &answer{info, body, giveUp}, nil
 }
 
 // segment is how much of what is left is asked for at once.
@@ -326,12 +332,17 @@ func (f *flight) wanted() (at int64, taken spans, waited bool) {
 
 // ticket is somebody's who was not refused. Called with the lock.
 func (f *flight) ticket() *ticket {
+	var slow *ticket
 	for _, t := range f.tickets {
-		if !t.refused {
+		switch {
+		case t.refused:
+		case !t.slow:
 			return t
+		case slow == nil:
+			slow = t
 		}
 	}
-	return nil
+	return slow
 }
 
 // send starts a worker, with its answer if that is here already. Called with
@@ -356,6 +367,9 @@ func (f *flight) landed(w *worker, err error) {
 		return
 	case err == nil:
 		f.parallel = min(f.parallel+1, f.most)
+		return
+	case w.slow:
+		w.ticket.slow, f.cause = true, err
 		return
 	case errors.Is(err, errDisk):
 		f.disk = err
@@ -415,16 +429,20 @@ func (f *flight) bring(w *worker, a *answer) error {
 		if w.whole {
 			n = -1
 		}
-		body, info, err := w.ticket.fetch(f.ctx, w.start, n)
+		ctx, giveUp := context.WithCancelCause(f.ctx)
+		body, info, err := w.ticket.fetch(ctx, w.start, n)
 		if err != nil {
+			giveUp(nil)
 			return err
 		}
-		a = &answer{info, body}
+		a = &answer{info, body, giveUp}
 	}
+	defer a.giveUp(nil)
 	defer a.body.Close()
 	if err := f.fits(w, a.Info); err != nil {
 		return err
 	}
+	defer f.watchRate(w, a)()
 	return f.copy(w, a.body)
 }
 
@@ -781,7 +799,7 @@ func (s *steady) again() error {
 			return fmt.Errorf("%w: it had %d bytes, and has %d now", ErrBroken, s.size, info.Size)
 		case err == nil:
 			if _, err = io.CopyN(io.Discard, body, s.pos-info.Offset); err == nil {
-				s.now = &answer{info, body}
+				s.now = &answer{Info: info, body: body}
 				return nil
 			}
 			body.Close()

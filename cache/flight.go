@@ -89,6 +89,7 @@ type ticket struct {
 	fetch   Fetch
 	wrong   func() // see Request
 	refused bool
+	slow    bool // what it brought was given up, see rate.go
 }
 
 type flightState int

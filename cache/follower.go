@@ -266,7 +266,7 @@ func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (pa
 	if err != nil {
 		return nil, err
 	}
-	a := &answer{info, body}
+	a := &answer{Info: info, body: body}
 	if a.Size >= 0 && f.size >= 0 && a.Size != f.size || a.Offset != 0 && a.Offset != f.hashed {
 		a.body.Close()
 		return nil, fmt.Errorf("%w: the source has another size now", errWrong)

@@ -114,7 +114,7 @@ func (c *Cache) askFor(ctx context.Context, req Request, off, n int64) (ownAnswe
 		cancel()
 		return ownAnswer{}, err
 	}
-	return ownAnswer{&answer{info, body}, sctx, cancel}, nil
+	return ownAnswer{&answer{Info: info, body: body}, sctx, cancel}, nil
 }
 
 func (r *relay) interrupt() { r.cancel() }

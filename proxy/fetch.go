@@ -102,10 +102,23 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		s.mu.Unlock()
 	}
 	return &watchedBody{resp.Body, s, resp.Endpoint}, cache.Info{
-		Size:   resp.Size,
-		Offset: resp.Offset,
-		End:    resp.End,
+		Size:      resp.Size,
+		Offset:    resp.Offset,
+		End:       resp.End,
+		Elsewhere: func() bool { return s.elsewhere(resp.Endpoint) },
 	}, nil
+}
+
+// elsewhere has the next question go to another endpoint, if there is one that may be
+// asked.
+func (s *source) elsewhere(than int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.authorised || s.proxy.upstreams.Registry(s.q.upstream).Endpoints() < 2 {
+		return false
+	}
+	s.next = than + 1
+	return true
 }
 
 // watchedBody sees when an endpoint's body breaks off, so that the next one is
