@@ -25,7 +25,8 @@
 // Failure model: the last bytes of an object leave only after its digest
 // matched, so a reader of wrong bytes is cut short. When the disk or the bound
 // is in the way, the object passes through: each reader has an upstream stream
-// of its own. Errors of a Fetch come back as they are.
+// of its own, or, of a range, the source's own answer, which is not verified.
+// Errors of a Fetch come back as they are.
 //
 // It never knows HTTP, and never asks anybody but through a Fetch.
 package cache
@@ -96,10 +97,9 @@ type Info struct {
 	Size   int64 // of the whole object in bytes, -1 when it does not say
 	Offset int64 // first byte of the body
 	End    int64 // byte after the body's last, 0 when that is the object's
-	// Source and Version tell whether two bodies are parts of the same: of
-	// one source, they have the same version. "" when it does not say.
-	Source  int
-	Version string
+	// Elsewhere has the next Fetch ask another endpoint than this body came from,
+	// and tells whether there is one. nil: there is none.
+	Elsewhere func() bool
 }
 
 func (i Info) end() int64 {
@@ -126,8 +126,9 @@ type Request struct {
 	// Source names who the Fetch asks. Several of one domain may be asked for
 	// the same object; the failures of one are nothing to who asks another.
 	Source string
-	// Offset is the first byte that is wanted.
-	Offset int64
+	// Offset is the first byte that is wanted, and Length how many; 0: all that
+	// follow.
+	Offset, Length int64
 	// Ranged: the reader asked for a part, also if that begins at byte 0. It
 	// may be asking for the others at the same time.
 	Ranged bool
@@ -211,6 +212,8 @@ type Cache struct {
 	closed    bool
 	flights   map[Key]*flight
 	parked    map[Key]*partial // files that a flight left, for the next one
+	passing   recent           // what does not fit
+	mixed     recent           // what came together wrong
 	used      int64            // allocated bytes of blobs and strangers' files under blobs/
 	claimed   int64            // reserved for pending files, written or not
 	made      int64            // all that was ever claimed
@@ -268,6 +271,8 @@ func New(opts Options) (*Cache, error) {
 		done:      make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
+		passing:   make(recent),
+		mixed:     make(recent),
 		strays:    make(map[digest.Digest]bool),
 		bad:       make(map[digest.Digest]blobstore.Look),
 	}
@@ -421,6 +426,9 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		o, s, err := c.openStored(req)
 		if o != nil || err != nil {
 			return o, err
+		}
+		if s == nil && req.relayed() && c.passes(req.Key) {
+			return c.openRelay(ctx, req, ownAnswer{})
 		}
 		f, leader, err := c.join(req, s)
 		if err != nil {

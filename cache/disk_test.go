@@ -388,7 +388,7 @@ func breaking(o *origin) func(int, int64, int64) (io.ReadCloser, Info, error) {
 	return func(n int, off, _ int64) (io.ReadCloser, Info, error) {
 		if n == 0 {
 			end := min(int64(firstSegment), int64(len(o.body)))
-			return o.part(0, end), Info{Size: int64(len(o.body)), End: end, Version: "v1"}, nil
+			return o.part(0, end), Info{Size: int64(len(o.body)), End: end}, nil
 		}
 		if n < 4 && off < 3*minSegment {
 			return nil, Info{}, nil

@@ -147,7 +147,7 @@ func pullAll(dir string, steps fault.Steps, mend func() bool, broken bool) error
 		if i == breaksOff && broken {
 			o.answer = func(n int, off, _ int64) (io.ReadCloser, Info, error) {
 				if n == 0 {
-					return io.NopCloser(io.MultiReader(o.part(0, 3<<20), failing{})), Info{Size: int64(len(body)), Version: "v1"}, nil
+					return io.NopCloser(io.MultiReader(o.part(0, 3<<20), failing{})), Info{Size: int64(len(body))}, nil
 				}
 				return nil, Info{}, fmt.Errorf("%w: gone", ErrRefused)
 			}

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"math"
 	"math/rand/v2"
@@ -75,6 +74,7 @@ type filling struct {
 	wrong error // the source sent what no further question can mend
 	cause error // the source's last failure
 
+	givenUp  int   // bodies that were too slow
 	failures int   // in a row
 	reached  int64 // bytes that there were at the last failure
 	resting  bool
@@ -87,6 +87,7 @@ type worker struct {
 	whole           bool  // it asks without a range, and what is there comes again
 	answered        bool
 	cut             bool // it leaves what comes behind end to another
+	slow            bool // it is given up, see rate.go
 	ticket          *ticket
 	beside          bool // others were at work when it began
 }
@@ -108,7 +109,8 @@ func newWhole(t *ticket, size int64) *worker {
 // answer is a source's, with its body.
 type answer struct {
 	Info
-	body io.ReadCloser
+	body   io.ReadCloser
+	giveUp context.CancelCauseFunc // nil for one of a reader's own
 }
 
 // errDisk marks what the disk refused.
@@ -131,27 +133,30 @@ func (f *flight) ask(lead Request) (*answer, error) {
 			off = lead.Offset
 		}
 	}
-	body, info, err := lead.Fetch(f.ctx, off, n)
+	ctx, giveUp := context.WithCancelCause(f.ctx)
+	body, info, err := lead.Fetch(ctx, off, n)
 	if errors.Is(err, ErrRange) && off > 0 && f.pending == nil {
 		off = 0 // the object may end before it
-		body, info, err = lead.Fetch(f.ctx, off, n)
+		body, info, err = lead.Fetch(ctx, off, n)
 	}
 	if errors.Is(err, ErrRange) {
 		off, n = 0, -1
 		f.whole = true
-		body, info, err = lead.Fetch(f.ctx, 0, -1)
+		body, info, err = lead.Fetch(ctx, 0, -1)
 	}
 	if err != nil {
+		giveUp(nil)
 		return nil, err
 	}
 	if info.Offset != off && info.Offset != 0 || !info.sound() {
 		body.Close()
+		giveUp(nil)
 		return nil, fmt.Errorf("%w: it starts at byte %d", ErrBroken, info.Offset)
 	}
 	if n > 0 && info.Offset == 0 && (off > 0 || info.end() > n) || info.Size < 0 {
 		f.whole = true // a part was asked for, and this is not it
 	}
-	return &answer{info, body}, nil
+	return &answer{info, body, giveUp}, nil
 }
 
 // segment is how much of what is left is asked for at once.
@@ -206,6 +211,7 @@ func (f *flight) fill(first *answer) {
 	}
 	switch {
 	case wrong != nil:
+		f.cache.noteMixed(f.key)
 		f.end(failed, wrong)
 	case disk != nil:
 		f.cache.noteTrouble(disk)
@@ -325,12 +331,17 @@ func (f *flight) wanted() (at int64, taken spans, waited bool) {
 
 // ticket is somebody's who was not refused. Called with the lock.
 func (f *flight) ticket() *ticket {
+	var slow *ticket
 	for _, t := range f.tickets {
-		if !t.refused {
+		switch {
+		case t.refused:
+		case !t.slow:
 			return t
+		case slow == nil:
+			slow = t
 		}
 	}
-	return nil
+	return slow
 }
 
 // send starts a worker, with its answer if that is here already. Called with
@@ -355,6 +366,9 @@ func (f *flight) landed(w *worker, err error) {
 		return
 	case err == nil:
 		f.parallel = min(f.parallel+1, f.most)
+		return
+	case w.slow:
+		w.ticket.slow, f.cause = true, err
 		return
 	case errors.Is(err, errDisk):
 		f.disk = err
@@ -414,16 +428,20 @@ func (f *flight) bring(w *worker, a *answer) error {
 		if w.whole {
 			n = -1
 		}
-		body, info, err := w.ticket.fetch(f.ctx, w.start, n)
+		ctx, giveUp := context.WithCancelCause(f.ctx)
+		body, info, err := w.ticket.fetch(ctx, w.start, n)
 		if err != nil {
+			giveUp(nil)
 			return err
 		}
-		a = &answer{info, body}
+		a = &answer{info, body, giveUp}
 	}
+	defer a.giveUp(nil)
 	defer a.body.Close()
 	if err := f.fits(w, a.Info); err != nil {
 		return err
 	}
+	defer f.watchRate(w, a)()
 	return f.copy(w, a.body)
 }
 
@@ -455,11 +473,6 @@ func (f *flight) fits(w *worker, info Info) error {
 		}
 		return fmt.Errorf("%w: bytes %d to %d of %d", ErrRange, info.Offset, info.end(), info.Size)
 	}
-	from := origins{w.ticket.source, info.Source}
-	if before := f.versions[from]; before != "" && info.Version != before && !w.whole {
-		return fmt.Errorf("%w: they are called %s now", ErrRange, info.Version)
-	}
-	f.versions[from] = info.Version
 	w.answered = true
 	return nil
 }
@@ -563,7 +576,7 @@ func (f *flight) took(w *worker, piece []byte) {
 	}
 	f.hashing = true
 	f.mu.Unlock()
-	f.sums = hashSteps(f.hash, f.sums, at, piece)
+	f.hash.Write(piece)
 	f.mu.Lock()
 	f.hashing = false
 	f.hashed += int64(len(piece))
@@ -624,7 +637,7 @@ func (f *flight) hashPiece(buf []byte) {
 	f.mu.Unlock()
 	_, err := f.pending.File.ReadAt(piece, at)
 	if err == nil {
-		f.sums = hashSteps(f.hash, f.sums, at, piece)
+		f.hash.Write(piece)
 	}
 	f.mu.Lock()
 	f.hashing = false
@@ -636,35 +649,10 @@ func (f *flight) hashPiece(buf []byte) {
 	f.changed.Broadcast()
 }
 
-// hashSteps takes bytes into the hash, and its state at each ledgerStep into
-// the sums.
-func hashSteps(h hash.Hash, sums []string, at int64, piece []byte) []string {
-	for len(piece) > 0 {
-		n := min(int64(len(piece)), ledgerStep-at%ledgerStep)
-		h.Write(piece[:n])
-		at, piece = at+n, piece[n:]
-		if at%ledgerStep == 0 {
-			sums = append(sums, string(h.Sum(nil)))
-		}
-	}
-	return sums
-}
-
-// promises are what a reader of a flight that stands apart may hold.
-func (f *flight) promises() []promise {
-	ps := make([]promise, 0, len(f.sums)+1)
-	for i, sum := range f.sums {
-		ps = append(ps, promise{int64(i+1) * ledgerStep, sum})
-	}
-	if f.hashed%ledgerStep != 0 {
-		ps = append(ps, promise{f.hashed, string(f.prefix.Sum(nil))})
-	}
-	return ps
-}
-
 // land ends a flight whose bytes are all there.
 func (f *flight) land() {
 	if err := f.verify(); err != nil {
+		f.cache.noteMixed(f.key)
 		f.end(failed, err)
 		return
 	}
@@ -711,20 +699,42 @@ func (f *flight) verify() error {
 type steady struct {
 	ctx   context.Context
 	fetch Fetch
-	now   *answer // what is read; nil after it broke off
+	now   *answer // what is read; nil after it broke off, and before the first
 	size  int64   // -1: not known
 	pos   int64
+	want  int64 // where the reader of a relay is
+	step  int64 // how much is asked for at a time; -1: all
+	whole bool  // ranges are not to be had
 
 	failures int
 	reached  int64
 }
 
 func newSteady(ctx context.Context, fetch Fetch, a *answer) *steady {
-	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset}
+	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset, step: -1}
+}
+
+// move goes on at another byte, in another answer unless this one leads there and
+// there is no shorter way.
+func (s *steady) move(to int64) {
+	if s.now != nil && (to < s.pos || s.now.Offset > 0 || s.now.End > 0) {
+		s.Close()
+		s.now = nil
+	}
+	if s.now != nil {
+		if _, err := io.CopyN(io.Discard, s.now.body, to-s.pos); err != nil {
+			s.Close()
+			s.now = nil
+		}
+	}
+	s.pos, s.reached = to, to
 }
 
 func (s *steady) Read(p []byte) (int, error) {
 	for {
+		if s.size >= 0 && s.pos >= s.size {
+			return 0, io.EOF
+		}
 		if s.now == nil {
 			if err := s.again(); err != nil {
 				return 0, err
@@ -772,17 +782,24 @@ func (s *steady) bear() bool {
 // again asks for what is missing.
 func (s *steady) again() error {
 	for {
-		body, info, err := s.fetch(s.ctx, s.pos, -1)
+		off, n := s.pos, s.step
+		if s.whole {
+			off, n = 0, -1
+		}
+		body, info, err := s.fetch(s.ctx, off, n)
 		switch {
 		case err == nil && (s.size >= 0 && info.Size != s.size || info.Offset != s.pos && info.Offset != 0):
 			body.Close()
 			return fmt.Errorf("%w: it had %d bytes, and has %d now", ErrBroken, s.size, info.Size)
 		case err == nil:
 			if _, err = io.CopyN(io.Discard, body, s.pos-info.Offset); err == nil {
-				s.now = &answer{info, body}
+				s.now = &answer{Info: info, body: body}
 				return nil
 			}
 			body.Close()
+		case errors.Is(err, ErrRange) && !s.whole:
+			s.whole = true
+			continue
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrRange):
 			return err
 		}

@@ -48,7 +48,7 @@ func (o *origin) fetch(ctx context.Context, off, n int64) (io.ReadCloser, Info, 
 	if off >= int64(len(o.body)) && off > 0 {
 		return nil, Info{}, ErrRange
 	}
-	return o.part(off, end), Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+	return o.part(off, end), Info{Size: int64(len(o.body)), Offset: off, End: end}, nil
 }
 
 // part is a body of these bytes.
@@ -60,7 +60,7 @@ func (o *origin) part(off, end int64) io.ReadCloser {
 func (o *origin) broken(off, n int64) (io.ReadCloser, Info, error) {
 	body := io.MultiReader(o.part(off, off+n), failing{})
 	end := min(off+firstSegment, int64(len(o.body)))
-	return io.NopCloser(body), Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+	return io.NopCloser(body), Info{Size: int64(len(o.body)), Offset: off, End: end}, nil
 }
 
 type failing struct{}
@@ -160,7 +160,7 @@ func TestWhoWantsTheMiddleDoesNotWaitForTheStart(t *testing.T) {
 						w.Close()
 					}()
 					held.Store(n)
-					return r, Info{Size: large, End: n, Version: "v1"}, nil
+					return r, Info{Size: large, End: n}, nil
 				}
 				return nil, Info{}, nil
 			}
@@ -225,7 +225,7 @@ func TestWhatBreaksOffIsAskedForAgain(t *testing.T) {
 					return nil, Info{}, errReset
 				}
 				body := io.MultiReader(o.part(off, off+goodProgress+1), failing{})
-				return io.NopCloser(body), Info{Size: large, Offset: off, End: end, Version: "v1"}, nil
+				return io.NopCloser(body), Info{Size: large, Offset: off, End: end}, nil
 			}
 			req := parallelRequest(o, "a")
 			req.Parallel = parallel
@@ -301,7 +301,7 @@ func TestAnotherReadersRightCarriesOn(t *testing.T) {
 			w.Write(o.body[1000:firstSegment])
 			w.Close()
 		}()
-		return r, Info{Size: large, End: firstSegment, Version: "v1"}, nil
+		return r, Info{Size: large, End: firstSegment}, nil
 	}
 	lead.Parallel = 2 // the first answer, and one that is refused at once
 	a := mustOpen(t, goOpen(c, lead))
@@ -343,33 +343,30 @@ func TestALiarAboutRangesGivesNoWrongByteAndNoEndlessLoop(t *testing.T) {
 	body := random(large)
 	cut := func(off, n int64) []byte { return body[off:min(off+n, large)] }
 	whole := func() (io.ReadCloser, Info, error) {
-		return io.NopCloser(bytes.NewReader(body)), Info{Size: large, Version: "v1"}, nil
+		return io.NopCloser(bytes.NewReader(body)), Info{Size: large}, nil
 	}
 	for name, lie := range map[string]func(off, n int64) (io.ReadCloser, Info, error){
 		"the whole instead": func(off, n int64) (io.ReadCloser, Info, error) { return whole() },
 		"refused as a range": func(off, n int64) (io.ReadCloser, Info, error) {
 			return nil, Info{}, fmt.Errorf("%w: 416", ErrRange)
 		},
-		"another version": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(cut(off, n))), Info{Size: large, Offset: off, End: off + n, Version: "v2"}, nil
-		},
 		"another size": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(cut(off, n))), Info{Size: large + 1, Offset: off, End: off + n, Version: "v1"}, nil
+			return io.NopCloser(bytes.NewReader(cut(off, n))), Info{Size: large + 1, Offset: off, End: off + n}, nil
 		},
 		"another place": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(body[off-1:])), Info{Size: large, Offset: off - 1, End: off - 1 + n, Version: "v1"}, nil
+			return io.NopCloser(bytes.NewReader(body[off-1:])), Info{Size: large, Offset: off - 1, End: off - 1 + n}, nil
 		},
 		"more than it says": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(append(bytes.Clone(cut(off, n)), 0))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+			return io.NopCloser(bytes.NewReader(append(bytes.Clone(cut(off, n)), 0))), Info{Size: large, Offset: off, End: off + n}, nil
 		},
 		"less than it says": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(cut(off, n-1))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+			return io.NopCloser(bytes.NewReader(cut(off, n-1))), Info{Size: large, Offset: off, End: off + n}, nil
 		},
 		"nothing": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(strings.NewReader("")), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+			return io.NopCloser(strings.NewReader("")), Info{Size: large, Offset: off, End: off + n}, nil
 		},
 		"other bytes": func(off, n int64) (io.ReadCloser, Info, error) {
-			return io.NopCloser(bytes.NewReader(make([]byte, n))), Info{Size: large, Offset: off, End: off + n, Version: "v1"}, nil
+			return io.NopCloser(bytes.NewReader(make([]byte, n))), Info{Size: large, Offset: off, End: off + n}, nil
 		},
 	} {
 		for _, always := range []bool{true, false} {
@@ -398,9 +395,10 @@ func TestALiarAboutRangesGivesNoWrongByteAndNoEndlessLoop(t *testing.T) {
 				}
 				got, err := readAll(c, parallelRequest(o, "a"))
 				healed := err == nil && bytes.Equal(got, body)
-				// Where a part is not to be had the whole is; who says that
-				// it is the part and gives something else is believed.
-				believed := map[string]bool{"more than it says": true, "less than it says": true, "nothing": true, "other bytes": true, "another size": always}
+				// Where a part is not to be had the whole is, and so where parts
+				// were wrong; who says that it is the part and gives less is
+				// believed.
+				believed := map[string]bool{"less than it says": true, "nothing": true, "another size": always}
 				if healed == believed[name] {
 					t.Errorf("healed: %v, %v", healed, err)
 				}
@@ -430,7 +428,7 @@ func TestADownloadGoesOnAfterARestart(t *testing.T) {
 					<-stop
 					w.CloseWithError(errReset)
 				}()
-				return r, Info{Size: size, Offset: off, End: off + n, Version: "v1"}, nil
+				return r, Info{Size: size, Offset: off, End: off + n}, nil
 			}
 			r := mustOpen(t, goOpen(c, parallelRequest(o, "a")))
 			readExactly(t, r, o.body[:24<<20])
@@ -634,7 +632,7 @@ func TestWhoseRightMayEndAsksForAllAtOnce(t *testing.T) {
 			w.Write(o.body[off+1 : end])
 			w.Close()
 		}()
-		return r, Info{Size: int64(len(o.body)), Offset: off, End: end, Version: "v1"}, nil
+		return r, Info{Size: int64(len(o.body)), Offset: off, End: end}, nil
 	}
 	req := parallelRequest(o, "a")
 	req.Ahead = true
@@ -649,4 +647,40 @@ func TestWhoseRightMayEndAsksForAllAtOnce(t *testing.T) {
 	ended.Store(true)
 	close(gate)
 	readExactly(t, r, o.body)
+}
+
+// TestPartsOfTwoGenerationsAreFetchedAnewInOneStream: a source has replaced the object
+// in between, or two endpoints do not have the same. Parts that go together are taken
+// whatever they are called, and what does not is not tried in parts again.
+func TestPartsOfTwoGenerationsAreFetchedAnewInOneStream(t *testing.T) {
+	t.Parallel()
+	c := openChaos(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	body := random(large)
+	var inParts, whole int
+	var mu sync.Mutex
+	o := &origin{body: body}
+	o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if n < 0 {
+			whole++
+			if whole == 1 { // and breaks off: what comes again must be the same
+				return io.NopCloser(io.MultiReader(bytes.NewReader(body[:2<<20]), failing{})), Info{Size: large}, nil
+			}
+			return nil, Info{}, nil
+		}
+		if inParts++; inParts == 1 {
+			return nil, Info{}, nil
+		}
+		return io.NopCloser(bytes.NewReader(make([]byte, min(n, large-off)))), Info{Size: large, Offset: off, End: min(off+n, large)}, nil
+	}
+	if _, err := readAll(c, parallelRequest(o, "a")); !errors.Is(err, ErrBroken) || inParts < 2 || whole != 0 {
+		t.Fatalf("%d parts, %d in one: %v", inParts, whole, err)
+	}
+	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
+	before := inParts
+	if got, err := readAll(c, parallelRequest(o, "a")); err != nil || !bytes.Equal(got, body) || inParts != before || whole != 2 {
+		t.Errorf("%d parts, %d in one, %d bytes: %v", inParts-before, whole, len(got), err)
+	}
 }

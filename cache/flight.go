@@ -89,6 +89,7 @@ type ticket struct {
 	fetch    Fetch
 	verified func() // see Request
 	refused  bool
+	slow     bool // what it brought was given up, see rate.go
 }
 
 type flightState int
@@ -140,6 +141,9 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 		return nil, false, ErrClosed
 	}
 	f = &flight{cache: c, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), most: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	if c.mixed.has(req.Key) {
+		f.parallel, f.most, f.whole = 1, 1, true
+	}
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	f.partial = newPartial()
 	if p := c.parked[req.Key]; p != nil && s == nil {
@@ -356,16 +360,12 @@ func (f *flight) standApart(h hash.Hash, a *answer) {
 	if orphan {
 		a.body.Close()
 	}
-	// Who has a part of this generation and comes back for another must find
-	// that the next one begins alike. Who is fed from now on sees to that
-	// when it closes. Of what was not hashed nothing can be said.
-	for reader, top := range fed {
-		if top > f.hashed {
-			f.cache.taint.add(f.key, reader)
-		} else {
-			f.cache.taint.add(f.key, reader, f.promises()...)
-		}
+	// Who has a part of this generation must not find its end in the next one. Who
+	// is fed from now on sees to that when it closes.
+	for reader := range fed {
+		f.cache.taint.add(f.key, reader, false)
 	}
+	f.cache.notePassing(f.key)
 	if f.strangers {
 		f.cache.taint.addLeft(f.key.Digest)
 	}
@@ -516,14 +516,48 @@ func (f *flight) undecided(req Request) bool {
 	return false
 }
 
-// openApart gives the reader a stream of its own from the start, over the
-// leader's answer if there is one that starts there.
+// openApart gives the reader an answer of its own: of a range just that, and of all
+// a stream from the start. The leader's is there already.
 func (f *flight) openApart(ctx context.Context, req Request, first *answer) (*Object, error) {
 	defer f.release()
-	if first != nil && first.Offset > 0 {
-		first.body.Close()
-		f.cancel()
-		first = nil
+	own := ownAnswer{first, f.ctx, f.cancel}
+	if req.relayed() {
+		return f.cache.openRelay(ctx, req, own)
 	}
-	return f.cache.passOver(ctx, req, first, f.ctx, f.cancel)
+	return f.cache.openStream(ctx, req, own)
+}
+
+// openStream gives the reader a stream of its own, over an answer if there is one that
+// begins at byte 0.
+func (c *Cache) openStream(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
+	if own.answer != nil && own.Offset > 0 {
+		own.close()
+		own.answer = nil
+	}
+	if own.answer == nil {
+		var err error
+		if own, err = c.askFor(ctx, req, 0, -1); err != nil {
+			return nil, err
+		}
+	}
+	s, err := newStream(c, req, req.Digest.Algorithm().Hash(), 0, own.Size)
+	if err != nil {
+		own.close()
+		return nil, err
+	}
+	s.take(newSteady(own.ctx, req.Fetch, own.answer), own.cancel)
+	if size := own.Size; size >= 0 && size <= tailHold {
+		// As with a flight: what is held back altogether is verified before
+		// there is an answer.
+		stop := context.AfterFunc(ctx, s.interrupt)
+		err := s.verifyAll()
+		if !stop() && err != nil {
+			err = context.Cause(ctx)
+		}
+		if err != nil {
+			s.Close()
+			return nil, err
+		}
+	}
+	return &Object{Size: own.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
 }

@@ -18,14 +18,20 @@ type follower struct {
 	flight *flight
 	req    Request
 
-	pos     int64
-	top     int64    // end of the bytes that it was given
-	file    *os.File // the flight's, with an offset of its own; see Section
-	entered bool     // in the reader's ledger, since the flight stands apart
-	own     *stream
+	pos  int64
+	top  int64    // end of the bytes that it was given
+	file *os.File // the flight's, with an offset of its own; see Section
+	own  passingBody
 	// Guarded by the flight's lock.
 	stopped error
 	opening context.CancelFunc // ends the fetch of the own stream; nil when there is none under way
+}
+
+// passingBody is what a reader goes on with when its flight stands apart.
+type passingBody interface {
+	io.ReadSeeker
+	Close()
+	interrupt()
 }
 
 var errInterrupted = errors.New("reader has left")
@@ -64,10 +70,8 @@ func (r *follower) close() {
 	switch {
 	case r.own != nil:
 		r.own.Close()
-	case leftApart && r.top > f.hashed:
-		f.cache.taint.add(f.key, r.req.Reader)
 	case leftApart:
-		f.cache.taint.add(f.key, r.req.Reader, f.promises()...)
+		f.cache.taint.add(f.key, r.req.Reader, false)
 	}
 	if r.file != nil {
 		r.file.Close()
@@ -190,130 +194,106 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 	if r.stopped != nil {
 		n, err, state = 0, r.stopped, failed
 	}
-	if n > 0 && state != apart { // apart, it is entered below
+	if n > 0 {
 		r.top = max(r.top, r.pos+n)
+	}
+	if n > 0 && state != apart { // apart, it is tainted when it closes
 		f.fed[r.req.Reader] = max(f.fed[r.req.Reader], r.top)
 	}
 	f.mu.Unlock()
 
-	switch {
-	case n > 0 && state == apart:
-		if err := r.enter(); err != nil {
-			return nil, 0, state, err
-		}
-		r.top = max(r.top, r.pos+n)
-	case n == 0 && state != verified && state != apart:
+	if n == 0 && state != verified && state != apart {
 		return nil, 0, state, err
 	}
 	return pending, n, state, nil
 }
 
-// enter writes what the flight gives into the reader's ledger before more of it
-// leaves: others of its streams must go with it. What stands for itself is
-// entered when it ends.
-func (r *follower) enter() error {
-	if r.entered {
-		return nil
-	}
-	r.entered = true
-	if !r.req.Ranged && r.req.Offset == 0 {
-		return nil
-	}
-	f := r.flight
-	l := f.cache.taint.open(f.key, r.req.Reader)
-	if l == nil {
-		return ErrTainted
-	}
-	defer l.leave()
-	for _, p := range f.promises() {
-		if !l.agree(p) {
-			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
-		}
-	}
-	return nil
-}
-
-// goOwn opens the stream that takes over where the flight's hash stands.
+// goOwn opens what takes over from the flight: of a range, the source's own answer
+// from where the reader is, and else a stream from where the flight's hash stands.
 func (r *follower) goOwn() error {
 	f := r.flight
-	if r.req.Ranged && f.cache.taint.spoiled(f.key, r.req.Reader) {
-		// Another range of this reader's had what nobody can compare with.
-		return ErrTainted
-	}
-	h, err := cloneHash(f.prefix)
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(f.cache.ctx)
 	f.mu.Lock()
 	r.opening = cancel
 	if r.stopped != nil {
 		cancel()
 	}
+	size := f.size
 	f.mu.Unlock()
+	var own passingBody
+	var err error
+	if r.req.relayed() && size >= 0 {
+		own, err = r.ownRelay(ctx, cancel, size)
+	} else {
+		own, err = r.ownStream(ctx, cancel)
+	}
+	f.mu.Lock()
+	r.opening = nil
+	if err == nil {
+		r.own = own
+	}
+	stopped := r.stopped
+	f.mu.Unlock()
+	switch {
+	case err != nil:
+		cancel()
+		if r.top > 0 { // what it has will not be completed by this one
+			f.cache.taint.add(f.key, r.req.Reader, errors.Is(err, errWrong))
+		}
+	case stopped != nil:
+		own.interrupt()
+	}
+	return err
+}
+
+func (r *follower) ownRelay(ctx context.Context, cancel context.CancelFunc, size int64) (passingBody, error) {
+	if f := r.flight; r.pos > 0 && f.cache.taint.wrong(f.key, r.req.Reader) {
+		return nil, ErrTainted
+	}
+	return &relay{&steady{ctx: ctx, fetch: r.req.Fetch, size: size, pos: r.pos, want: r.pos, step: relayStep}, cancel}, nil
+}
+
+func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (passingBody, error) {
+	f := r.flight
+	h, err := cloneHash(f.prefix)
+	if err != nil {
+		return nil, err
+	}
 	body, info, err := r.req.Fetch(ctx, f.hashed, -1)
 	if errors.Is(err, ErrRange) {
 		body, info, err = r.req.Fetch(ctx, 0, -1)
 	}
-	f.mu.Lock()
-	r.opening = nil
-	f.mu.Unlock()
 	if err != nil {
-		cancel()
-		r.taint()
-		return err
+		return nil, err
 	}
-	if info.Size >= 0 && f.size >= 0 && info.Size != f.size || info.Offset != 0 && info.Offset != f.hashed {
-		body.Close()
-		cancel()
-		r.taint()
-		return fmt.Errorf("%w: the source has another size now", ErrBroken)
+	a := &answer{Info: info, body: body}
+	if a.Size >= 0 && f.size >= 0 && a.Size != f.size || a.Offset != 0 && a.Offset != f.hashed {
+		a.body.Close()
+		return nil, fmt.Errorf("%w: the source has another size now", errWrong)
 	}
-	info.Size = max(info.Size, f.size)
-	if info.Offset == 0 && f.hashed > 0 {
-		h = f.key.Digest.Algorithm().Hash()
-	}
-	own, err := newStream(f.cache, r.req, h, info)
-	if err != nil {
-		body.Close()
-		cancel()
-		r.taint()
-		return err
-	}
-	own.take(newSteady(ctx, r.req.Fetch, &answer{info, body}), cancel)
-	// From byte 0 it is the first bytes again: they must be the same.
-	for _, p := range f.promises() {
-		if !own.promised(p) {
-			own.gave, own.wrong = r.top > 0, true
-			own.Close()
-			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
+	a.Size = max(a.Size, f.size)
+	rest := newSteady(ctx, r.req.Fetch, a)
+	if a.Offset == 0 && f.hashed > 0 { // the hash has the first bytes as they were given out
+		if _, err := io.CopyN(io.Discard, rest, f.hashed); err != nil {
+			rest.Close()
+			return nil, fmt.Errorf("%w: %w", ErrBroken, err)
 		}
 	}
-	if from := f.heldBack(f.hashed); info.Offset > 0 && from < f.hashed {
+	own, err := newStream(f.cache, r.req, h, f.hashed, a.Size)
+	if err != nil {
+		rest.Close()
+		return nil, err
+	}
+	own.take(rest, cancel)
+	if from := f.heldBack(f.hashed); from < f.hashed {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, from, f.hashed-from); err != nil {
-			own.gave = r.top > 0
 			own.Close()
-			return err
+			return nil, err
 		}
 	}
 	own.gave = r.top > 0
-	f.mu.Lock()
-	r.own = own
-	stopped := r.stopped
-	f.mu.Unlock()
-	if stopped != nil {
-		own.interrupt()
-	}
-	return nil
-}
-
-// taint marks the reader: what it has of the flight will not be completed by
-// this one.
-func (r *follower) taint() {
-	if r.top > 0 {
-		r.flight.cache.taint.add(r.flight.key, r.req.Reader)
-	}
+	return own, nil
 }
 
 func (r *follower) readOwn(p []byte) (int, error) {

@@ -31,26 +31,18 @@ type partial struct {
 	ghosts  spans              // in the file, but nobody knows from where; see restore
 	hashed  int64              // all before it went through the hash
 	hash    hash.Hash          // nil: before the first byte
-	sums    []string           // the hash at each ledgerStep
 	// fed are the readers that were given bytes, up to where at most; of
 	// strangers, who read it in an earlier process, nothing is known.
 	fed       map[string]int64
 	strangers bool
-	versions  map[origins]string // what each calls these bytes
-	synced    time.Time          // when it was last made durable, or begun
-	noted     int64              // how many bytes the journal knows of
-	journal   int64              // how many bytes the journal has
+	synced    time.Time // when it was last made durable, or begun
+	noted     int64     // how many bytes the journal knows of
+	journal   int64     // how many bytes the journal has
 	parked    time.Time
 }
 
-// origins are who names a version: one endpoint of a source.
-type origins struct {
-	source   string
-	endpoint int
-}
-
 func newPartial() partial {
-	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64), versions: make(map[origins]string)}
+	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64)}
 }
 
 const (
@@ -220,7 +212,7 @@ func (p *partial) findGhosts() error {
 // with.
 func (p *partial) taintFed(k Key, t *taints) {
 	for reader := range p.fed {
-		t.add(k, reader)
+		t.add(k, reader, true)
 	}
 	if p.strangers {
 		t.addLeft(k.Digest)

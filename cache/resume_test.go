@@ -87,7 +87,7 @@ func TestASourceThatBearsOneConnectionIsEnough(t *testing.T) {
 			if n < 0 {
 				end = int64(len(body))
 			}
-			return &counted{source.part(off, end), &open}, Info{Size: int64(len(body)), Offset: off, End: end, Version: "v1"}, nil
+			return &counted{source.part(off, end), &open}, Info{Size: int64(len(body)), Offset: off, End: end}, nil
 		}
 		got, err := readAll(c, parallelRequest(source, "one"))
 		if err != nil || !bytes.Equal(got, body) {
@@ -135,7 +135,7 @@ func TestABlipIsBorne(t *testing.T) {
 		for at := off; at < end; at += 1 << 18 {
 			pieces = append(pieces, source.part(at, min(at+1<<18, end)), part)
 		}
-		return io.NopCloser(io.MultiReader(pieces...)), Info{Size: int64(len(body)), Offset: off, End: end, Version: "v1"}, nil
+		return io.NopCloser(io.MultiReader(pieces...)), Info{Size: int64(len(body)), Offset: off, End: end}, nil
 	}
 	if got, err := readAll(c, parallelRequest(source, "one")); err != nil || !bytes.Equal(got, body) {
 		t.Errorf("%d bytes: %v", len(got), err)
@@ -174,7 +174,7 @@ func TestPartsFarAheadAreBegunAtOnce(t *testing.T) {
 			return 0, io.EOF
 		})
 		return io.NopCloser(io.MultiReader(source.part(off, first), wait, source.part(first, end))),
-			Info{Size: int64(len(body)), Offset: off, End: end, Version: "v1"}, nil
+			Info{Size: int64(len(body)), Offset: off, End: end}, nil
 	}
 	objects := make(chan error, parts)
 	for i := range parts {
@@ -250,7 +250,7 @@ func TestWholeWhatTheJournalHadNotYetIsCompared(t *testing.T) {
 			first.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
 				const end = wrongAt + 1<<20 + 100
 				size := int64(len(body))
-				return io.NopCloser(io.MultiReader(first.part(off, noteStep), wait, first.part(noteStep, end), hang)), Info{Size: size, Offset: off, End: size, Version: "v1"}, nil
+				return io.NopCloser(io.MultiReader(first.part(off, noteStep), wait, first.part(noteStep, end), hang)), Info{Size: size, Offset: off, End: size}, nil
 			}
 			req := parallelRequest(honest, "a")
 			req.Fetch, req.Parallel = first.fetch, 1

@@ -18,9 +18,8 @@ import (
 
 // stream is an upstream body of one reader's own, for what cannot be stored.
 // Everything passes through the hash, from byte 0 on; what the reader did not
-// ask for is thrown away. Of a range nothing leaves before its hash was compared
-// with what the reader was given of the object by other streams, and of all
-// the last tailHold bytes not before the digest matched. It reads forward only.
+// ask for is thrown away. The last tailHold bytes do not leave before the digest
+// matched. It reads forward only.
 type stream struct {
 	cache  *Cache
 	key    Key
@@ -34,43 +33,24 @@ type stream struct {
 	buf      []byte    // hashed, not given out
 	start    int64     // offset of buf[0]
 	pos      int64     // next byte the reader wants
-	agreed   int64     // all before it was compared
 	verified bool
 	wrong    bool // the bytes are not the object's, as opposed to not all of them
 	err      error
 	gave     bool // the reader has bytes of this object
 	once     sync.Once
 
-	// ledger is the reader's, which all of its streams share, when the reader
-	// asked for a range; what it asks for without one stands for itself, and
-	// is only entered when it ends unverified.
-	ledger *ledger
-	ranged bool
-	seen   map[int64]bool // promises off the steps that were compared
 	// name is a pending file without a byte: a start meanwhile, or soon after,
 	// finds it, and taints who has read.
 	name *blobstore.Pending
 }
 
-// newStream starts from the state h that the hash has at info.Offset. It fails
-// with ErrTainted when the reader holds what cannot be compared with.
-func newStream(c *Cache, req Request, h hash.Hash, info Info) (*stream, error) {
-	s := &stream{
-		cache: c, key: req.Key, reader: req.Reader, size: info.Size, hash: h, told: req.Verified,
-		start: info.Offset, agreed: info.Offset, seen: make(map[int64]bool),
-	}
-	bad := c.taint.spoiled(req.Key, req.Reader)
-	switch {
-	case bad && req.Offset > 0:
+// newStream starts from the state h that the hash has at byte at. It fails with
+// ErrTainted where the reader wants no beginning and holds a wrong one.
+func newStream(c *Cache, req Request, h hash.Hash, at, size int64) (*stream, error) {
+	if req.Offset > 0 && c.taint.wrong(req.Key, req.Reader) {
 		return nil, ErrTainted
-	case bad || !req.Ranged && req.Offset == 0:
-		s.ledger = newLedger() // it starts anew
-	default:
-		s.ranged = true
-		if s.ledger = c.taint.open(req.Key, req.Reader); s.ledger == nil {
-			return nil, ErrTainted
-		}
 	}
+	s := &stream{cache: c, key: req.Key, reader: req.Reader, size: size, hash: h, start: at, told: req.Verified}
 	// A disk that refuses even that has nothing else to keep either.
 	s.name, _ = c.store.Create(req.Digest)
 	return s, nil
@@ -89,12 +69,6 @@ func (s *stream) preload(file io.ReaderAt, off, n int64) error {
 	return err
 }
 
-// promised enters what a flight gave or may have given to this reader.
-func (s *stream) promised(p promise) bool {
-	s.seen[p.length] = true
-	return s.ledger.agree(p)
-}
-
 // cloneHash copies the state of a hash.
 func cloneHash(h hash.Hash) (hash.Hash, error) {
 	c, ok := h.(hash.Cloner)
@@ -108,7 +82,7 @@ func cloneHash(h hash.Hash) (hash.Hash, error) {
 func (s *stream) interrupt() { s.cancel() }
 
 // Close ends the stream. A reader that has bytes which were not verified is
-// remembered, with what they were.
+// remembered.
 func (s *stream) Close() {
 	s.once.Do(func() {
 		if s.cancel != nil {
@@ -124,24 +98,9 @@ func (s *stream) Close() {
 				s.name.Discard()
 			}
 		}
-		if s.ranged {
-			if unverified && s.wrong {
-				s.ledger.spoil()
-			}
-			s.ledger.leave()
-			return
+		if unverified {
+			s.cache.taint.add(s.key, s.reader, s.wrong)
 		}
-		if !unverified {
-			return
-		}
-		var ps []promise // none: nothing is known
-		if !s.wrong {
-			s.ledger.agree(promise{s.start + int64(len(s.buf)), string(s.hash.Sum(nil))})
-			for length, sum := range s.ledger.sums { // nobody else's
-				ps = append(ps, promise{length, sum})
-			}
-		}
-		s.cache.taint.add(s.key, s.reader, ps...)
 	})
 }
 
@@ -165,7 +124,7 @@ func (s *stream) ready() int {
 	} else {
 		end -= tailHold
 	}
-	return int(max(0, min(end, s.agreed)-s.start))
+	return int(max(0, end-s.start))
 }
 
 func (s *stream) Read(p []byte) (int, error) {
@@ -203,30 +162,16 @@ func (s *stream) verifyAll() error {
 	return s.err
 }
 
-// more reads a piece, never past what is to be compared, and checks what can be
-// checked.
+// more reads a piece, and checks what can be checked.
 func (s *stream) more() error {
-	const piece = 64 << 10
-	at := s.start + int64(len(s.buf))
-	next := s.ledger.next(at)
-	chunk := make([]byte, min(piece, next-at))
+	chunk := make([]byte, 64<<10)
 	n, err := s.body.Read(chunk)
 	s.hash.Write(chunk[:n])
 	s.buf = append(s.buf, chunk[:n]...)
-	at += int64(n)
+	at := s.start + int64(len(s.buf))
 	if s.size >= 0 && at > s.size {
 		s.wrong = true
 		return fmt.Errorf("%w: more than the %d bytes announced", ErrBroken, s.size)
-	}
-	if n > 0 && at == next {
-		if !s.promised(promise{at, string(s.hash.Sum(nil))}) {
-			s.wrong = true
-			return fmt.Errorf("%w: it is not what this reader was given before", ErrBroken)
-		}
-		s.agreed = at
-	}
-	if !s.ranged {
-		s.agreed = at // nothing else is read at the same time
 	}
 	switch {
 	case err == nil:
@@ -239,10 +184,6 @@ func (s *stream) more() error {
 	if got := digest.NewDigest(s.key.Digest.Algorithm(), s.hash); got != s.key.Digest {
 		s.wrong = true
 		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, s.key.Digest)
-	}
-	if s.ledger.missed(at, s.seen) {
-		s.ledger.spoil()
-		return fmt.Errorf("%w: this reader was given bytes that do not go with it", ErrBroken)
 	}
 	s.size, s.verified = at, true
 	if s.told != nil {

@@ -124,12 +124,23 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		body.evidence = &rights.Evidence{Says: rights.Verified, Asked: y.Asked, Redirected: resp.Redirected, Size: resp.Size, MediaType: resp.MediaType}
 	}
 	return body, cache.Info{
-		Size:    resp.Size,
-		Offset:  resp.Offset,
-		End:     resp.End,
-		Source:  resp.Endpoint,
-		Version: resp.ETag,
+		Size:      resp.Size,
+		Offset:    resp.Offset,
+		End:       resp.End,
+		Elsewhere: func() bool { return s.elsewhere(resp.Endpoint) },
 	}, nil
+}
+
+// elsewhere has the next question go to another endpoint, if there is one that may be
+// asked.
+func (s *source) elsewhere(than int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.asked || s.yes.Finishing || s.proxy.upstreams.Registry(s.q.upstream).Endpoints() < 2 {
+		return false
+	}
+	s.next = than + 1
+	return true
 }
 
 // onePiece is what a registry sends in one piece, whatever is asked for.

@@ -28,7 +28,7 @@ func FuzzRange(f *testing.F) {
 		if ifRange != "" {
 			r.Header["If-Range"] = []string{ifRange}
 		}
-		first, resumes := parseRange(r)
+		first, length, resumes := parseRange(r)
 		body := make([]byte, size)
 		for i := range body {
 			body[i] = byte(min(i, 255))
@@ -42,8 +42,11 @@ func FuzzRange(f *testing.F) {
 		if w.Code == 206 && !strings.HasPrefix(header, "bytes=-") && int(got[0]) != int(min(first, 255)) {
 			t.Fatalf("%q: begins at %d, said %d", header, got[0], first)
 		}
-		if first < 0 {
-			t.Fatalf("%q: first %d", header, first)
+		if first < 0 || length < 0 {
+			t.Fatalf("%q: first %d, length %d", header, first, length)
+		}
+		if w.Code == 206 && length > 0 && int64(len(got)) > length && !strings.HasPrefix(header, "bytes=-") {
+			t.Fatalf("%q: %d bytes, said %d", header, len(got), length)
 		}
 	})
 }

@@ -113,6 +113,7 @@ func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Reque
 		Reader:     q.asker.Name(),
 		Source:     string(q.upstream),
 		Offset:     q.first,
+		Length:     q.length,
 		Ranged:     q.ranged,
 		Authorised: authorised,
 		Wait:       p.rules(q.upstream).GrantTTL > 0,

@@ -102,7 +102,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d manifest.Descriptor) 
 	one := *q
 	one.size = d.Size
 	one.kind, one.tag, one.digest = kind, "", d.Digest
-	one.first, one.ranged, one.resumes = 0, false, false
+	one.first, one.length, one.ranged, one.resumes = 0, 0, false, false
 	if _, here := p.cache.Size(p.key(&one, d.Digest)); here && kind == upstream.Blob {
 		return nil
 	}

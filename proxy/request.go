@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -52,7 +53,8 @@ type request struct {
 	accept        []string   // "" means anything; see acceptOf
 	authorization string     // "" for none, also where the client sent the broker's marker
 	first         int64      // first byte that the client wants, see parseRange
-	ranged        bool       // it has a Range that is honoured
+	length        int64      // how many from there; 0: all that follow
+	ranged        bool       // it has a Range that is honoured, whatever the object's tag
 	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
 	size          int64      // the only one that is taken; 0 for any
@@ -143,8 +145,8 @@ func (n names) parse(r *http.Request) (*request, error) {
 		authorization: withoutMarker(r.Header.Get("Authorization")),
 		gone:          r.Context().Done(),
 	}
-	q.first, q.resumes = parseRange(r)
-	q.ranged = r.Header.Get("Range") != ""
+	q.first, q.length, q.resumes = parseRange(r)
+	q.ranged = r.Header.Get("Range") != "" && r.Header.Get("If-Range") == ""
 
 	head, rest, ok := strings.Cut(path, "/v2")
 	if !ok || rest != "" && rest[0] != '/' || strings.Count(head, "/") > 1 {
@@ -180,33 +182,36 @@ func (q *request) completeRepository() error {
 	return checkRepository(q.repository)
 }
 
-// parseRange returns the first byte that is wanted, and whether the request is
-// for a part that cannot be the whole object. It leaves the one kind of range
+// parseRange returns the first byte that is wanted, how many from there, 0 for all that
+// follow, and whether the request is for a part that cannot be the whole object. It leaves the one kind of range
 // that registries' clients send, so that the answer is the same whether the
 // object is complete or on its way, and so that what is authorised here is what
 // net/http serves later: a GET with one range of bytes. A server may ignore any
 // other (RFC 9110 14.2).
-func parseRange(r *http.Request) (first int64, resumes bool) {
+func parseRange(r *http.Request) (first, length int64, resumes bool) {
 	lines := r.Header["Range"]
 	if len(lines) == 0 {
-		return 0, false
+		return 0, 0, false
 	}
 	spec, bytes := strings.CutPrefix(lines[0], "bytes=")
 	switch {
 	case r.Method != http.MethodGet || len(lines) > 1:
 	case !bytes:
-		return 0, false // 416 where ranges are known, see http.ServeContent
+		return 0, 0, false // 416 where ranges are known, see http.ServeContent
 	case suffixRange.MatchString(spec):
-		return 1, false // somewhere in the object
+		return 1, 1, false // somewhere in the object, whose size is to be known first
 	case simpleRange.MatchString(spec):
-		from, _, _ := strings.Cut(spec, "-")
+		from, to, _ := strings.Cut(spec, "-")
 		if n, err := strconv.ParseInt(from, 10, 64); err == nil {
+			if last, err := strconv.ParseInt(to, 10, 64); err == nil && last >= n && last < math.MaxInt64 {
+				length = last - n + 1
+			}
 			// If-Range may turn it into a request for all.
-			return n, n > 0 && r.Header.Get("If-Range") == ""
+			return n, length, n > 0 && r.Header.Get("If-Range") == ""
 		}
 	}
 	r.Header.Del("Range")
-	return 0, false
+	return 0, 0, false
 }
 
 var (

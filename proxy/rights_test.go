@@ -967,7 +967,7 @@ func TestOnlyStrictRangesResume(t *testing.T) {
 		if header != "" {
 			r.Header.Set("Range", header)
 		}
-		first, resumes := parseRange(r)
+		first, _, resumes := parseRange(r)
 		if first != want.first || resumes != want.resumes {
 			t.Errorf("%q: %d, %v", header, first, resumes)
 		}

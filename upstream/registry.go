@@ -97,6 +97,9 @@ func (r *Registry) Name() Name { return r.name }
 // Listed tells whether the operator named this registry.
 func (r *Registry) Listed() bool { return r.listed }
 
+// Endpoints is how many there are.
+func (r *Registry) Endpoints() int { return len(r.endpoints) }
+
 // HeadTimeout is how long the registry may take for its response headers.
 func (r *Registry) HeadTimeout() time.Duration { return r.headTimeout }
 

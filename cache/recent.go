@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import "time"
+
+// recent are objects of which something is remembered for a moment. It is a way to do
+// better, and nothing depends on it: when there are too many, others are not
+// remembered.
+type recent map[Key]time.Time
+
+const maxRecent = 1024
+
+func (r recent) add(k Key, during time.Duration) {
+	now := time.Now()
+	if len(r) >= maxRecent {
+		for k, until := range r {
+			if now.After(until) {
+				delete(r, k)
+			}
+		}
+	}
+	if len(r) < maxRecent {
+		r[k] = now.Add(during)
+	}
+}
+
+func (r recent) has(k Key) bool { return time.Now().Before(r[k]) }
+
+// mixedFor is how long an object is fetched in one stream, after its bytes were not
+// what the digest says.
+const mixedFor = time.Minute
+
+// noteMixed remembers that what came of an object was wrong. Parts may be of two
+// generations, or of two endpoints that do not have the same, and only the digest
+// tells: names and lengths may differ where the bytes are the same, and the other way
+// round.
+func (c *Cache) noteMixed(k Key) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mixed.add(k, mixedFor)
+}
