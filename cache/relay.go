@@ -22,7 +22,7 @@ const (
 	// relayStep is how much is asked for at a time when nobody has said where the
 	// range ends: containerd asks for all that follows, and leaves after a part, and
 	// what has been asked for by then crosses the link for nothing.
-	relayStep = 2 << 20
+	relayStep = 1 << 20
 	// passFor is how long an object is believed not to fit.
 	passFor = 10 * time.Second
 )
