@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/distribution/distribution/v3/configuration"
 )
 
 // A pathClient is a client that finds tarn by the path of an image's name, and
@@ -180,44 +182,56 @@ func writeFile(t *testing.T, path, content string) {
 const brokerSettings = "upstreams: [{name: " + upstreamName + ", token_broker: true}]\n"
 
 // TestAPrivateImageByPathThroughTheBroker: clients that learn how to log in
-// from /v2/ alone, with the secret that they keep under tarn's address.
+// from /v2/ alone, with the secret that they keep under tarn's address; also from
+// a registry that takes passwords itself, where /v2/ has no token to send for.
 func TestAPrivateImageByPathThroughTheBroker(t *testing.T) {
-	eachPathClient(t, func(t *testing.T, c pathClient) {
-		_, protect := bearerAuth(t)
-		registry := newRegistry(t, protect)
-		startTarn(t, folder(t, work(), "tarn"), brokerSettings)
-		i := pushSaying(t, "team/secret", "v1", "a secret")
-		image := tarnAddr + "/" + i.ref()
-		pull := c.start(t)
-		right := secretFor(t, tarnAddr, user, password)
-		wrong := map[string]string{
-			"nobody":           "",
-			"a wrong password": secretFor(t, tarnAddr, user, "guess"),
-			"another user":     secretFor(t, tarnAddr, stranger, password),
+	for _, scheme := range []string{"Bearer", "Basic"} {
+		t.Run(scheme, func(t *testing.T) {
+			eachPathClient(t, func(t *testing.T, c pathClient) {
+				protect := basicAuth(t)
+				if scheme == "Bearer" {
+					_, protect = bearerAuth(t)
+				}
+				testBroker(t, c, protect)
+			})
+		})
+	}
+}
+
+func testBroker(t *testing.T, c pathClient, protect configuration.Auth) {
+	registry := newRegistry(t, protect)
+	startTarn(t, folder(t, work(), "tarn"), brokerSettings)
+	i := pushSaying(t, "team/secret", "v1", "a secret")
+	image := tarnAddr + "/" + i.ref()
+	pull := c.start(t)
+	right := secretFor(t, tarnAddr, user, password)
+	wrong := map[string]string{
+		"nobody":           "",
+		"a wrong password": secretFor(t, tarnAddr, user, "guess"),
+		"another user":     secretFor(t, tarnAddr, stranger, password),
+	}
+	for who, config := range wrong {
+		if err := pull(image, config); err == nil {
+			t.Errorf("%s pulled the private image, cold", who)
 		}
-		for who, config := range wrong {
-			if err := pull(image, config); err == nil {
-				t.Errorf("%s pulled the private image, cold", who)
-			}
+	}
+	if err := pull(image, right); err != nil {
+		t.Fatalf("who may have the image did not get it: %v", err)
+	}
+	registry.take()
+	for who, config := range wrong {
+		if err := pull(image, config); err == nil {
+			t.Errorf("%s pulled the private image, warm", who)
 		}
-		if err := pull(image, right); err != nil {
-			t.Fatalf("who may have the image did not get it: %v", err)
+	}
+	if err := pull(image, right); err != nil {
+		t.Fatalf("who may have the image did not get it again: %v", err)
+	}
+	for _, r := range registry.take() {
+		if strings.HasPrefix(r.method, "GET") && strings.Contains(r.path, "/blobs/") {
+			t.Errorf("not from tarn's disk: %s (%d)", r, r.status)
 		}
-		registry.take()
-		for who, config := range wrong {
-			if err := pull(image, config); err == nil {
-				t.Errorf("%s pulled the private image, warm", who)
-			}
-		}
-		if err := pull(image, right); err != nil {
-			t.Fatalf("who may have the image did not get it again: %v", err)
-		}
-		for _, r := range registry.take() {
-			if strings.HasPrefix(r.method, "GET") && strings.Contains(r.path, "/blobs/") {
-				t.Errorf("not from tarn's disk: %s (%d)", r, r.status)
-			}
-		}
-	})
+	}
 }
 
 // TestAnOpenImageByPathWithTheBrokerOn: the broker must be in nobody's way.
