@@ -73,6 +73,7 @@ unpack_docker() {
 containerd=github.com/containerd/containerd/v2/cmd
 keep containerd@2.4.2 build $containerd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2 # about five minutes on two cores
 keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
+keep conformance@97274622c111 build github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111
 if [[ ${1:-} == clients ]]; then
 	keep docker@debian unpack_docker
 	keep oras@1.2.3 build oras.land/oras/cmd/oras@v1.2.3
