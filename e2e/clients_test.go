@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/distribution/distribution/v3/configuration"
+	"golang.org/x/sys/unix"
 )
 
 // A pathClient is a client that finds tarn by the path of an image's name, and
@@ -35,24 +36,12 @@ var pathClients = []pathClient{
 			return command(t, dockerConfig(config), "crane", "pull", "--insecure", image, filepath.Join(t.TempDir(), "image.tar"))
 		}
 	}},
-	{"skopeo", true, func(t *testing.T) func(string, string) error {
-		return func(image, config string) error {
-			args := append(authfile(config), "--src-tls-verify=false", "docker://"+image, "dir:"+t.TempDir())
-			return command(t, nil, "skopeo", append([]string{"--insecure-policy", "copy"}, args...)...)
-		}
-	}},
-	{"podman", false, func(t *testing.T) func(string, string) error {
-		policy := filepath.Join(folder(t, work(), "podman"), "policy.json")
-		writeFile(t, policy, `{"default":[{"type":"insecureAcceptAnything"}]}`)
-		return func(image, config string) error {
-			root, err := os.MkdirTemp("/run", "podman-") // its paths have to be short
-			if err != nil {
-				return err
-			}
-			defer os.RemoveAll(root)
-			return command(t, nil, "podman", append(append([]string{"--root", root + "/root", "--runroot", root + "/run", "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs",
-				"pull", "--signature-policy", policy, "--tls-verify=false"}, authfile(config)...), image)...)
-		}
+	{"skopeo", true, func(t *testing.T) func(string, string) error { return startSkopeo(t, "skopeo") }},
+	{"podman", false, func(t *testing.T) func(string, string) error { return startPodman(t, "podman") }},
+	{"skopeo of Debian 13", false, func(t *testing.T) func(string, string) error { return startSkopeo(t, ofDebian13(t, "skopeo")) }},
+	{"podman of Debian 13", false, func(t *testing.T) func(string, string) error { return startPodman(t, ofDebian13(t, "podman")) }},
+	{"docker of Debian 13", false, func(t *testing.T) func(string, string) error {
+		return startDocker(t, ofDebian13(t, "docker"), ofDebian13(t, "dockerd"))
 	}},
 	{"oras", false, func(t *testing.T) func(string, string) error {
 		return func(image, config string) error {
@@ -69,28 +58,77 @@ var pathClients = []pathClient{
 			return command(t, env, "regctl", "image", "copy", image, "ocidir://"+t.TempDir()+"/layout:v1")
 		}
 	}},
-	{"docker", false, func(t *testing.T) func(string, string) error {
-		startContainerd(t)
-		dir := folder(t, work(), "docker")
-		socket := "unix:///run/docker-e2e.sock"
-		p := start(t, "dockerd", "dockerd", "--host", socket, "--data-root", dir, "--exec-root", "/run/docker-e2e", "--pidfile", dir+"/pid",
-			"--containerd", containerdSocket, "--storage-driver", "vfs", "--iptables=false", "--ip-forward=false", "--bridge=none")
-		waitFor(t, "dockerd is ready", func() error {
-			if err := p.alive(); err != nil {
-				t.Fatalf("%v; its log:\n%s", err, p.tail(t))
-			}
-			return command(t, nil, "docker", "--host", socket, "version")
-		})
-		return func(image, config string) error {
-			err := command(t, dockerConfig(config), "docker", "--host", socket, "pull", image)
-			command(t, nil, "docker", "--host", socket, "rmi", image)
-			return err
-		}
-	}},
+	{"docker", false, func(t *testing.T) func(string, string) error { return startDocker(t, "docker", "dockerd") }},
 	{"BuildKit", false, func(t *testing.T) func(string, string) error {
 		buildkit := startBuildKit(t, "")
 		return func(image, config string) error { return buildkit(t, image, config) }
 	}},
+}
+
+func startSkopeo(t *testing.T, skopeo string) func(string, string) error {
+	return func(image, config string) error {
+		args := append(authfile(config), "--src-tls-verify=false", "docker://"+image, "dir:"+t.TempDir())
+		return command(t, nil, skopeo, append([]string{"--insecure-policy", "copy"}, args...)...)
+	}
+}
+
+func startPodman(t *testing.T, podman string) func(string, string) error {
+	policy := filepath.Join(folder(t, work(), "podman"), "policy.json")
+	writeFile(t, policy, `{"default":[{"type":"insecureAcceptAnything"}]}`)
+	return func(image, config string) error {
+		root, err := os.MkdirTemp("/run", "podman-") // its paths have to be short
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(root)
+		return command(t, nil, podman, append(append([]string{"--root", root + "/root", "--runroot", root + "/run", "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs",
+			"pull", "--signature-policy", policy, "--tls-verify=false"}, authfile(config)...), image)...)
+	}
+}
+
+func startDocker(t *testing.T, docker, dockerd string) func(string, string) error {
+	startContainerd(t)
+	dir := folder(t, work(), "docker")
+	socket := "unix:///run/docker-e2e.sock"
+	p := start(t, "dockerd", dockerd, "--host", socket, "--data-root", dir, "--exec-root", "/run/docker-e2e", "--pidfile", dir+"/pid",
+		"--containerd", containerdSocket, "--storage-driver", "vfs", "--iptables=false", "--ip-forward=false", "--bridge=none")
+	waitFor(t, "dockerd is ready", func() error {
+		if err := p.alive(); err != nil {
+			t.Fatalf("%v; its log:\n%s", err, p.tail(t))
+		}
+		return command(t, nil, docker, "--host", socket, "version")
+	})
+	return func(image, config string) error {
+		err := command(t, dockerConfig(config), docker, "--host", socket, "pull", image)
+		command(t, nil, docker, "--host", socket, "rmi", image)
+		return err
+	}
+}
+
+// ofDebian13 is a client of that release, which lives in a folder and sees the
+// tests' files there, at their own paths.
+func ofDebian13(t *testing.T, name string) string {
+	t.Helper()
+	program, err := exec.LookPath(name + "-of-debian13")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(filepath.Dir(program), "root")
+	// podman wants a mount point under "/". All of it goes with the namespace.
+	for _, dir := range []string{"", "/proc", "/dev", "/sys", "/run", work(), filepath.Dir(t.TempDir())} {
+		at := root + dir
+		if dir == "" {
+			dir = root
+		}
+		if err := os.MkdirAll(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			t.Fatalf("mount %s: %v", at, err)
+		}
+		t.Cleanup(func() { unix.Unmount(at, unix.MNT_DETACH) })
+	}
+	return program
 }
 
 // startBuildKit returns how it builds from an image, with these lines in its

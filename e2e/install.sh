@@ -21,6 +21,7 @@ command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
 command -v chromium >/dev/null || packages+=(chromium)
 if [[ ${1:-} == clients ]]; then
 	command -v podman >/dev/null || packages+=(podman)
+	command -v debootstrap >/dev/null || packages+=(debootstrap)
 fi
 if ((${#packages[@]})); then
 	if [[ $(id -u) != 0 ]]; then
@@ -62,6 +63,17 @@ build() {
 		CGO_ENABLED=0 GOWORK=off GOFLAGS=-trimpath GOBIN=$PWD go install "$package"
 	done
 }
+# A Debian of a later release in a folder, and how its clients are started: by chroot, in mounts that the tests make.
+unpack_debian13() {
+	local mirror program
+	mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | awk '$2 ~ /^(bookworm|oldstable|stable)$/ { print $1; exit }')
+	debootstrap --variant=minbase --include=podman,skopeo,docker.io,docker-cli,ca-certificates,crun trixie root "$mirror"
+	rm -rf root/var/cache/apt root/var/lib/apt/lists
+	for program in skopeo podman docker dockerd; do
+		printf '#!/bin/sh\nexec chroot "$(dirname "$0")/root" %s "$@"\n' "$program" >"$program-of-debian13"
+		chmod +x "$program-of-debian13"
+	done
+}
 # docker's programs without its service, which would start at once.
 unpack_docker() {
 	apt-get download docker.io
@@ -76,6 +88,7 @@ keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
 keep conformance@97274622c111 build github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111
 if [[ ${1:-} == clients ]]; then
 	keep docker@debian unpack_docker
+	keep clients@debian13 unpack_debian13
 	keep oras@1.2.3 build oras.land/oras/cmd/oras@v1.2.3
 	keep regctl@0.11.7 build github.com/regclient/regclient/cmd/regctl@v0.11.7
 	keep buildkit@0.17.3 build github.com/moby/buildkit/cmd/{buildctl,buildkitd}@v0.17.3
