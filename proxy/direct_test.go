@@ -142,9 +142,8 @@ func some(n int) (all []combination) {
 // habitual is a registry with habits, which begin when they are switched on.
 type habitual struct {
 	*registrytest.Registry
-	c     combination
-	on    bool
-	extra map[string]bool // paths of the second registry
+	c  combination
+	on bool
 }
 
 // answer changes the answer of the registry below as the combination says.
