@@ -84,11 +84,16 @@ func (q *request) object(d digest.Digest) rights.Object {
 // entitled tells whether the client may have the object without another
 // question.
 func (p *Proxy) entitled(q *request) (rights.Yes, bool) {
-	size, here := p.cache.Size(p.key(q, q.digest))
-	if !here {
-		size = -1
+	return p.rights.Entitled(q.asker, q.object(q.digest), func() int64 { return p.here(q) }, q.resumes)
+}
+
+// here is the size of what is stored of the object or on its way, -1 where nobody
+// knows it.
+func (p *Proxy) here(q *request) int64 {
+	if size, here := p.cache.Size(p.key(q, q.digest)); here {
+		return size
 	}
-	return p.rights.Entitled(q.asker, q.object(q.digest), size, q.resumes)
+	return -1
 }
 
 // recall returns the 401 that anonymous was answered with here a moment ago.
@@ -126,16 +131,17 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 	case !resp.Authority:
 		return resp, rights.Yes{Asked: asked, Size: -1}, nil
 	}
-	return resp, p.rights.Learn(q.asker, q.object(d), p.weigh(q, d, resp, asked)), nil
+	e, _ := p.weigh(q, d, resp, asked)
+	return resp, p.rights.Learn(q.asker, q.object(d), e), nil
 }
 
 // weigh says what a 2xx of the authority is evidence of. A registry behind a
 // sign-on page says 200 to everybody; what counts is whether the answer names
-// the object, or says the size of one that is stored.
-func (p *Proxy) weigh(q *request, d digest.Digest, resp *upstream.Response, asked time.Time) rights.Evidence {
-	e := rights.Evidence{Says: rights.Mute, Asked: asked, Redirected: resp.Redirected, Size: resp.Size, MediaType: resp.MediaType}
+// the object, or says the size of one that is stored. It tells that, too.
+func (p *Proxy) weigh(q *request, d digest.Digest, resp *upstream.Response, asked time.Time) (e rights.Evidence, stored bool) {
+	e = rights.Evidence{Says: rights.Mute, Asked: asked, Redirected: resp.Redirected, Size: resp.Size, MediaType: resp.MediaType}
 	if d == "" {
-		return e
+		return e, false
 	}
 	size, stored := p.cache.Has(p.key(q, d))
 	if resp.Size == 0 && d != d.Algorithm().FromBytes(nil) || q.kind == upstream.Manifest && resp.Encoding != "" {
@@ -150,7 +156,7 @@ func (p *Proxy) weigh(q *request, d digest.Digest, resp *upstream.Response, aske
 	case stored && e.Size == size:
 		e.Says = rights.Sized
 	}
-	return e
+	return e, stored
 }
 
 // refusalOf is what an error of the authority is evidence of.

@@ -26,6 +26,7 @@ type confirmation struct {
 
 	evidence rights.Evidence
 	yes      rights.Yes // what it makes
+	stored   bool       // it was, when a HEAD was answered
 	row      index.Tag
 }
 

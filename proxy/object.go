@@ -58,15 +58,13 @@ func (p *Proxy) serveDigest(ctx context.Context, w *response, r *http.Request, q
 func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, *staleness, error) {
 	for present := false; ; present = true {
 		y, ok := p.entitled(q)
-		size, here := p.cache.Size(p.key(q, q.digest))
-		if !here {
-			size = -1 // also when a flight does not know it yet
-		}
-		here = here || present
+		here := true
 		if !ok {
 			if err := p.recall(q.asker); err != nil {
 				return nil, y, nil, err
 			}
+			size := p.here(q) // -1 also when a flight does not know it yet
+			here = size >= 0 || present
 			var err error
 			if y, ok, err = p.inquire(ctx, w, q, here, size); err != nil {
 				y, stale, err := p.stale(q, err)

@@ -119,7 +119,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	c.yes = p.rights.Learn(q.asker, q.object(c.digest), c.evidence)
 	c.row = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
 	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row)
-	if _, here := p.cache.Has(p.key(q, c.digest)); !here && c.digest != "" {
+	if !c.stored && c.digest != "" {
 		p.pending.add(q.repositoryKey(), q.tag, c.row)
 	}
 	return c, nil
@@ -165,7 +165,7 @@ func (p *Proxy) headTagAt(ctx context.Context, q *request) (*confirmation, error
 	if resp.Size == 0 || resp.Encoding != "" {
 		c.size = -1 // not the manifest's
 	}
-	c.evidence = p.weigh(q, c.digest, resp, time.Time{})
+	c.evidence, c.stored = p.weigh(q, c.digest, resp, time.Time{})
 	return c, nil
 }
 
@@ -186,7 +186,7 @@ func (p *Proxy) readTag(ctx context.Context, q *request) (*confirmation, error) 
 		return nil, err
 	}
 	if schema1(c.mediaType) { // which nobody here can verify
-		c.evidence = p.weigh(q, c.digest, resp, time.Time{})
+		c.evidence, _ = p.weigh(q, c.digest, resp, time.Time{})
 		return c, nil
 	}
 	c.evidence = rights.Evidence{Says: rights.Verified, Redirected: resp.Redirected, Size: c.size, MediaType: c.mediaType}

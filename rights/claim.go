@@ -94,15 +94,15 @@ func (cs *claims) dropObject(asker, object string) {
 	}
 }
 
-func (cs *claims) entitled(asker, object string, size int64, resumes bool, ttl time.Duration, now time.Time) (Yes, bool) {
+// entitled returns what the asker was told of the object, if that stands for what
+// it asks for now.
+func (cs *claims) entitled(asker, object string, resumes bool, now time.Time) (Yes, bool) {
 	c := cs.by[asker][object]
-	if c == nil || size < 0 || !c.yes.Covers(size) {
-		return Yes{}, false
-	}
-	if now.Before(c.until) {
+	switch {
+	case c == nil:
+	case now.Before(c.until):
 		return c.yes, true
-	}
-	if resumes && c.begun && !c.ended(now) && now.Before(c.yes.Asked.Add(finishFor)) {
+	case resumes && c.begun && !c.ended(now) && now.Before(c.yes.Asked.Add(finishFor)):
 		y := c.yes
 		y.Finishing = true
 		return y, true
@@ -111,13 +111,12 @@ func (cs *claims) entitled(asker, object string, size int64, resumes bool, ttl t
 }
 
 // claim notes a yes about an object.
-func (r *Rights) claim(a Asker, o Object, y Yes) {
+func (r *Rights) claim(a Asker, key string, y Yes) {
 	ttl, now := r.opts.Terms(a.Repository.Upstream).Grant, r.opts.Now()
 	until := y.Asked.Add(ttl)
 	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
 		until = end
 	}
-	key := a.key(o)
 	if ttl <= 0 || !now.Before(y.Asked.Add(max(ttl, finishFor))) || !y.Proved && y.Size < 0 {
 		return
 	}

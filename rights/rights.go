@@ -224,15 +224,16 @@ func New(opts Options) *Rights {
 // it is a refusal.
 func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 	does := e.effect()
-	if does.member && o.Digest != "" {
-		r.member(a, o, e)
+	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
+	if o.Digest != "" && e.Says <= Verified {
+		key := a.key(o)
+		if does.member {
+			r.member(a, o, key, e)
+		}
+		r.claim(a, key, y)
 	}
 	if does.grant || does.open && a.Anonymous() {
 		r.granted(a, e.Asked)
-	}
-	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
-	if e.Says <= Verified && o.Digest != "" {
-		r.claim(a, o, y)
 	}
 	if does.endGrant || does.endMember || does.endOpen && a.Anonymous() {
 		r.end(a, o, e, does)
@@ -241,8 +242,7 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 }
 
 // member notes that the authority served the object.
-func (r *Rights) member(a Asker, o Object, e Evidence) {
-	key := a.key(o)
+func (r *Rights) member(a Asker, o Object, key string, e Evidence) {
 	m := index.Membership{Time: e.Asked}
 	if o.Kind == manifests {
 		m.MediaType = e.MediaType
@@ -378,10 +378,10 @@ func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
 }
 
 // Entitled tells whether the asker may have the object without another
-// question. size is that of the object as it is here, stored or on its way, -1
-// where it is not. resumes says that only a part is wanted which begins above
-// byte 0.
-func (r *Rights) Entitled(a Asker, o Object, size int64, resumes bool) (y Yes, ok bool) {
+// question. size is asked for that of the object as it is here, stored or on its
+// way, -1 where it is not, if it matters. resumes says that only a part is wanted
+// which begins above byte 0.
+func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y Yes, ok bool) {
 	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
 	if terms.Grant <= 0 {
 		return Yes{}, false
@@ -395,18 +395,26 @@ func (r *Rights) Entitled(a Asker, o Object, size int64, resumes bool) (y Yes, o
 	}
 	y = Yes{MediaType: m.MediaType, Size: -1, Proved: true}
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if g, granted := r.grants[a.name]; granted && now.Before(g.until) && lives(m.Time) && !a.Anonymous() {
-		y.Asked = g.asked
+	own, everybody := r.grants[a.name], r.grants[a.everybody]
+	claimed, has := r.claims.entitled(a.name, key, resumes, now)
+	r.mu.Unlock()
+	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {
+		y.Asked = own.asked
 		return y, true
 	}
 	// What was served to a credential may be nothing for anonymous, also where
 	// anonymous may have other things.
-	if g, granted := r.grants[a.everybody]; granted && now.Before(g.until) && lives(m.Anonymous) {
-		y.Asked = g.asked
+	if now.Before(everybody.until) && lives(m.Anonymous) {
+		y.Asked = everybody.asked
 		return y, true
 	}
-	return r.claims.entitled(a.name, key, size, resumes, terms.Grant, now)
+	if !has {
+		return Yes{}, false
+	}
+	if here := size(); here >= 0 && claimed.Covers(here) {
+		return claimed, true
+	}
+	return Yes{}, false
 }
 
 // Granted tells whether a yes for the repository is believed still.

@@ -50,6 +50,8 @@ var (
 
 const size = 1000
 
+func here(n int64) func() int64 { return func() int64 { return n } }
+
 // askers are the kinds that there are.
 var askers = map[string]Credential{
 	"anonymous": {},
@@ -63,7 +65,7 @@ func (d *desk) asker(name string) Asker { return d.Asker(repository, askers[name
 // may tells whether the asker may have the object, which is here with its size,
 // when it is asked for whole.
 func (d *desk) may(a Asker, o Object) bool {
-	_, ok := d.Entitled(a, o, size, false)
+	_, ok := d.Entitled(a, o, here(size), false)
 	return ok
 }
 
@@ -178,7 +180,7 @@ func TestWhatARefusalEnds(t *testing.T) {
 				}
 				_, _, _, got.stale = d.Stale(a, other, false)
 				d.now = d.now.Add(25 * time.Second)
-				_, got.begun = d.Entitled(a, other, size, true)
+				_, got.begun = d.Entitled(a, other, here(size), true)
 				if says == NoObject && !redirected {
 					got.begun = false
 				}
@@ -202,9 +204,9 @@ func TestAClaimIsGoodForItsSizeOnly(t *testing.T) {
 			t.Errorf("%s: %+v", name, y)
 		}
 		end := d.Begin(a, layer, y, 1<<20)
-		for here, want := range map[int64]bool{size: true, size + 1: false, 0: false, -1: false} {
-			if _, ok := d.Entitled(a, layer, here, false); ok != want {
-				t.Errorf("%s: of %d bytes here: %v", name, here, ok)
+		for n, want := range map[int64]bool{size: true, size + 1: false, 0: false, -1: false} {
+			if _, ok := d.Entitled(a, layer, here(n), false); ok != want {
+				t.Errorf("%s: of %d bytes here: %v", name, n, ok)
 			}
 		}
 		if d.Granted(a) || d.may(a, other) {
@@ -217,10 +219,9 @@ func TestAClaimIsGoodForItsSizeOnly(t *testing.T) {
 		}
 		end()
 		d.now = d.now.Add(finishIdle - time.Second)
-		d.now = d.now.Add(0)
-		for here, want := range map[int64]bool{size: true, size + 1: false} {
-			if _, ok := d.Entitled(a, layer, here, true); ok != want {
-				t.Errorf("%s: finishing %d bytes: %v", name, here, ok)
+		for n, want := range map[int64]bool{size: true, size + 1: false} {
+			if _, ok := d.Entitled(a, layer, here(n), true); ok != want {
+				t.Errorf("%s: finishing %d bytes: %v", name, n, ok)
 			}
 		}
 	}

@@ -143,23 +143,26 @@ func within(hreq *http.Request, patience time.Duration, send func(*http.Request)
 // sendTwice sends the request over one of the transport's connections, and once
 // more over a new one when that had lain idle and brings nothing.
 //
-// send is one exchange; it tells how long its connection had lain idle as soon
-// as it has one.
-func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.RoundTripper, *http.Request, func(idle time.Duration)) (*http.Response, error)) (*http.Response, error) {
+// send is one exchange in a context; it tells how long its connection had lain
+// idle as soon as it has one.
+func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.RoundTripper, context.Context, func(idle time.Duration)) (*http.Response, error)) (*http.Response, error) {
 	type outcome struct {
 		resp *http.Response
 		err  error
 	}
 	var timer *time.Timer
-	second := make(chan outcome, 1)
+	var second chan outcome
+	var leaveSecond context.CancelFunc
 	first, leaveFirst := context.WithCancel(hreq.Context())
-	again, leaveSecond := context.WithCancel(hreq.Context())
-	resp, err := send(way.kept, hreq.WithContext(first), func(idle time.Duration) {
+	resp, err := send(way.kept, first, func(idle time.Duration) {
 		if idle < idleDoubt || timer != nil {
 			return
 		}
+		second = make(chan outcome, 1)
+		again, leave := context.WithCancel(hreq.Context())
+		leaveSecond = leave
 		timer = time.AfterFunc(idlePatience, func() {
-			resp, err := send(way.fresh, hreq.WithContext(again), func(time.Duration) {})
+			resp, err := send(way.fresh, again, func(time.Duration) {})
 			if err == nil {
 				leaveFirst()
 			}
@@ -167,7 +170,9 @@ func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.
 		})
 	})
 	if timer == nil || timer.Stop() {
-		leaveSecond()
+		if leaveSecond != nil {
+			leaveSecond()
+		}
 		if err != nil {
 			leaveFirst()
 		}

@@ -46,15 +46,21 @@ func (c *Client) question(req Request, parts ...string) (q question) {
 }
 
 // unlessLimited asks, unless a 429 that the same question was answered with
-// still holds.
-func unlessLimited[T any](r *Registry, q question, ask func() (T, error)) (T, error) {
-	if err := r.limited(q); err != nil {
-		var none T
-		return none, err
+// still holds. The question is only named where there are any.
+func unlessLimited[T any](r *Registry, name func() question, ask func() (T, error)) (T, error) {
+	r.mu.Lock()
+	some := len(r.limits) > 0
+	r.mu.Unlock()
+	if some {
+		if err := r.limited(name()); err != nil {
+			var none T
+			return none, err
+		}
 	}
 	resp, err := ask()
 	var status *StatusError
 	if errors.As(err, &status) && status.Status == http.StatusTooManyRequests {
+		q := name()
 		r.limit(q, status.RetryAfter)
 		if longest := r.limited(q); longest != nil { // of several that were on their way
 			err = longest

@@ -145,7 +145,7 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 	var at atomic.Int64
 	at.Store(int64(zoneNever))
 	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
-	send := func(t http.RoundTripper, hreq *http.Request, idle func(time.Duration)) (*http.Response, error) {
+	send := func(t http.RoundTripper, ctx context.Context, idle func(time.Duration)) (*http.Response, error) {
 		trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 			if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
 				at.Store(int64(r.client.guard.zoneOf(unmapped(tcp.AddrPort()))))
@@ -154,7 +154,7 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 				idle(info.IdleTime)
 			}
 		}}
-		return t.RoundTrip(hreq.WithContext(httptrace.WithClientTrace(hreq.Context(), trace)))
+		return t.RoundTrip(hreq.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	}
 	way := r.foreign[far]
 	if home {
@@ -166,7 +166,7 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 		if twice && (hreq.Method == http.MethodGet || hreq.Method == http.MethodHead) {
 			return r.sendTwice(hreq, way, send)
 		}
-		return send(way.kept, hreq, func(time.Duration) {})
+		return send(way.kept, hreq.Context(), func(time.Duration) {})
 	})
 	status := 0
 	if err == nil {

@@ -127,8 +127,10 @@ func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
 		if n < len(endpoints)-1 {
 			timeout = min(timeout, earlyTimeout)
 		}
-		asked := r.client.question(ask, e.URL.String(), ask.Method, ask.Repository, string(ask.Kind), ask.Reference, ask.Query.Encode())
-		resp, err := unlessLimited(r, asked, func() (*Response, error) { return r.ask(ctx, e, timeout, ask) })
+		name := func() question {
+			return r.client.question(ask, e.URL.String(), ask.Method, ask.Repository, string(ask.Kind), ask.Reference, ask.Query.Encode())
+		}
+		resp, err := unlessLimited(r, name, func() (*Response, error) { return r.ask(ctx, e, timeout, ask) })
 		if err == nil {
 			resp.Authority, resp.Endpoint = i == 0, i
 			return resp, nil

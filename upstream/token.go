@@ -110,8 +110,10 @@ func (r *Registry) fetchTokenFor(ctx context.Context, e Endpoint, t tokenRequest
 // another host name than the registry's, listed or not, and looks names up past
 // the dial guard; here the guard decides.
 func (r *Registry) fetchToken(ctx context.Context, t tokenRequest, far reach, home bool) (Token, error) {
-	asked := r.client.question(Request{Authorization: t.authorization + "\n" + t.refreshToken}, append([]string{"token", t.realm.String(), t.service}, t.scopes...)...)
-	return unlessLimited(r, asked, func() (Token, error) { return r.askToken(ctx, t, far, home) })
+	name := func() question {
+		return r.client.question(Request{Authorization: t.authorization + "\n" + t.refreshToken}, append([]string{"token", t.realm.String(), t.service}, t.scopes...)...)
+	}
+	return unlessLimited(r, name, func() (Token, error) { return r.askToken(ctx, t, far, home) })
 }
 
 func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home bool) (Token, error) {
