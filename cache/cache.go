@@ -100,6 +100,8 @@ type Info struct {
 	// Elsewhere has the next Fetch ask another endpoint than this body came from,
 	// and tells whether there is one. nil: there is none.
 	Elsewhere func() bool
+	// Doubtful: nothing tells yet that what was answered is the object at all.
+	Doubtful bool
 }
 
 func (i Info) end() int64 {
@@ -389,6 +391,9 @@ type Object struct {
 	// Size in bytes, -1 while the source has not said.
 	Size   int64
 	Source Source
+	// Doubtful: it is what another reader is being sent, and nothing tells yet that
+	// it is the object. Who knows its size can compare that.
+	Doubtful bool
 	// Content reads it. It has a method Section where the kernel may send it.
 	// Seeking to the end is only possible when Size is known.
 	Content io.ReadSeeker
@@ -396,6 +401,13 @@ type Object struct {
 	close     func()
 	interrupt func() // nil when nothing can wait
 	wait      func() // nil when there is nothing to wait for
+}
+
+// Rereadable tells whether Content can be read from the start again, because it
+// lies in a file.
+func (o *Object) Rereadable() bool {
+	_, forward := o.Content.(*stream)
+	return !forward
 }
 
 // Wait returns when nothing more is coming of a flight, or after Interrupt.
@@ -455,7 +467,7 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 			}
 		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrTainted):
 			return o, err
-		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), req.Source != f.source:
+		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), f.othersAffair(req):
 			// It was somebody else's affair.
 		default:
 			return o, err

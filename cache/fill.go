@@ -179,8 +179,6 @@ func (f *flight) fill(first *answer) {
 	if f.hash == nil {
 		f.hash = f.key.Digest.Algorithm().Hash()
 	}
-	buf := fillBuffers.Get().(*[]byte)
-	defer fillBuffers.Put(buf)
 	f.mu.Lock()
 	f.workers = make(map[*worker]struct{})
 	f.send(newWorker(f.tickets[0], first.Offset, first.end()), first)
@@ -190,7 +188,7 @@ func (f *flight) fill(first *answer) {
 			f.halt()
 		case !f.hashing && f.hashed < f.filled.reach(f.hashed):
 			f.takeOff()
-			f.hashPiece(*buf)
+			f.hashPiece()
 			continue
 		case f.size >= 0 && f.hashed == f.size && len(f.workers) == 0:
 			f.halt()
@@ -479,10 +477,18 @@ func (f *flight) fits(w *worker, info Info) error {
 
 var fillBuffers = sync.Pool{New: func() any { b := make([]byte, fillBuffer); return &b }}
 
+// strangersBuffers are for what registries that are not listed send: very many
+// bodies that bring next to nothing must not take much memory.
+var strangersBuffers = sync.Pool{New: func() any { b := make([]byte, fillBuffer/16); return &b }}
+
 // copy brings the body into the file.
 func (f *flight) copy(w *worker, body io.Reader) error {
-	buf := fillBuffers.Get().(*[]byte)
-	defer fillBuffers.Put(buf)
+	buffers := &fillBuffers
+	if f.key.Domain != ListedDomain {
+		buffers = &strangersBuffers
+	}
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
 	for {
 		n, err := body.Read(*buf)
 		if n > 0 {
@@ -630,9 +636,11 @@ func (f *flight) compare(piece []byte, at int64) error {
 
 // hashPiece takes the next bytes of the file into the hash. Called with the
 // lock, which it gives up meanwhile.
-func (f *flight) hashPiece(buf []byte) {
+func (f *flight) hashPiece() {
+	buf := fillBuffers.Get().(*[]byte)
+	defer fillBuffers.Put(buf)
 	at := f.hashed
-	piece := buf[:min(int64(len(buf)), f.filled.reach(at)-at)]
+	piece := (*buf)[:min(int64(len(*buf)), f.filled.reach(at)-at)]
 	f.hashing = true
 	f.mu.Unlock()
 	_, err := f.pending.File.ReadAt(piece, at)
@@ -668,6 +676,7 @@ func (f *flight) land() {
 	}
 	f.mu.Lock()
 	f.state = verified
+	f.tickets = nil // they may hold what they have brought
 	f.changed.Broadcast()
 	f.mu.Unlock()
 	c.verified <- f // with the table's reference

@@ -63,6 +63,7 @@ type flight struct {
 	ahead    bool         // see Request
 	stored   bool         // its source is the stored file, see recheck.go
 	answered bool         // guarded by the cache's mutex
+	doubtful bool         // see Info; of the first answer, and set before it is announced
 	most     int          // how many answers may be open at the source at once
 	check    func([]byte) error
 	children []digest.Digest // of a manifest that was checked
@@ -188,7 +189,7 @@ func (f *flight) leaveTable() {
 // table again. The caller's reference is given back if so.
 func (f *flight) supersede(req Request) bool {
 	c := f.cache
-	may := func() bool { return c.flights[f.key] == f && !f.answered && f.source != req.Source }
+	may := func() bool { return c.flights[f.key] == f && !f.answered && f.othersAffair(req) }
 	c.mu.Lock()
 	yes := may()
 	c.mu.Unlock()
@@ -210,6 +211,12 @@ func (f *flight) supersede(req Request) bool {
 		f.release()
 	}
 	return yes
+}
+
+// othersAffair tells whether what becomes of the flight's question is nothing to
+// who has the authority's own yes.
+func (f *flight) othersAffair(req Request) bool {
+	return f.source != req.Source || f.asker != "" && f.asker != req.Reader
 }
 
 // holdTable is for a flight that has its answer: it tells whether no other has
@@ -278,6 +285,7 @@ func (f *flight) run(lead Request) {
 		f.end(gone, nil)
 		return
 	}
+	f.doubtful = a.Doubtful
 	if err := f.begin(a.Info); err != nil {
 		c.noteTrouble(err)
 		f.standApart(f.key.Digest.Algorithm().Hash(), a)
@@ -307,9 +315,17 @@ func (f *flight) begin(info Info) error {
 func (f *flight) create(info Info) error {
 	c := f.cache
 	c.mu.Lock()
-	flights := len(c.flights)
+	flights, most := len(c.flights), maxFlights
+	if f.key.Domain != ListedDomain {
+		flights, most = 0, maxFlights/strangersShare
+		for k := range c.flights {
+			if k.Domain != ListedDomain {
+				flights++
+			}
+		}
+	}
 	c.mu.Unlock()
-	if flights > maxFlights {
+	if flights > most {
 		f.mu.Lock()
 		f.size = info.Size
 		f.mu.Unlock()
@@ -367,7 +383,7 @@ func (f *flight) standApart(h hash.Hash, a *answer) {
 	}
 	f.cache.notePassing(f.key)
 	if f.strangers {
-		f.cache.taint.addLeft(f.key.Digest)
+		f.cache.taint.addLeft(f.key)
 	}
 	f.wakeAll()
 	if a == nil || orphan {
@@ -477,7 +493,8 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 		case f.stored, state == verified:
 			source = Hit // all of it was here already
 		}
-		return &Object{Size: size, Source: source, Content: r, close: r.close, interrupt: r.interrupt, wait: r.wait}, nil
+		doubtful := source == Joined && f.doubtful
+		return &Object{Size: size, Source: source, Doubtful: doubtful, Content: r, close: r.close, interrupt: r.interrupt, wait: r.wait}, nil
 	}
 	f.release()
 	return nil, err

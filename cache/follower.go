@@ -197,8 +197,15 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 	if n > 0 {
 		r.top = max(r.top, r.pos+n)
 	}
+	if state == verified {
+		r.req.Fetch, r.req.Verified, r.req.Check = nil, nil, nil // they may hold what they have brought
+	}
 	if n > 0 && state != apart { // apart, it is tainted when it closes
-		f.fed[r.req.Reader] = max(f.fed[r.req.Reader], r.top)
+		if _, known := f.fed[r.req.Reader]; known || len(f.fed) < maxFed {
+			f.fed[r.req.Reader] = max(f.fed[r.req.Reader], r.top)
+		} else {
+			f.strangers = true
+		}
 	}
 	f.mu.Unlock()
 

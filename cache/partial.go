@@ -215,7 +215,7 @@ func (p *partial) taintFed(k Key, t *taints) {
 		t.add(k, reader, true)
 	}
 	if p.strangers {
-		t.addLeft(k.Digest)
+		t.addLeft(k)
 	}
 }
 

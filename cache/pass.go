@@ -9,5 +9,9 @@ import "context"
 // who was answered, but not with a yes that opens what is stored. It looks like
 // the flight of what is not.
 func (c *Cache) Pass(ctx context.Context, req Request) (*Object, error) {
-	return c.openStream(ctx, req, ownAnswer{})
+	o, err := c.openStream(ctx, req, ownAnswer{})
+	if err == nil {
+		o.Source = Fetched // which is how the flight of what is not here would look
+	}
+	return o, err
 }

@@ -79,8 +79,6 @@ func (c *Cache) forgo(s *suspect) {
 func (f *flight) recheck(s *suspect) {
 	c := f.cache
 	defer c.flying.Done()
-	buf := fillBuffers.Get().(*[]byte)
-	defer fillBuffers.Put(buf)
 	if f.size > tailHold {
 		// Should this process end, the next one taints who was given something.
 		// A disk that refuses even that has no next one soon.
@@ -103,7 +101,7 @@ func (f *flight) recheck(s *suspect) {
 	f.state = feeding
 	f.changed.Broadcast()
 	for f.disk == nil && f.hashed < f.size && f.ctx.Err() == nil {
-		f.hashPiece(*buf)
+		f.hashPiece()
 	}
 	unread := f.disk
 	f.mu.Unlock()

@@ -47,7 +47,7 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil, err
 	}
 	for _, d := range deleted {
-		c.taint.addLeft(d)
+		c.taint.addLeft(Key{Digest: d})
 	}
 	if err := c.openIndex(); err != nil {
 		return nil, err
@@ -144,12 +144,12 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 		}
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
-			c.taint.addLeft(l.Digest)
+			c.taint.addLeft(Key{Digest: l.Digest})
 			c.giveUpLeft(k.Domain, l)
 			continue
 		}
 		if !known {
-			c.taint.addLeft(l.Digest)
+			c.taint.addLeft(Key{Digest: l.Digest})
 		}
 		c.parked[k] = &p
 	}

@@ -15,6 +15,8 @@ import (
 
 // maxFlights bounds the descriptors of what waits to be committed: a disk that
 // is slower than the link must not use them up.
+// What registries that are not listed send may be a part of them, one in
+// strangersShare.
 const maxFlights = 2048
 
 var errTooMany = errors.New("too many objects wait for the disk")

@@ -3,10 +3,9 @@
 package cache
 
 import (
+	"maps"
 	"sync"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 )
 
 // A reader who holds bytes that were never verified must not be given others of a
@@ -18,16 +17,35 @@ const (
 	// seconds; what they would assemble is checked by themselves besides.
 	taintFor = 60 * time.Second
 	// maxTaints bounds the memory, at some 200 bytes each; past it, all readers of
-	// ranges are refused until the oldest have gone.
+	// ranges are refused until the oldest have gone. What registries that are not
+	// listed send has a bound of its own, one in strangersShare, and refuses nobody
+	// else.
 	maxTaints = 1 << 17
+	// maxFed bounds the readers of one flight that are known by name. Past it anybody
+	// may have read of that object.
+	maxFed = 4096
 )
 
 // taints are who holds such bytes.
 type taints struct {
-	mu   sync.Mutex
+	mu     sync.Mutex
+	listed taintRows
+	others taintRows         // of registries that are not listed
+	left   map[Key]time.Time // of everybody; without a domain it is of all domains
+}
+
+// taintRows are those of one kind of source domain.
+type taintRows struct {
 	rows map[taintKey]taint
+	most int
 	full time.Time // until when everybody is tainted
-	left map[digest.Digest]time.Time
+}
+
+func (t *taints) of(k Key) *taintRows {
+	if k.Domain == ListedDomain {
+		return &t.listed
+	}
+	return &t.others
 }
 
 type taintKey struct {
@@ -41,58 +59,64 @@ type taint struct {
 }
 
 func newTaints() *taints {
-	return &taints{rows: make(map[taintKey]taint), left: make(map[digest.Digest]time.Time)}
+	return &taints{
+		listed: taintRows{rows: make(map[taintKey]taint), most: maxTaints},
+		others: taintRows{rows: make(map[taintKey]taint), most: maxTaints / strangersShare},
+		left:   make(map[Key]time.Time),
+	}
 }
 
 // add says that the reader holds unverified bytes, which may be wrong ones.
 func (t *taints) add(k Key, reader string, wrong bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	now := time.Now()
-	if len(t.rows) >= maxTaints {
-		for tk, row := range t.rows {
+	now, r := time.Now(), t.of(k)
+	if len(r.rows) >= r.most {
+		for tk, row := range r.rows {
 			if now.After(row.until) {
-				delete(t.rows, tk)
+				delete(r.rows, tk)
 			}
 		}
-		if len(t.rows) >= maxTaints {
-			t.full = now.Add(taintFor)
+		if len(r.rows) >= r.most {
+			r.full = now.Add(taintFor)
 			return
 		}
 	}
 	tk := taintKey{k, reader}
-	before, known := t.rows[tk]
-	t.rows[tk] = taint{now.Add(taintFor), wrong || known && before.wrong && now.Before(before.until)}
+	before, known := r.rows[tk]
+	r.rows[tk] = taint{now.Add(taintFor), wrong || known && before.wrong && now.Before(before.until)}
 }
 
-// addLeft says that anybody may hold bytes of a flight that ended with an
-// earlier process.
-func (t *taints) addLeft(d digest.Digest) {
+// addLeft says that anybody may hold bytes of a flight, one that ended with an
+// earlier process, whose domain is not known, or that had very many readers.
+func (t *taints) addLeft(k Key) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.left[d] = time.Now().Add(taintFor)
+	now := time.Now()
+	maps.DeleteFunc(t.left, func(_ Key, until time.Time) bool { return now.After(until) })
+	t.left[k] = now.Add(taintFor)
 }
 
 // has tells whether the reader holds unverified bytes of the object.
 func (t *taints) has(k Key, reader string) bool {
-	held, _ := t.of(k, reader)
+	held, _ := t.holds(k, reader)
 	return held
 }
 
 // wrong tells whether they were found to be wrong, or nothing is known of them.
 func (t *taints) wrong(k Key, reader string) bool {
-	_, wrong := t.of(k, reader)
+	_, wrong := t.holds(k, reader)
 	return wrong
 }
 
-func (t *taints) of(k Key, reader string) (held, wrong bool) {
+func (t *taints) holds(k Key, reader string) (held, wrong bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	now := time.Now()
-	if now.Before(t.full) || now.Before(t.left[k.Digest]) {
+	now, r := time.Now(), t.of(k)
+	if now.Before(r.full) || now.Before(t.left[k]) || now.Before(t.left[Key{Digest: k.Digest}]) {
 		return true, true
 	}
-	row, held := t.rows[taintKey{k, reader}]
+	row, held := r.rows[taintKey{k, reader}]
 	held = held && now.Before(row.until)
 	return held, held && row.wrong
 }

@@ -7,6 +7,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -107,6 +108,16 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 		many[i] = append(bytes.Clone(zeros), bytes.Repeat([]byte(" "), i)...)
 		byDigest[sumOf(many[i])] = many[i]
 	}
+	// Each of a few KB on the wire, and of 4 MiB once it is decoded.
+	zipped := make([][]byte, 160)
+	for i := range zipped {
+		begin := fmt.Sprintf(`{"schemaVersion":2,"layers":[],"annotations":{"i":"%d"}`, i)
+		var z bytes.Buffer
+		w, _ := gzip.NewWriterLevel(&z, gzip.BestSpeed)
+		fmt.Fprintf(w, "%s%s}", begin, strings.Repeat(" ", 4<<20-1-len(begin)))
+		w.Close()
+		zipped[i] = z.Bytes()
+	}
 	silent, unsilence := context.WithCancel(t.Context())
 	defer unsilence()
 	evil := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -120,6 +131,15 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 			case <-silent.Done():
 			case <-r.Context().Done():
 			}
+			return
+		case strings.HasPrefix(r.URL.Path, "/v2/zipped/"):
+			if r.Method == http.MethodHead {
+				w.WriteHeader(http.StatusMethodNotAllowed)
+				return
+			}
+			i, _ := strconv.Atoi(reference)
+			h.Set("Content-Encoding", "gzip")
+			w.Write(zipped[i%len(zipped)])
 			return
 		case strings.HasPrefix(r.URL.Path, "/v2/long/"):
 			body = long
@@ -178,6 +198,13 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	var left []net.Conn // clients that sent a question, and do nothing more
+	leave := func(what, headers string) {
+		if c, err := net.Dial("tcp", tarnAddr); err == nil {
+			fmt.Fprintf(c, "GET %s?ns=%s HTTP/1.1\r\nHost: tarn\r\n%s\r\n", what, memoryName, headers)
+			left = append(left, c)
+		}
+	}
 	blob := func(b []byte) string { return "/v2/app/blobs/" + sumOf(b) + "?ns=" + memoryName }
 	for _, b := range honest {
 		if status, _ := ask("GET", blob(b)); status != 200 {
@@ -224,6 +251,16 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 				}
 			})
 		}},
+		{"160 clients that do not read what is 4 MiB once it is decoded", func() {
+			for i := range zipped {
+				leave(fmt.Sprintf("/v2/zipped/manifests/%d", i), "Accept: application/x\r\n")
+			}
+		}},
+		{"4,000 questions with an Authorization of 30 KB that nobody answers", func() {
+			for i := range 4000 / scale {
+				leave(fmt.Sprintf("/v2/silent%d/manifests/a%d", i%50, i), "Authorization: Basic "+strings.Repeat("QUFB", 7500)+"\r\n")
+			}
+		}},
 		{"5,000 questions whose clients leave", func() {
 			each(5000/scale, 200, func(i int) {
 				c, err := net.Dial("tcp", tarnAddr)
@@ -243,9 +280,15 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 	} {
 		begun := time.Now()
 		attack.do()
+		if err := p.alive(); err != nil {
+			t.Fatal(err)
+		}
 		if t.Logf("%s: %v, then %d MiB", attack.name, time.Since(begun).Round(time.Millisecond), p.ownMemory(t)>>20); t.Failed() {
 			t.FailNow()
 		}
+	}
+	for _, c := range left {
+		c.Close()
 	}
 	unsilence()
 	waitFor(t, "the memory is given back", func() error {

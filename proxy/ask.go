@@ -151,7 +151,7 @@ func (p *Proxy) weigh(q *request, d digest.Digest, resp *upstream.Response, aske
 	case resp.Web():
 	case resp.Digest != "" && resp.Digest != d && resp.Digest.Algorithm() == d.Algorithm():
 		e.Size = -1 // of another thing
-	case !resp.Redirected && resp.Digest == d && (!stored || e.Size < 0 || e.Size == size):
+	case resp.Digest == d && !resp.Redirected && (!stored || e.Size < 0 || e.Size == size), resp.Digest == d && stored && e.Size == size:
 		e.Says = rights.Named
 	case stored && e.Size == size:
 		e.Says = rights.Sized

@@ -108,7 +108,7 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		return nil, cache.Info{}, fmt.Errorf("%w: %w: it has %d bytes, its manifest says %d", cache.ErrRefused, errManifest, resp.Size, q.size)
 	}
 	if q.kind == upstream.Manifest {
-		if err := s.manifest(resp); err != nil {
+		if err := s.manifest(ctx, resp); err != nil {
 			return nil, cache.Info{}, err
 		}
 	}
@@ -128,6 +128,7 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		Offset:    resp.Offset,
 		End:       resp.End,
 		Elsewhere: func() bool { return s.elsewhere(resp.Endpoint) },
+		Doubtful:  own && !y.Proved,
 	}, nil
 }
 
@@ -176,7 +177,7 @@ func (s *source) verified() {
 
 // manifest bounds a manifest's body, and takes off the coding of one that came
 // compressed although nobody asked for that.
-func (s *source) manifest(resp *upstream.Response) error {
+func (s *source) manifest(ctx context.Context, resp *upstream.Response) error {
 	switch {
 	case schema1(resp.MediaType):
 		resp.Body.Close()
@@ -188,13 +189,32 @@ func (s *source) manifest(resp *upstream.Response) error {
 		resp.Body = &limitedBody{resp.Body, maxManifest}
 		return nil
 	}
+	// What it is once it is decoded, nobody knows.
+	release, err := s.proxy.hold(ctx, s.q.upstream, maxManifest)
+	if err != nil {
+		resp.Body.Close()
+		return err
+	}
 	data, err := io.ReadAll(&limitedBody{resp.Body, maxManifest})
 	resp.Body.Close()
 	if err != nil {
+		release()
 		return err
 	}
 	data = decoded(data, resp.Encoding, s.digest)
-	resp.Body, resp.Offset, resp.Size, resp.End = io.NopCloser(bytes.NewReader(data)), 0, int64(len(data)), int64(len(data))
+	resp.Body = &heldBody{bytes.NewReader(data), sync.OnceFunc(release)}
+	resp.Offset, resp.Size, resp.End = 0, int64(len(data)), int64(len(data))
+	return nil
+}
+
+// heldBody is in memory, and gives that back.
+type heldBody struct {
+	*bytes.Reader
+	release func()
+}
+
+func (b *heldBody) Close() error {
+	b.release()
 	return nil
 }
 

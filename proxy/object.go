@@ -80,7 +80,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		switch {
 		case ok:
 			o, err = p.openWith(ctx, q, p.source(q, q.digest, &y), true)
-			if err == nil && o.Source != cache.Fetched && !y.Covers(o.Size) {
+			if err == nil && (o.Source != cache.Fetched && !y.Covers(o.Size) || o.Doubtful && y.Size != o.Size) {
 				o.Close()
 				o, y, err = p.pass(ctx, q)
 			}
@@ -141,7 +141,9 @@ func (p *Proxy) pass(ctx context.Context, q *request) (*cache.Object, rights.Yes
 func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool, size int64) (y rights.Yes, ok bool, err error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
-	covers := func() bool { return !here || size < 0 || y.Covers(size) }
+	covers := func() bool {
+		return !here || size < 0 || y.Covers(size) && (y.Size < 0 || y.Size == size) // else what is on its way is another thing
+	}
 	registry := p.upstreams.Registry(q.upstream)
 	head := q.kind == upstream.Blob && registry.Has(upstream.NoRanges) ||
 		q.kind == upstream.Manifest && (here || p.lendsNode(q) || !p.rights.Granted(q.asker))
@@ -298,7 +300,8 @@ func (p *Proxy) storedType(ctx context.Context, q *request, d digest.Digest, con
 		}
 		defer o.Close()
 		defer context.AfterFunc(ctx, o.Interrupt)()
-		data, err := io.ReadAll(io.LimitReader(o.Content, maxManifest+1))
+		data, release, err := p.readManifest(ctx, q.upstream, o.Content, o.Size)
+		defer release()
 		if err != nil {
 			return "", err
 		}
@@ -317,7 +320,7 @@ func notNow(context.Context, int64, int64) (body, cache.Info, error) {
 }
 
 // serveManifest reads the manifest whole before it answers: it is small, and
-// its type is in it.
+// its type is in it. Then it is sent from where it lies.
 func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request, q *request, o *cache.Object, d digest.Digest, contentType string) error {
 	info, known := p.infos.get(d)
 	if known && o.Source == cache.Hit {
@@ -328,10 +331,8 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 		return serveObject(w, r, o, d, mediaType)
 	}
 	defer context.AfterFunc(ctx, o.Interrupt)()
-	if o.Size > maxManifest {
-		return fmt.Errorf("%w: it has %d bytes, of at most %d", errManifest, o.Size, maxManifest)
-	}
-	data, err := io.ReadAll(&limitedBody{io.NopCloser(o.Content), maxManifest})
+	data, release, err := p.readManifest(ctx, q.upstream, o.Content, o.Size)
+	defer func() { release() }()
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -350,6 +351,17 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 	}
 	if o.Source == cache.Fetched {
 		p.fetchAhead(q, data)
+	}
+	if _, err := o.Content.Seek(0, io.SeekStart); err == nil && len(data) > smallManifest && o.Rereadable() {
+		data = nil
+		release()
+		release = func() {}
+		return serveObject(w, r, o, d, mediaType)
+	}
+	release()
+	if release, err = p.holdSent(q.upstream, int64(len(data))); err != nil {
+		release = func() {}
+		return err
 	}
 	whole := &cache.Object{Size: int64(len(data)), Content: bytes.NewReader(data)}
 	return serveObject(w, r, whole, d, mediaType)

@@ -107,6 +107,7 @@ type Proxy struct {
 	hosts     hosts
 	fresh     *freshness
 	pending   pendingTags
+	memory    memory
 	infos     manifestInfos
 	metrics   *Metrics
 	log       *zap.Logger
@@ -161,6 +162,7 @@ func New(opts Options) (*Proxy, error) {
 		ruleOf:   opts.Rules,
 		defaults: opts.Defaults,
 		sealer:   newSealer(),
+		memory:   newMemory(),
 		now:      time.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),

@@ -101,7 +101,7 @@ func (p *Proxy) stale(q *request, err error) (rights.Yes, *staleness, error) {
 	if cause == "" {
 		return rights.Yes{}, nil, err
 	}
-	away := p.upstreams.Registry(q.upstream).Away() && (cause == "unreachable" || cause == "timeout")
+	away := p.upstreams.Registry(q.upstream).Away(q.repository) && (cause == "unreachable" || cause == "timeout")
 	y, age, challenge, ok := p.rights.Stale(q.asker, q.object(q.digest), away)
 	if challenge != "" {
 		return y, nil, &upstream.StatusError{Status: http.StatusUnauthorized, Challenge: []string{challenge}}

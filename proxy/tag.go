@@ -181,7 +181,7 @@ func (p *Proxy) readTag(ctx context.Context, q *request) (*confirmation, error) 
 		return nil, err
 	}
 	defer resp.Body.Close()
-	c, err := readBody(resp)
+	c, err := p.readBody(ctx, q, resp)
 	if err != nil {
 		return nil, err
 	}
@@ -194,8 +194,9 @@ func (p *Proxy) readTag(ctx context.Context, q *request) (*confirmation, error) 
 }
 
 // readBody reads a manifest whole, and names it by its bytes.
-func readBody(resp *upstream.Response) (*confirmation, error) {
-	data, err := io.ReadAll(&limitedBody{resp.Body, maxManifest})
+func (p *Proxy) readBody(ctx context.Context, q *request, resp *upstream.Response) (*confirmation, error) {
+	data, release, err := p.readManifest(ctx, q.upstream, resp.Body, resp.Size)
+	defer release()
 	if err != nil {
 		return nil, err
 	}
@@ -283,10 +284,10 @@ func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cach
 	one := *q
 	one.digest = c.digest
 	s := p.source(&one, c.digest, &c.yes)
-	fetch := s.fetch
-	if c.body != nil {
+	fetch, mediaType := s.fetch, c.mediaType
+	if data := c.body; data != nil {
 		fetch = func(context.Context, int64, int64) (body, cache.Info, error) {
-			return io.NopCloser(bytes.NewReader(c.body)), cache.Info{Size: c.size}, nil
+			return io.NopCloser(bytes.NewReader(data)), cache.Info{Size: int64(len(data))}, nil
 		}
 	}
 	o, err := p.cache.Open(ctx, cache.Request{
@@ -296,9 +297,9 @@ func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cach
 		Authorised: true,
 		Fetch:      fetch,
 		Verified:   s.verified,
-		Check:      checkAs(func() string { return c.mediaType }),
+		Check:      checkAs(func() string { return mediaType }),
 	})
-	if err == nil && o.Source != cache.Fetched && !c.yes.Covers(o.Size) {
+	if err == nil && (o.Source != cache.Fetched && !c.yes.Covers(o.Size) || o.Doubtful && c.size != o.Size) {
 		o.Close()
 		return nil, errAnotherThing
 	}
@@ -345,25 +346,30 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	}
 	if c.body == nil {
 		var err error
-		if c, err = p.readManifest(ctx, q); err != nil {
+		if c, err = p.readAlone(ctx, q); err != nil {
 			return err
 		}
 	}
 	data := c.body
+	release, err := p.holdSent(q.upstream, int64(len(data)))
+	if err != nil {
+		return err
+	}
+	defer release()
 	h.Set("Content-Type", c.mediaType)
 	h.Set("Content-Length", fmt.Sprint(len(data)))
 	if c.digest != "" {
 		setDigest(h, c.digest)
 	}
 	w.WriteHeader(http.StatusOK)
-	_, err := w.Write(data)
+	_, err = w.Write(data)
 	return aborted(err)
 }
 
-// readManifest asks for the manifest itself, for this client alone. Only of a
+// readAlone asks for the manifest itself, for this client alone. Only of a
 // schema 1 manifest the digest is the registry's word; of all others it is
 // that of the bytes.
-func (p *Proxy) readManifest(ctx context.Context, q *request) (*confirmation, error) {
+func (p *Proxy) readAlone(ctx context.Context, q *request) (*confirmation, error) {
 	resp, _, err := p.ask(ctx, q, http.MethodGet, q.reference(), part{})
 	if err != nil {
 		return nil, err
@@ -371,7 +377,7 @@ func (p *Proxy) readManifest(ctx context.Context, q *request) (*confirmation, er
 	defer resp.Body.Close()
 	stop := context.AfterFunc(ctx, func() { resp.Body.Close() })
 	defer stop()
-	c, err := readBody(resp)
+	c, err := p.readBody(ctx, q, resp)
 	if err != nil {
 		return nil, err
 	}

@@ -142,6 +142,9 @@ func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
 	key := a.key(o)
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.crossedLocked(y.Asked, a.name, key) {
+		return func() {}
+	}
 	c := r.claims.find(a.name, key, r.opts.Now())
 	if c == nil {
 		return func() {}

@@ -10,8 +10,8 @@
 //
 //	                 from the authority's own origin    from where that redirected
 //	Verified         grant, membership                  membership; anonymous: grant
-//	Named            grant, membership                  nothing
-//	Sized            membership; anonymous: grant       membership; anonymous: grant
+//	Named            grant, membership                  membership; anonymous: grant
+//	Sized            membership                         membership
 //	Mute             nothing                            nothing
 //	Unauthorised     ends the grant                     nothing
 //	Forbidden        ends the grant, what had begun     nothing
@@ -19,7 +19,8 @@
 //	TagGone          ends the grant, what had begun     nothing
 //	NoObject         ends the membership                nothing
 //
-// Where Unauthorised, Forbidden or TagGone answers anonymous, it ends besides all
+// Named over a redirect is only what also says the size of the object, which is
+// stored. Where Unauthorised, Forbidden or TagGone answers anonymous, it ends besides all
 // that anonymous was ever served in the repository.
 //
 // A grant is that the authority said yes to this credential in this repository;
@@ -62,9 +63,11 @@ const (
 	// Mute is a yes that neither names the object nor says the size of one that
 	// is stored.
 	Mute Says = iota
-	// Sized: it says exactly the size of the object, which is stored.
+	// Sized: it says exactly the size of the object, which is stored, whoever it
+	// was stored for.
 	Sized
-	// Named: it names the object's digest, or is a tag's, and names a digest.
+	// Named: it names the object's digest, or is a tag's, and names a digest. Over
+	// a redirect it says the size of what is stored, too.
 	Named
 	// Verified: it brought the object's bytes, and they matched the digest.
 	Verified
@@ -113,8 +116,8 @@ type effect struct {
 // effects is the table of the package's comment.
 var effects = [...]struct{ own, redirected effect }{
 	Mute:         {},
-	Sized:        {own: effect{open: true, member: true}, redirected: effect{open: true, member: true}},
-	Named:        {own: effect{grant: true, open: true, member: true}},
+	Sized:        {own: effect{member: true}, redirected: effect{member: true}},
+	Named:        {own: effect{grant: true, open: true, member: true}, redirected: effect{open: true, member: true}},
 	Verified:     {own: effect{grant: true, open: true, member: true}, redirected: effect{open: true, member: true}},
 	Unauthorised: {own: effect{endGrant: true, endOpen: true}},
 	Forbidden:    {own: effect{endGrant: true, endBegun: true, endOpen: true}},

@@ -87,11 +87,11 @@ func TestTheTable(t *testing.T) {
 		},
 		Named: {
 			false: func(bool) makes { return makes{true, true} },
-			true:  func(bool) makes { return makes{} },
+			true:  func(anonymous bool) makes { return makes{true, anonymous} },
 		},
 		Sized: {
-			false: func(anonymous bool) makes { return makes{true, anonymous} },
-			true:  func(anonymous bool) makes { return makes{true, anonymous} },
+			false: func(bool) makes { return makes{true, false} },
+			true:  func(bool) makes { return makes{true, false} },
 		},
 		Mute: {
 			false: func(bool) makes { return makes{} },
@@ -247,6 +247,11 @@ func TestAYesThatCrossedARefusalMakesNothing(t *testing.T) {
 		d.Learn(a, layer, Evidence{Says: Verified, Asked: asked, Size: size})
 		if d.may(a, layer) || no != NoObject && d.may(a, other) {
 			t.Errorf("%d: it made something", no)
+		}
+		// Nor by what it lets begin.
+		d.Begin(a, layer, Yes{Asked: asked, Size: size, Proved: true}, 1<<20)()
+		if _, ok := d.Entitled(a, layer, here(size), true); ok {
+			t.Errorf("%d: the download may be finished", no)
 		}
 	}
 }

@@ -269,7 +269,7 @@ func (c *Client) Registry(name Name) *Registry {
 		}
 	}
 	r := c.newRegistry(Config{Name: name, HeadTimeout: c.opts.HeadTimeout})
-	r.asking.all = c.strangers
+	r.asking.own, r.asking.all = make(slots, maxStrangerQuestions), c.strangers
 	c.unlisted[name] = r
 	return r
 }

@@ -10,7 +10,8 @@ import (
 // How many questions wait for a registry's headers at once is bounded, since
 // each holds a connection: what is more waits for its turn, in its own time.
 // One repository has a small part of what its registry has, so that a silent
-// one keeps nobody from the others.
+// one keeps nobody from the others, and the first of each repository is not
+// counted, so that neither do very many.
 
 const (
 	// maxPlaceQuestions are those about one repository. Forty layers of an
@@ -18,8 +19,12 @@ const (
 	maxPlaceQuestions = 64
 	// maxListedQuestions are those to one listed registry.
 	maxListedQuestions = 1024
-	// maxStrangersQuestions are those to all registries that are not listed.
+	// maxStrangersQuestions are those to all registries that are not listed, and
+	// maxStrangerQuestions those to one.
 	maxStrangersQuestions = 512
+	maxStrangerQuestions  = maxStrangersQuestions / 4
+	// freeQuestions of each repository are not counted.
+	freeQuestions = 2
 )
 
 // slots are taken by sending, and given back by receiving.
@@ -38,6 +43,7 @@ func (s slots) leave() { <-s }
 
 // gate is a registry's.
 type gate struct {
+	own slots // the registry's; nil where only all counts
 	all slots
 
 	mu     sync.Mutex
@@ -70,14 +76,25 @@ func (g *gate) enter(ctx context.Context, repository string) (leave func(), err 
 		drop()
 		return nil, err
 	}
-	if err := g.all.enter(ctx); err != nil {
-		p.slots.leave()
+	counted := []slots{p.slots}
+	leave = func() {
+		for _, s := range counted {
+			s.leave()
+		}
 		drop()
-		return nil, err
 	}
-	return func() {
-		g.all.leave()
-		p.slots.leave()
-		drop()
-	}, nil
+	if len(p.slots) <= freeQuestions {
+		return leave, nil
+	}
+	for _, s := range []slots{g.own, g.all} {
+		if s == nil {
+			continue
+		}
+		if err := s.enter(ctx); err != nil {
+			leave()
+			return nil, err
+		}
+		counted = append(counted, s)
+	}
+	return leave, nil
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,8 +17,11 @@ import (
 
 // What is remembered of a host's trouble is little, and no question is refused
 // for it. A host that cannot be connected to says so at once, each time. One
-// that was silent is given silentPatience for each further question, until it
-// answers anybody anything.
+// that was silent about a repository, and answers nobody, is given silentPatience
+// for each further question about that repository, until it answers anybody
+// anything; the answer to such a question counts for that also when it comes too
+// late for whoever asked. Others have their time: who brings about the silence of
+// one repository takes nothing from them.
 //
 // A connection that lay idle may be dead without anybody's knowing: balancers
 // on the way forget such connections, and what is sent on one is lost. So a
@@ -35,6 +39,8 @@ const (
 	// slowFor is how long a host is not asked twice that answered the first
 	// question after all: it is slow, and twice the questions make it slower.
 	slowFor = time.Minute
+	// maxSilent bounds the repositories that a host is known to be silent about.
+	maxSilent = 256
 	// maxHosts bounds what a registry can make tarn remember by naming
 	// redirect targets and token services.
 	maxHosts = 32
@@ -43,10 +49,12 @@ const (
 // host is what is known of one host, by its origin. The registry's lock guards
 // it.
 type host struct {
-	answered time.Time // when it last answered anybody anything
-	failing  time.Time // since when it does not; zero when it does
-	cause    error     // ErrTimeout or ErrUnreachable
-	slow     time.Time // until when no question is put to it twice
+	answered time.Time       // when it last answered anybody anything
+	failing  time.Time       // since when it does not; zero when it does
+	cause    error           // ErrTimeout or ErrUnreachable
+	silent   map[string]bool // repositories that it was silent about since it answered; at most maxSilent
+	late     bool            // somebody listens for a late answer
+	slow     time.Time       // until when no question is put to it twice
 }
 
 // host returns the one that u names. Called with the lock.
@@ -69,35 +77,40 @@ func (r *Registry) host(u *url.URL) *host {
 	return h
 }
 
-// patience is how long the host has for its headers, 0 for what the question
-// as a whole has, and whether a question may be put to it twice.
-func (r *Registry) patience(u *url.URL, now time.Time) (d time.Duration, twice bool) {
+// patience is how long the host has for its headers about a repository, 0 for
+// what the question as a whole has, and whether a question may be put to it twice.
+func (r *Registry) patience(u *url.URL, about string, now time.Time) (d time.Duration, twice bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.host(u)
-	if errors.Is(h.cause, ErrTimeout) {
+	if h.silent[about] {
 		d = silentPatience
 	}
 	return d, now.After(h.slow)
 }
 
-// heard takes how an exchange with a host ended that began at sent.
-func (r *Registry) heard(u *url.URL, sent time.Time, err error, patience time.Duration) (silent bool) {
+// heard takes how an exchange with a host about a repository ended that began at
+// sent. A silence counts when the host had its time.
+func (r *Registry) heard(u *url.URL, about string, sent time.Time, err error, cut bool) (silent bool) {
 	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := r.host(u)
 	switch {
 	case err == nil:
-		h.answered, h.failing, h.cause = now, time.Time{}, nil
+		h.answered, h.failing, h.cause, h.silent = now, time.Time{}, nil, nil
 		return false
 	case h.answered.After(sent):
 		return false // it answers others
 	case errors.Is(err, ErrTimeout):
-		if now.Sub(sent) < patience {
+		if cut || now.Sub(sent) < r.headTimeout*3/4 {
 			return false // whoever asked had little time
 		}
 		h.cause = ErrTimeout
+		if h.silent == nil || len(h.silent) >= maxSilent {
+			h.silent = make(map[string]bool)
+		}
+		h.silent[about] = true
 	case refusedConnection(err):
 		h.cause = ErrUnreachable
 	default:
@@ -109,12 +122,13 @@ func (r *Registry) heard(u *url.URL, sent time.Time, err error, patience time.Du
 	return h.cause == ErrTimeout
 }
 
-// Away tells whether the authority's host cannot be reached, or answered nobody
-// when it was asked last.
-func (r *Registry) Away() bool {
+// Away tells whether the authority's host cannot be reached, or was silent about
+// this repository for as long as it may be, and has answered nobody since.
+func (r *Registry) Away(repository string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return !r.host(r.endpoints[0].URL).failing.IsZero()
+	h := r.host(r.endpoints[0].URL)
+	return errors.Is(h.cause, ErrUnreachable) || h.silent[repository]
 }
 
 // proveSlow notes that the host answered a question that was put twice.
@@ -125,19 +139,68 @@ func (r *Registry) proveSlow(u *url.URL) {
 }
 
 // within sends the request with a bound on the time to its headers, for a host
-// that was silent. 0 is none.
-func within(hreq *http.Request, patience time.Duration, send func(*http.Request) (*http.Response, error)) (*http.Response, error) {
+// that was silent; cut tells that it ran out. One such question at a time is
+// listened to for longer, so that a host which is only slow is found out to be.
+func (r *Registry) within(hreq *http.Request, patience time.Duration, send func(*http.Request) (*http.Response, error)) (resp *http.Response, cut bool, err error) {
 	if patience == 0 {
-		return send(hreq)
+		resp, err = send(hreq)
+		return resp, false, err
 	}
-	ctx, headers := withHeaderDeadline(hreq.Context(), patience)
-	resp, err := send(hreq.WithContext(ctx))
-	if err != nil {
-		headers.cancel(nil)
-		return nil, headers.explain(err)
+	type outcome struct {
+		resp *http.Response
+		err  error
 	}
-	headers.timer.Stop() // the context ends with the one that it was made from
-	return resp, nil
+	life, end := context.WithCancel(context.WithoutCancel(hreq.Context()))
+	done := make(chan outcome, 1)
+	go func() { // ends with life at the latest
+		resp, err := send(hreq.WithContext(life))
+		done <- outcome{resp, err}
+	}()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case o := <-done:
+		if o.err != nil {
+			end()
+			return nil, false, o.err
+		}
+		context.AfterFunc(hreq.Context(), end) // its body is read in it
+		return o.resp, false, nil
+	case <-timer.C:
+		err = fmt.Errorf("%w: it was silent, and is so still", ErrTimeout)
+	case <-hreq.Context().Done():
+		err = context.Cause(hreq.Context())
+	}
+	listens := r.listen(hreq.URL, true)
+	if listens {
+		time.AfterFunc(r.headTimeout, end)
+	} else {
+		end()
+	}
+	go func() {
+		o := <-done
+		end()
+		if o.err == nil {
+			o.resp.Body.Close()
+			r.heard(hreq.URL, "", time.Now(), nil, false)
+		}
+		if listens {
+			r.listen(hreq.URL, false)
+		}
+	}()
+	return nil, true, err
+}
+
+// listen begins to listen for a late answer of the host, if nobody does, or ends it.
+func (r *Registry) listen(u *url.URL, begin bool) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := r.host(u)
+	if begin && h.late {
+		return false
+	}
+	h.late = begin
+	return true
 }
 
 // sendTwice sends the request over one of the transport's connections, and once

@@ -62,7 +62,7 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 				shown = true
 			}
 		}
-		resp, at, err := r.roundTrip(hreq, far, home)
+		resp, at, err := r.roundTrip(hreq, req.Repository, far, home)
 		if err != nil {
 			return nil, word, err
 		}
@@ -139,9 +139,9 @@ func drain(body io.ReadCloser) {
 }
 
 // roundTrip is one exchange with a host, at the endpoint itself when home is
-// set: only that is shown tarn's certificate. It returns besides the zone of
-// the address that answered.
-func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Response, zone, error) {
+// set: only that is shown tarn's certificate. about is the repository that it is
+// about, "" for none. It returns besides the zone of the address that answered.
+func (r *Registry) roundTrip(hreq *http.Request, about string, far reach, home bool) (*http.Response, zone, error) {
 	var at atomic.Int64
 	at.Store(int64(zoneNever))
 	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
@@ -161,8 +161,8 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 		way = r.pool[far]
 	}
 	sent := time.Now()
-	patience, twice := r.patience(hreq.URL, sent)
-	resp, err := within(hreq, patience, func(hreq *http.Request) (*http.Response, error) {
+	patience, twice := r.patience(hreq.URL, about, sent)
+	resp, cut, err := r.within(hreq, patience, func(hreq *http.Request) (*http.Response, error) {
 		if twice && (hreq.Method == http.MethodGet || hreq.Method == http.MethodHead) {
 			return r.sendTwice(hreq, way, send)
 		}
@@ -178,10 +178,7 @@ func (r *Registry) roundTrip(hreq *http.Request, far reach, home bool) (*http.Re
 	if cause := context.Cause(hreq.Context()); err != nil && (errors.Is(cause, ErrTimeout) || errors.Is(cause, context.DeadlineExceeded)) {
 		err = fmt.Errorf("%w: %w", ErrTimeout, err)
 	}
-	if patience == 0 {
-		patience = r.headTimeout * 3 / 4
-	}
-	if r.heard(hreq.URL, sent, err, patience) {
+	if r.heard(hreq.URL, about, sent, err, cut) {
 		way.kept.CloseIdleConnections() // they may be what is dead
 	}
 	if err != nil {

@@ -125,7 +125,7 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	var resp *http.Response
 	for hop := 0; ; hop++ {
 		at := zoneNever
-		if resp, at, err = r.roundTrip(hreq, far, home); err != nil {
+		if resp, at, err = r.roundTrip(hreq, strings.Join(t.scopes, " "), far, home); err != nil {
 			return Token{}, err
 		}
 		next, err := redirectTarget(hreq.URL, resp)

@@ -49,8 +49,9 @@ const (
 	// writeTimeout is how long a client may take nothing; the proxy begins it
 	// anew with each piece that it sends.
 	writeTimeout = proxy.DefaultWriteTimeout
-	// maxHeaderBytes is room for the longest tokens that registries hand out.
-	maxHeaderBytes = 64 << 10
+	// maxHeaderBytes is room for the longest tokens that registries hand out, and
+	// with as many connections as there may be less than the memory of a pod.
+	maxHeaderBytes = 32 << 10
 )
 
 func newServeCommand() *cobra.Command {
@@ -233,9 +234,10 @@ func limitConnections(most int64) func(net.Conn, http.ConnState) {
 }
 
 // maxConnections leaves three of four descriptors to files and registries: a
-// client's download may take a file and several connections.
+// client's download may take a file and several connections. A node's runtime has
+// some ten, and each takes memory.
 func maxConnections() int64 {
-	const share, least, most = 4, 16, 1 << 14
+	const share, least, most = 4, 16, 1 << 12
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > share*most {
 		return most
