@@ -461,3 +461,36 @@ func TestATokenServicesLimitHoldsForClientsTokens(t *testing.T) {
 		t.Errorf("asked %d times for two credentials", n.Load())
 	}
 }
+
+// TestASlowHostIsFoundOutToBeOne: it takes longer than one that was silent is
+// given, and whoever asked hears nothing; but it has answered.
+func TestASlowHostIsFoundOutToBeOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dumb atomic.Bool
+		r, _ := piped(t, func(int, *http.Request) bool {
+			if dumb.Load() {
+				return false
+			}
+			time.Sleep(silentPatience + 200*time.Millisecond) // of the bubble's clock
+			return true
+		})
+		dumb.Store(true)
+		head(t, r, "a")
+		dumb.Store(false)
+		if took, err := head(t, r, "b"); !errors.Is(err, ErrTimeout) || took != silentPatience {
+			t.Errorf("%v after %v", err, took)
+		}
+		time.Sleep(time.Second) // of the bubble's clock
+		if took, err := head(t, r, "c"); err != nil || took != silentPatience+200*time.Millisecond {
+			t.Errorf("the next: %v after %v", err, took)
+		}
+		// Another repository has its time, whatever this one is silent about.
+		dumb.Store(true)
+		head(t, r, "d")
+		begun := time.Now()
+		r.Do(t.Context(), Request{Method: "HEAD", Repository: "other", Kind: Blob, Reference: digest.FromString("x").String()})
+		if took := time.Since(begun); took != DefaultHeadTimeout {
+			t.Errorf("another repository had %v", took)
+		}
+	})
+}
