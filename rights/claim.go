@@ -87,22 +87,14 @@ func (cs *claims) drop(asker string) {
 	delete(cs.by, asker)
 }
 
-func (cs *claims) dropObject(asker, object string) {
-	if cs.by[asker][object] != nil {
-		delete(cs.by[asker], object)
-		cs.n--
-	}
-}
-
-// entitled returns what the asker was told of the object, if that stands for what
-// it asks for now.
-func (cs *claims) entitled(asker, object string, resumes bool, now time.Time) (Yes, bool) {
-	c := cs.by[asker][object]
+// stands returns the yes, if it stands for another question or lets a download
+// end. refused says that there was a refusal since: it costs a question, and only
+// what had begun goes on.
+func (c *claim) stands(resumes, refused bool, now time.Time) (Yes, bool) {
 	switch {
-	case c == nil:
-	case now.Before(c.until):
+	case now.Before(c.until) && !refused:
 		return c.yes, true
-	case resumes && c.begun && !c.ended(now) && now.Before(c.yes.Asked.Add(finishFor)):
+	case resumes && c.begun && (c.open > 0 || now.Sub(c.idle) < finishIdle) && now.Before(c.yes.Asked.Add(finishFor)):
 		y := c.yes
 		y.Finishing = true
 		return y, true
@@ -126,7 +118,7 @@ func (r *Rights) claim(a Asker, key string, y Yes) {
 		return
 	}
 	c := r.claims.find(a.name, key, now)
-	if c == nil || c.yes.Asked.After(y.Asked) || c.yes.Proved && !y.Proved && now.Before(c.until) {
+	if c == nil || c.yes.Asked.After(y.Asked) || c.yes.Proved && !y.Proved && !c.ended(now) {
 		return
 	}
 	c.yes, c.until = y, until
@@ -142,14 +134,15 @@ func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
 	key := a.key(o)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.crossedLocked(y.Asked, a.name, key) {
-		return func() {}
+	crossed := r.crossedLocked(y.Asked, a.name, key)
+	if crossed && r.claims.by[a.name][key] == nil {
+		return func() {} // a refusal has ended what could be finished
 	}
 	c := r.claims.find(a.name, key, r.opts.Now())
 	if c == nil {
 		return func() {}
 	}
-	if !y.Finishing && !c.yes.Asked.After(y.Asked) && (y.Proved || !c.yes.Proved) {
+	if !y.Finishing && !crossed && !c.yes.Asked.After(y.Asked) && (y.Proved || !c.yes.Proved) {
 		c.yes = y
 	}
 	c.begun = true
@@ -162,7 +155,8 @@ func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
 	}
 }
 
-// Sending counts the answers that are being sent.
+// Sending counts the answers that are being sent of what may be finished. It is for
+// tests.
 func (r *Rights) Sending() (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -12,7 +12,7 @@ import (
 // Refusal is a 401 that anonymous was answered with in a repository. It answers
 // further requests without a credential for a moment, since containerd's HEAD
 // and GET each start with one, and tells during an outage how a password is
-// shown. It is the only refusal that is ever remembered.
+// shown. No other refusal ever answers anything but the request that it was for.
 type Refusal struct {
 	Challenge []string
 	Denied    bool
@@ -28,7 +28,8 @@ const (
 )
 
 // noteRefusal is called with the lock.
-func (r *Rights) noteRefusal(k index.RepositoryKey, refusal Refusal, now time.Time) {
+func (r *Rights) noteRefusal(k index.RepositoryKey, refusal Refusal, now time.Time, stale time.Duration) {
+	delete(r.challenges, k)
 	size := 0
 	for _, c := range refusal.Challenge {
 		size += len(c)
@@ -36,17 +37,17 @@ func (r *Rights) noteRefusal(k index.RepositoryKey, refusal Refusal, now time.Ti
 	if size > maxChallenge {
 		return
 	}
-	if _, known := r.refusals[k]; !known && len(r.refusals) >= maxRefusals {
-		for old, one := range r.refusals {
-			if now.Sub(one.received) >= max(refusedFor, r.opts.Terms(old.Upstream).Stale) {
-				delete(r.refusals, old)
+	if len(r.challenges) >= maxRefusals {
+		for old, one := range r.challenges {
+			if now.Sub(one.received) >= max(refusedFor, stale) {
+				delete(r.challenges, old)
 			}
 		}
-		if len(r.refusals) >= maxRefusals {
-			clear(r.refusals)
+		if len(r.challenges) >= maxRefusals {
+			clear(r.challenges)
 		}
 	}
-	r.refusals[k] = refusal
+	r.challenges[k] = refusal
 }
 
 // Refused returns the 401 that anonymous was answered with here a moment ago.
@@ -57,7 +58,7 @@ func (r *Rights) Refused(a Asker) (Refusal, bool) {
 	now := r.opts.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	one, ok := r.refusals[a.Repository]
+	one, ok := r.challenges[a.Repository]
 	return one, ok && now.Sub(one.received) < refusedFor
 }
 
@@ -86,7 +87,7 @@ func (r *Rights) Stale(a Asker, o Object, away bool) (y Yes, age time.Duration, 
 	case terms.StaleForNode && away && within(m.Time):
 		return y, now.Sub(m.Time), "", true
 	}
-	if one, known := r.refusals[a.Repository]; known && a.Anonymous() && within(one.received) {
+	if one, known := r.challenges[a.Repository]; known && a.Anonymous() && within(one.received) {
 		for _, c := range one.Challenge {
 			if scheme, _, _ := strings.Cut(c, " "); strings.EqualFold(scheme, "Basic") {
 				return Yes{}, 0, c, false

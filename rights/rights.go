@@ -3,10 +3,13 @@
 // Package rights decides who may have what of the bytes that are here.
 //
 // Contract: storage is shared, rights are not. Only an answer of the authority,
-// the registry's first endpoint, to a question that carried this client's own
-// credential lets a byte out. Such an answer is Evidence, and Learn is the one
-// function that takes it. What each evidence makes, and what it ends, is the
-// table below, and nothing else makes or ends anything:
+// the registry's first endpoint, lets a byte out, to a question that carried this
+// client's own credential, or that was put as anonymous, whose yes is everybody's.
+// (While an authority cannot be asked, and the operator allows it, an earlier yes
+// stands for one: see Stale.) Such an answer is Evidence, and Learn is the one
+// function that takes it; the caller brings only last words, the answers to what
+// the client itself asked. What each evidence makes, and what it ends, is this
+// table, and besides only time ends anything:
 //
 //	                 from the authority's own origin    from where that redirected
 //	Verified         grant, membership                  membership; anonymous: grant
@@ -17,11 +20,13 @@
 //	Forbidden        ends the grant, what had begun     nothing
 //	NoTag            ends the grant, what had begun     nothing
 //	TagGone          ends the grant, what had begun     nothing
-//	NoObject         ends the membership                nothing
+//	NoObject         ends the membership, everybody's   nothing
+//	Nothing          nothing                            nothing
 //
 // Named over a redirect is only what also says the size of the object, which is
-// stored. Where Unauthorised, Forbidden or TagGone answers anonymous, it ends besides all
-// that anonymous was ever served in the repository.
+// stored. An Unauthorised that is Denied ends what had begun, too. Where
+// Unauthorised, Forbidden or TagGone answers anonymous, it ends besides all that
+// anonymous was ever served in the repository.
 //
 // A grant is that the authority said yes to this credential in this repository;
 // a membership, that it served this object in this repository, to somebody at
@@ -29,17 +34,17 @@
 // an answer about that very object which makes the membership. What anonymous
 // was granted and served is everybody's.
 //
-// Besides, the size that an answer said of an object is remembered for its
-// asker as a claim: whatever else is not known, an object of exactly that size
-// is what the answer was about (Sized), also when it comes here only later. A
+// Besides, each yes about an object is remembered for its asker as a claim, with
+// the size that it said. It is good for the object that it was about: one that it
+// proved, or one of exactly that size, also when that comes here only later. A
 // sign-on page, which says 200 to everybody, has another size and names nothing.
 //
-// A yes counts from when the question was sent, never slides, and makes nothing
-// if a refusal was received since: the two may have crossed, and the refusal is
-// newer.
+// A yes counts from when its question was sent, never slides, and is remembered by
+// nobody if a refusal was received since: the two may have crossed, and the
+// refusal is newer. It serves the request that it answers.
 //
 // Failure model: everything here is bounded, and what is forgotten costs a
-// question, never a right. Grants and claims live in memory only, under names
+// question, or during an outage its help, never a right. Grants and claims live in memory only, under names
 // that are an HMAC with a key that is new with each process; memberships are the
 // index's.
 //
@@ -60,8 +65,7 @@ import (
 type Says int
 
 const (
-	// Mute is a yes that neither names the object nor says the size of one that
-	// is stored.
+	// Mute is any other yes. It is the first, and Verified the last that is one.
 	Mute Says = iota
 	// Sized: it says exactly the size of the object, which is stored, whoever it
 	// was stored for.
@@ -104,25 +108,25 @@ type Evidence struct {
 
 // effect is what an evidence does.
 type effect struct {
-	grant     bool // for the credential in the repository
-	open      bool // the same, where the credential is anonymous
-	member    bool
-	endGrant  bool
-	endBegun  bool // claims of the credential in the repository
-	endOpen   bool // anonymous memberships of the repository, when anonymous is told
-	endMember bool
+	grant        bool // for the credential in the repository
+	anonymous    bool // the same, where that is anonymous
+	member       bool
+	endGrant     bool
+	endBegun     bool // claims of the credential in the repository
+	endAnonymous bool // memberships of anonymous in the repository, when it is anonymous that is told
+	endMember    bool
 }
 
 // effects is the table of the package's comment.
 var effects = [...]struct{ own, redirected effect }{
 	Mute:         {},
 	Sized:        {own: effect{member: true}, redirected: effect{member: true}},
-	Named:        {own: effect{grant: true, open: true, member: true}, redirected: effect{open: true, member: true}},
-	Verified:     {own: effect{grant: true, open: true, member: true}, redirected: effect{open: true, member: true}},
-	Unauthorised: {own: effect{endGrant: true, endOpen: true}},
-	Forbidden:    {own: effect{endGrant: true, endBegun: true, endOpen: true}},
+	Named:        {own: effect{grant: true, anonymous: true, member: true}, redirected: effect{anonymous: true, member: true}},
+	Verified:     {own: effect{grant: true, anonymous: true, member: true}, redirected: effect{anonymous: true, member: true}},
+	Unauthorised: {own: effect{endGrant: true, endAnonymous: true}},
+	Forbidden:    {own: effect{endGrant: true, endBegun: true, endAnonymous: true}},
 	NoTag:        {own: effect{endGrant: true, endBegun: true}},
-	TagGone:      {own: effect{endGrant: true, endBegun: true, endOpen: true}},
+	TagGone:      {own: effect{endGrant: true, endBegun: true, endAnonymous: true}},
 	NoObject:     {own: effect{endMember: true}},
 	Nothing:      {},
 }
@@ -172,9 +176,12 @@ type Yes struct {
 func (y Yes) Covers(size int64) bool { return y.Proved || y.Size >= 0 && y.Size == size }
 
 const (
-	// crossing is how long a refusal is remembered as newer than a yes that
-	// is on its way: more than any request to a registry takes.
+	// crossing is how long a refusal is remembered, at the least, as newer than a
+	// yes that is on its way.
 	crossing = time.Minute
+	// skew is how far ahead of now a time may be that is believed: what is later is
+	// from before the clock was set back.
+	skew = time.Minute
 	// maxRights bounds each of the tables.
 	maxRights = 1 << 16
 )
@@ -198,12 +205,12 @@ type Rights struct {
 	mu     sync.Mutex
 	grants map[string]grant
 	claims claims
-	// refused is when the last refusal of a credential or an object was
-	// received; refusedAll stands for those that were forgotten.
-	refused    map[string]time.Time
-	refusedAll time.Time
-	refusals   map[index.RepositoryKey]Refusal // of anonymous; at most maxRefusals
-	closed     map[index.RepositoryKey]bool    // anonymous has no membership there; at most maxRights
+	// lastNo is when the last refusal of a credential or an object was received;
+	// lastNoOfAll stands for those that were forgotten.
+	lastNo      map[string]time.Time
+	lastNoOfAll time.Time
+	challenges  map[index.RepositoryKey]Refusal // of anonymous; at most maxRefusals
+	closed      map[index.RepositoryKey]bool    // anonymous has no membership there; at most maxRights
 }
 
 // grant is kept past until for as long as a stale answer may rest on it.
@@ -212,34 +219,36 @@ type grant struct{ asked, until time.Time }
 // New returns rights that know of no grant.
 func New(opts Options) *Rights {
 	return &Rights{
-		opts:     opts,
-		names:    newNames(),
-		grants:   make(map[string]grant),
-		claims:   newClaims(),
-		refused:  make(map[string]time.Time),
-		refusals: make(map[index.RepositoryKey]Refusal),
-		closed:   make(map[index.RepositoryKey]bool),
+		opts:       opts,
+		names:      newNames(),
+		grants:     make(map[string]grant),
+		claims:     newClaims(),
+		lastNo:     make(map[string]time.Time),
+		challenges: make(map[index.RepositoryKey]Refusal),
+		closed:     make(map[index.RepositoryKey]bool),
 	}
 }
 
 // Learn takes an answer of the authority to a question of this asker about the
-// object, and returns what it lets the asker have: a yes for the object unless
-// it is a refusal.
+// object, and returns the yes that it is, if it is one.
 func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 	does := e.effect()
+	if e.Says > Verified {
+		if does.endGrant || does.endMember {
+			r.end(a, o, e, does)
+		}
+		return Yes{Size: -1}
+	}
 	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
-	if o.Digest != "" && e.Says <= Verified {
+	if o.Digest != "" {
 		key := a.key(o)
 		if does.member {
 			r.member(a, o, key, e)
 		}
 		r.claim(a, key, y)
 	}
-	if does.grant || does.open && a.Anonymous() {
+	if does.grant || does.anonymous && a.Anonymous() {
 		r.granted(a, e.Asked)
-	}
-	if does.endGrant || does.endMember || does.endOpen && a.Anonymous() {
-		r.end(a, o, e, does)
 	}
 	return y
 }
@@ -262,11 +271,15 @@ func (r *Rights) member(a Asker, o Object, key string, e Evidence) {
 		r.mu.Unlock()
 	}
 	r.opts.Index.NoteMembership(key, m)
+	taken := false
 	switch { // just now, and what was deleted has come back
 	case r.crossed(e.Asked, key):
-		r.opts.Index.DeleteMembership(key)
+		taken = r.opts.Index.DeleteMembership(key)
 	case a.Anonymous() && r.crossed(e.Asked, a.name):
-		r.opts.Index.CloseRepository(a.Repository)
+		taken = r.opts.Index.CloseRepository(a.Repository)
+	}
+	if taken {
+		r.opts.Keep()
 	}
 }
 
@@ -285,11 +298,14 @@ func (r *Rights) granted(a Asker, asked time.Time) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.crossedLocked(asked, a.name) || !now.Before(keep) || r.grants[a.name].asked.After(asked) {
+	if r.crossedLocked(asked, a.name) {
 		return
 	}
 	if a.Anonymous() {
-		delete(r.refusals, a.Repository)
+		delete(r.challenges, a.Repository)
+	}
+	if !now.Before(keep) || r.grants[a.name].asked.After(asked) {
+		return
 	}
 	if _, known := r.grants[a.name]; !known && len(r.grants) >= maxRights {
 		for name, old := range r.grants {
@@ -306,7 +322,8 @@ func (r *Rights) granted(a Asker, asked time.Time) {
 
 // end takes back what a refusal ends.
 func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
-	now, keep := r.opts.Now(), false
+	now, taken := r.opts.Now(), false
+	stale := r.opts.Terms(a.Repository.Upstream).Stale
 	key := ""
 	if does.endMember {
 		key = a.key(o)
@@ -316,7 +333,6 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 		// Some registries say it also where they mean 403, and then it costs
 		// those who have the object a question.
 		r.refuse(key, now)
-		r.claims.dropObject(a.name, key)
 	}
 	if does.endGrant {
 		r.refuse(a.name, now)
@@ -326,9 +342,9 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 		r.claims.drop(a.name)
 	}
 	if e.Says == Unauthorised && a.Anonymous() {
-		r.noteRefusal(a.Repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now)
+		r.noteRefusal(a.Repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now, stale)
 	}
-	closes := does.endOpen && a.Anonymous() && !r.closed[a.Repository]
+	closes := does.endAnonymous && a.Anonymous() && !r.closed[a.Repository]
 	if closes {
 		if len(r.closed) >= maxRights {
 			clear(r.closed)
@@ -337,30 +353,30 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	}
 	r.mu.Unlock()
 	if does.endMember {
-		keep = r.opts.Index.DeleteMembership(key)
+		taken = r.opts.Index.DeleteMembership(key)
 	}
 	if closes && r.opts.Index.CloseRepository(a.Repository) {
-		keep = true
+		taken = true
 	}
-	if keep {
+	if taken {
 		r.opts.Keep()
 	}
 }
 
 // refuse notes when a refusal was received. Called with the lock.
 func (r *Rights) refuse(name string, now time.Time) {
-	if len(r.refused) >= maxRights {
-		for k, t := range r.refused {
+	if len(r.lastNo) >= maxRights {
+		for k, t := range r.lastNo {
 			if now.Sub(t) > crossing {
-				delete(r.refused, k)
+				delete(r.lastNo, k)
 			}
 		}
-		if len(r.refused) >= maxRights {
-			clear(r.refused)
-			r.refusedAll = now
+		if len(r.lastNo) >= maxRights {
+			clear(r.lastNo)
+			r.lastNoOfAll = now
 		}
 	}
-	r.refused[name] = now
+	r.lastNo[name] = now
 }
 
 // crossed tells whether a refusal of one of the names was received after a yes
@@ -373,11 +389,11 @@ func (r *Rights) crossed(asked time.Time, names ...string) bool {
 
 func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
 	for _, name := range names {
-		if !r.refused[name].Before(asked) {
+		if !r.lastNo[name].Before(asked) {
 			return true
 		}
 	}
-	return !r.refusedAll.Before(asked)
+	return !r.lastNoOfAll.Before(asked)
 }
 
 // Entitled tells whether the asker may have the object without another
@@ -393,13 +409,16 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 	m, _ := r.opts.Index.Membership(key)
 	lives := func(served time.Time) bool {
 		age := now.Sub(served)
-		// What is from the future is from before the clock was set back.
-		return !served.IsZero() && age < terms.Membership && age > -crossing
+		return !served.IsZero() && age < terms.Membership && age > -skew
 	}
 	y = Yes{MediaType: m.MediaType, Size: -1, Proved: true}
 	r.mu.Lock()
 	own, everybody := r.grants[a.name], r.grants[a.everybody]
-	claimed, has := r.claims.entitled(a.name, key, resumes, now)
+	var claimed Yes
+	has := false
+	if c := r.claims.by[a.name][key]; c != nil {
+		claimed, has = c.stands(resumes, r.crossedLocked(c.yes.Asked, a.name, key), now)
+	}
 	r.mu.Unlock()
 	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {
 		y.Asked = own.asked
@@ -423,13 +442,17 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 // Granted tells whether a yes for the repository is believed still.
 func (r *Rights) Granted(a Asker) bool {
 	now := r.opts.Now()
+	if r.opts.Terms(a.Repository.Upstream).Grant <= 0 {
+		return false
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return now.Before(r.grants[a.name].until) || now.Before(r.grants[a.everybody].until)
 }
 
-// Had tells whether the authority ever said yes to the asker, as far as is known,
-// so that its no is news.
+// Had tells whether the authority said yes to the asker before, as far as is
+// remembered, so that its no about a tag is news: to anonymous about the object
+// that the tag meant, to a credential anywhere in the repository.
 func (r *Rights) Had(a Asker, o Object) bool {
 	if a.Anonymous() {
 		m, _ := r.opts.Index.Membership(a.key(o))

@@ -256,6 +256,49 @@ func TestAYesThatCrossedARefusalMakesNothing(t *testing.T) {
 	}
 }
 
+// TestADownloadThatGoesOnIsEndedByNobodyElse: range after range, past the grant and
+// somebody else's 404; a 403 to its own credential ends it.
+func TestADownloadThatGoesOnIsEndedByNobodyElse(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a, other := d.asker("password"), d.asker("token")
+	end := d.Begin(a, layer, d.Learn(a, layer, Evidence{Says: Verified, Asked: d.now, Size: size}), 1<<20)
+	for n := range 20 {
+		end()
+		d.now = d.now.Add(20 * time.Second)
+		switch n {
+		case 1:
+			d.Learn(other, layer, Evidence{Says: NoObject, Asked: d.now})
+			if d.may(a, layer) {
+				t.Error("the whole goes out, and the registry has said that it is gone")
+			}
+		case 2: // a token that ran out may be renewed
+			d.Learn(a, Object{Kind: manifests}, Evidence{Says: Unauthorised, Asked: d.now})
+		}
+		y, ok := d.Entitled(a, layer, here(size), true)
+		if !ok {
+			t.Fatalf("range %d is refused", n)
+		}
+		end = d.Begin(a, layer, y, 1<<20)
+	}
+	end()
+	d.Learn(a, Object{Kind: manifests}, Evidence{Says: Forbidden, Asked: d.now})
+	if _, ok := d.Entitled(a, layer, here(size), true); ok {
+		t.Error("after a 403")
+	}
+}
+
+// TestARefusalIsNoYes, whatever it says besides.
+func TestARefusalIsNoYes(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	for says := Unauthorised; says <= Nothing; says++ {
+		if y := d.Learn(d.asker("password"), layer, Evidence{Says: says, Asked: d.now, Size: size}); y.Covers(size) {
+			t.Errorf("%d: %+v", says, y)
+		}
+	}
+}
+
 // TestStaleIsForWhom: the owner, or with StaleForNode and nobody answering, every
 // client; after a restart without the passwords.
 func TestStaleIsForWhom(t *testing.T) {
@@ -355,12 +398,12 @@ func TestEachTableIsBounded(t *testing.T) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for what, n := range map[string]int{"grants": len(d.grants), "claims": d.claims.n, "refused": len(d.refused), "closed": len(d.closed)} {
+	for what, n := range map[string]int{"grants": len(d.grants), "claims": d.claims.n, "refused": len(d.lastNo), "closed": len(d.closed)} {
 		if n > maxRights {
 			t.Errorf("%d %s", n, what)
 		}
 	}
-	if len(d.refusals) > maxRefusals {
-		t.Errorf("%d refusals", len(d.refusals))
+	if len(d.challenges) > maxRefusals {
+		t.Errorf("%d refusals", len(d.challenges))
 	}
 }
