@@ -5,8 +5,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -112,7 +115,7 @@ func runPrepared(t testing.TB, dir, settings string, prepare func(*exec.Cmd), ar
 	listen, admin := freePort(t), freePort(t)
 	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, dir: dir, exited: make(chan struct{})}
 	if !strings.Contains(settings, "admin_socket:") { // not in /run/tarn, which is the machine's
-		settings += "admin_socket: " + filepath.Join(dir, socketName) + "\n"
+		settings += "admin_socket: " + socketIn(t, dir) + "\n"
 	}
 	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t, settings), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
@@ -187,12 +190,28 @@ func (p *process) ended() {
 }
 
 // socket is the address of its admin socket.
-func (p *process) socket() string { return unixPrefix + filepath.Join(p.dir, socketName) }
+func (p *process) socket() string { return unixPrefix + socketIn(p.t, p.dir) }
+
+// socketIn is a path for a socket in the directory, or, where that is too long for
+// one, as a test's own name can make it, a link to the directory.
+func socketIn(t testing.TB, dir string) string {
+	t.Helper()
+	if path := filepath.Join(dir, socketName); len(path) <= maxSocketPath {
+		return path
+	}
+	short := filepath.Join(os.TempDir(), fmt.Sprintf("t%x", sha256.Sum256([]byte(dir)))[:12])
+	if err := os.Symlink(dir, short); err == nil {
+		t.Cleanup(func() { os.Remove(short) })
+	} else if !errors.Is(err, fs.ErrExist) {
+		t.Fatal(err)
+	}
+	return filepath.Join(short, socketName)
+}
 
 // overSocket is a client that speaks to it over that.
 func (p *process) overSocket() *http.Client {
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(p.dir, socketName))
+		return (&net.Dialer{}).DialContext(ctx, "unix", socketIn(p.t, p.dir))
 	}}
 	p.t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}

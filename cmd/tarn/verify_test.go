@@ -189,7 +189,7 @@ func TestHalfAnOrderIsNotWaitedForLong(t *testing.T) {
 		"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx",
 	} {
 		waiting.Go(func() {
-			conn, err := net.Dial("unix", filepath.Join(p.dir, socketName))
+			conn, err := net.Dial("unix", socketIn(t, p.dir))
 			if err != nil {
 				t.Error(err)
 				return
