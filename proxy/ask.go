@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/http"
 	"path"
+	"slices"
+	"strings"
 	"time"
 
 	"tarn/cache"
@@ -178,18 +180,18 @@ func refusalOf(err error, asked time.Time) rights.Evidence {
 }
 
 // isNo tells whether an answer to a question of tarn's own may be another one to
-// the client's request: it is any status but a 429 and a 503, and no 401 that
-// nothing was shown for.
+// the client's request: it is any status but a 429 and a 503, and no 401 that says
+// what to show where nothing was; or a connection that broke.
 func isNo(err error) bool {
 	var status *upstream.StatusError
 	if !errors.As(err, &status) {
-		return errors.Is(err, upstream.ErrProtocol)
+		return errors.Is(err, upstream.ErrProtocol) || errors.Is(err, upstream.ErrUnreachable) && !errors.Is(err, upstream.ErrTimeout)
 	}
 	switch status.Status {
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		return false
 	case http.StatusUnauthorized:
-		return status.Shown
+		return status.Shown || len(status.Challenge) == 0
 	}
 	return true
 }
@@ -234,16 +236,21 @@ func (p *Proxy) do(ctx context.Context, q *request, c rights.Credential, method,
 	return p.upstreams.Registry(q.upstream).Do(ctx, req)
 }
 
+// anything: some firewalls let nobody pass who says nothing.
+var anything = []string{"*/*"}
+
 // acceptFor is what the upstream is told. A digest names its bytes whatever is
 // accepted, and a flight is for everybody: they are asked for with all types.
 func (p *Proxy) acceptFor(q *request, reference string) []string {
 	switch {
 	case q.kind == upstream.Blob:
-		return nil
+		return anything
 	case q.kind != upstream.Manifest:
 		return q.accept
 	case reference == q.tag && len(q.accept) > 0:
 		return q.accept
+	case len(q.accept) > 0: // some give a type only to who names it
+		return []string{strings.Join(append(slices.Clip(q.accept), defaultAccept...), ", ")}
 	default:
 		return defaultAccept
 	}

@@ -95,7 +95,7 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		}
 	}
 	switch {
-	case errors.Is(err, upstream.ErrRange):
+	case errors.Is(err, upstream.ErrRange), err != nil && !begun && want.length > 0 && q.kind == upstream.Blob && refusesParts(err):
 		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRange, err)
 	case err != nil:
 		return nil, cache.Info{}, refusedAlone(err)
@@ -130,6 +130,20 @@ func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, err
 		Elsewhere: func() bool { return s.elsewhere(resp.Endpoint) },
 		Doubtful:  own && !y.Proved,
 	}, nil
+}
+
+// refusesParts tells whether a request for all may do where one for a part, which
+// is tarn's own idea, did not: some firewalls let no Range pass.
+func refusesParts(err error) bool {
+	var status *upstream.StatusError
+	if !errors.As(err, &status) {
+		return errors.Is(err, upstream.ErrUnreachable) && !errors.Is(err, upstream.ErrTimeout)
+	}
+	switch status.Status {
+	case http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusPreconditionFailed:
+		return true
+	}
+	return status.Status >= 500 && status.Status != http.StatusServiceUnavailable
 }
 
 // elsewhere has the next question go to another endpoint, if there is one that may be

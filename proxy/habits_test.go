@@ -317,3 +317,116 @@ func TestATagIsKnownOnceItsManifestIsHere(t *testing.T) {
 		t.Errorf("%d tags wait, %d are counted", len(d.proxy.pending.tags), n)
 	}
 }
+
+// TestAFirewallThatLetsNoRangePass: the client sent none.
+func TestAFirewallThatLetsNoRangePass(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{403, 405, 406, 412, 416, 500, 502, 0} {
+		r, d := one(t)
+		layer := random(1, 300_000)
+		img := r.Image("one", "v1", layer)
+		r.Blob("two", layer)
+		r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+			if req.Header.Get("Range") == "" {
+				return false
+			}
+			if status == 0 {
+				panic(http.ErrAbortHandler)
+			}
+			w.WriteHeader(status)
+			return true
+		}
+		d.get(blobPath("one", img.Layers[0])).mustBe(t, layer)
+		d.stored(cache.ListedDomain, img.Layers[0])
+		d.get(blobPath("two", img.Layers[0])).mustBe(t, layer)
+	}
+}
+
+// TestADigestHeaderOfAnotherThing: by tag, clients name a manifest by its bytes.
+func TestADigestHeaderOfAnotherThing(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	img := r.Image("app", "v1", random(1, 1000))
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		if strings.HasSuffix(req.URL.Path, "/v1") || strings.HasSuffix(req.URL.Path, digest.FromString("another").String()) {
+			w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			w.Header().Set("Docker-Content-Digest", digest.FromString("another").String())
+			sized(w, len(img.Body))
+			if req.Method == http.MethodGet {
+				w.Write(img.Body)
+			}
+			return true
+		}
+		return false
+	}
+	for range 2 {
+		d.get(manifestPath("app", "v1")).mustBe(t, img.Body).mustSay(t, "Docker-Content-Digest", img.Manifest.String())
+	}
+}
+
+// TestARegistryThatHidesWhatNeedsAToken says 404 to who shows nothing, and what it
+// wants at /v2/ only; and one that wants another scope for blobs.
+func TestARegistryThatHidesWhatNeedsAToken(t *testing.T) {
+	t.Parallel()
+	for _, hides := range []int{404, 403, 401} {
+		r, d := one(t)
+		layer := random(1, 1000)
+		img := r.Image("app", "v1", layer)
+		r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+			challenge := func(scope string) {
+				w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="lab"%s`, r.URL, scope))
+			}
+			want := "pull"
+			if strings.Contains(req.URL.Path, "/blobs/") {
+				want = "layers"
+			}
+			token, _ := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
+			switch {
+			case req.URL.Path == "/token":
+				fmt.Fprintf(w, `{"token":"%s","expires_in":"300"}`, strings.ReplaceAll(strings.Join(req.URL.Query()["scope"], "+"), "repository:app:", ""))
+			case req.URL.Path == "/v2/":
+				challenge("")
+				w.WriteHeader(401)
+			case token == "" && hides != 401:
+				w.WriteHeader(hides)
+			case hides == 401 && !strings.Contains(token, want):
+				challenge(`,scope="repository:app:` + want + `"`)
+				w.WriteHeader(401)
+			default:
+				return false
+			}
+			return true
+		}
+		d.get(manifestPath("app", "v1")).mustBe(t, img.Body)
+		d.get(blobPath("app", img.Layers[0])).mustBe(t, layer)
+	}
+}
+
+// TestAListThatCameCompressedIsDecoded, and its next page is found however the
+// link to it is written.
+func TestAListThatCameCompressedIsDecoded(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	const list = `{"name":"app","tags":["a"]}`
+	for link, next := range map[string]bool{
+		`</v2/app/tags/list?last=a&n=1>; rel="next"`: true, `</v2/app/tags/list?last=a&n=1>`: true,
+		`</v2/app/tags/list?last=a&n=1>; rel='next'`: true, `</v2/app/tags/list?last=a&n=1>; rel="last next"`: true,
+		`</v2/app/tags/list?last=a&n=1>; rel="prev"`: false, "": false,
+	} {
+		r.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Content-Encoding", "gzip")
+			w.Header().Set("Content-Type", "application/json")
+			if link != "" {
+				w.Header().Set("Link", link)
+			}
+			z := gzip.NewWriter(w)
+			z.Write([]byte(list))
+			z.Close()
+			return true
+		}
+		a := d.get("/v2/app/tags/list?ns="+lab).must(t, 200)
+		if string(a.body) != list || a.header.Get("Content-Encoding") != "" || (a.header.Get("Link") != "") != next {
+			t.Errorf("%s: %q, %v", link, a.body, a.header)
+		}
+	}
+}

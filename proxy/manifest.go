@@ -36,16 +36,6 @@ func (b *limitedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// generic tells whether a Content-Type says nothing about a manifest, so that
-// the body's own mediaType stands.
-func generic(mediaType string) bool {
-	switch mediaType {
-	case "", "text/plain", "application/octet-stream", "binary/octet-stream", "application/json":
-		return true
-	}
-	return false
-}
-
 // manifestLike tells whether a Content-Type may be a manifest's.
 func manifestLike(mediaType string) bool {
 	return strings.HasPrefix(mediaType, "application/vnd.") && strings.HasSuffix(mediaType, "json")

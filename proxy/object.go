@@ -166,7 +166,8 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 		first.length = 1
 	}
 	y, err = p.question(asking, q, http.MethodGet, first)
-	if errors.Is(err, upstream.ErrRange) {
+	// What is not here is asked for in parts, too, unless it is in one.
+	if errors.Is(err, upstream.ErrRange) || err != nil && first.length > 0 && p.rules(q.upstream).Parallel > 1 && refusesParts(err) {
 		if y, err = p.question(asking, q, http.MethodGet, part{}); err == nil {
 			registry.Saw(upstream.NoRanges)
 		}

@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -37,13 +38,21 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	}
 	defer resp.Body.Close()
 	h := w.Header()
-	switch {
-	case generic(resp.MediaType):
-		h.Set("Content-Type", "application/json")
-	case strings.HasPrefix(resp.MediaType, "application/") && strings.HasSuffix(resp.MediaType, "json"):
+	// Whatever it is called, clients read it as JSON, and browsers must not read it
+	// as anything else.
+	h.Set("Content-Type", "application/json")
+	h.Set("X-Content-Type-Options", "nosniff")
+	if strings.HasPrefix(resp.MediaType, "application/") && strings.HasSuffix(resp.MediaType, "json") {
 		h.Set("Content-Type", resp.MediaType)
-	default:
-		return fmt.Errorf("%w: a list of type %q", upstream.ErrProtocol, resp.MediaType)
+	}
+	list := io.Reader(resp.Body)
+	if strings.Contains(strings.ToLower(resp.Encoding), "gzip") {
+		resp.Size = -1
+		if q.method == http.MethodGet {
+			if list, err = gzip.NewReader(resp.Body); err != nil {
+				return fmt.Errorf("%w: a list that is not gzip", upstream.ErrProtocol)
+			}
+		}
 	}
 	if v := resp.Header.Values("OCI-Filters-Applied"); len(v) > 0 {
 		h["Oci-Filters-Applied"] = v
@@ -59,7 +68,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	w.detail("fwd=bypass; fwd-status=200", "list")
 	w.slow = true
 	w.WriteHeader(http.StatusOK)
-	_, err = io.Copy(w, resp.Body)
+	_, err = io.Copy(w, list)
 	return aborted(err)
 }
 
@@ -88,7 +97,7 @@ func lacksReferrers(err error) bool {
 func (q *request) rewriteLink(lines []string) string {
 	for _, link := range oneLink.FindAllStringSubmatch(strings.Join(lines, ","), -1) {
 		u, err := url.Parse(link[1])
-		if err != nil || !relNext.MatchString(link[2]) {
+		if err != nil || !relNext.MatchString(link[2]) && anyRel.MatchString(link[2]) {
 			continue
 		}
 		query := passedOn(q.kind, u.Query())
@@ -109,5 +118,6 @@ func (q *request) rewriteLink(lines []string) string {
 
 var (
 	oneLink = regexp.MustCompile(`<([^>]*)>((?:[^,"]|"[^"]*")*)`)
-	relNext = regexp.MustCompile(`(?i);\s*rel\s*=\s*"?next"?\s*(;|$)`)
+	relNext = regexp.MustCompile(`(?i);\s*rel\s*=\s*["']?([^"';]*\s)?next(\s[^"';]*)?["']?\s*(;|$)`)
+	anyRel  = regexp.MustCompile(`(?i);\s*rel\s*=`)
 )

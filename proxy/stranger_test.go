@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -229,8 +230,9 @@ func TestAListedRegistryThatHangsIsNobodyElsesAffair(t *testing.T) {
 		blob := random(1, 300_000)
 		dgst := good.Blob("app", blob)
 		asked, gate := make(chan struct{}), make(chan struct{})
+		var once sync.Once
 		bad.Hook = func(w http.ResponseWriter, r *http.Request) bool {
-			close(asked)
+			once.Do(func() { close(asked) })
 			<-gate
 			w.WriteHeader(http.StatusBadGateway)
 			return true

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
@@ -77,13 +78,18 @@ func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Resp
 	shown, fresh := r.known(ctx, e, key)
 	resp, from, err := r.try(ctx, e, req, shown.header)
 	status, refused := refusal(err)
+	if hidden, ok := r.hidden(ctx, e, req, shown, err); ok {
+		status, refused = hidden, true
+	}
 	if !refused {
 		if errors.As(err, &status) {
 			status.Shown = shown.header != ""
 		}
 		return resp, err
 	}
-	if status.Status == http.StatusForbidden || fresh || shown.header != "" && (status.insufficient || time.Since(shown.made) < renewAfter) {
+	if another := widened(shown, status.Challenge); another != nil {
+		status.Challenge = another
+	} else if status.Status == http.StatusForbidden || fresh || shown.header != "" && (status.insufficient || time.Since(shown.made) < renewAfter) {
 		return nil, r.refused(ctx, e, key, shown, status)
 	}
 	challenge, own := status.Challenge, false
@@ -100,6 +106,14 @@ func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Resp
 	}
 	resp, _, err = r.try(ctx, e, req, next.header)
 	if status, ok := refusal(err); ok {
+		if another := widened(next, status.Challenge); another != nil {
+			if last, perr := r.prove(ctx, e, key, another, from, false); perr == nil {
+				next = last
+				resp, _, err = r.try(ctx, e, req, next.header)
+			}
+		}
+	}
+	if status, ok := refusal(err); ok {
 		if req.As == Node {
 			r.refusedSecret()
 		}
@@ -109,6 +123,41 @@ func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Resp
 		status.Shown = true
 	}
 	return resp, err
+}
+
+// hidden: some registries say 404 or 403 to who shows nothing, and what they want
+// at /v2/ only, where most clients ask first.
+func (r *Registry) hidden(ctx context.Context, e Endpoint, req Request, shown proof, err error) (*StatusError, bool) {
+	var status *StatusError
+	if shown.header != "" || !errors.As(err, &status) || status.Foreign ||
+		status.Status != http.StatusNotFound && status.Status != http.StatusForbidden {
+		return nil, false
+	}
+	challenge, _, cerr := r.baseChallenge(ctx, e)
+	if _, bearer := bearerChallenge(challenge); cerr != nil || !bearer {
+		return nil, false
+	}
+	return &StatusError{Status: http.StatusUnauthorized}, true
+}
+
+// widened is the challenge for what was shown and what is wanted besides, nil
+// when nothing else is wanted.
+func widened(shown proof, challenge []string) []string {
+	bearer, ok := bearerChallenge(challenge)
+	if !ok || shown.bearer == nil || shown.own || bearer["realm"] != shown.bearer["realm"] {
+		return nil
+	}
+	had := strings.Fields(shown.bearer["scope"])
+	all := had
+	for _, s := range strings.Fields(bearer["scope"]) {
+		if !slices.Contains(all, s) {
+			all = append(slices.Clip(all), s)
+		}
+	}
+	if len(all) == len(had) || len(all) > maxScopes {
+		return nil
+	}
+	return []string{fmt.Sprintf(`Bearer realm="%s",service="%s",scope="%s"`, bearer["realm"], bearer["service"], strings.Join(all, " "))}
 }
 
 // refusal is a registry's own 401 or 403.
@@ -374,7 +423,7 @@ func realmOf(at *url.URL, realm string) (*url.URL, error) {
 
 // hasBasic tells whether a Basic challenge is among them.
 func hasBasic(challenges []string) bool {
-	for _, c := range challenges {
+	for _, c := range apart(challenges) {
 		scheme, _, _ := strings.Cut(strings.TrimSpace(c), " ")
 		if strings.EqualFold(scheme, "Basic") {
 			return true

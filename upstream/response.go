@@ -113,6 +113,14 @@ func refusesRange(req Request, status int) bool {
 }
 
 func newResponse(req Request, a *answer) (*Response, error) {
+	if !req.ranged() {
+		// All of it, by other names.
+		first, last, size, err := parseContentRange(a.Header.Get("Content-Range"))
+		if a.StatusCode == http.StatusNonAuthoritativeInfo ||
+			a.StatusCode == http.StatusPartialContent && (a.Header.Get("Content-Range") == "" || err == nil && first == 0 && last == size-1) {
+			a.StatusCode = http.StatusOK
+		}
+	}
 	if a.StatusCode != http.StatusOK && a.StatusCode != http.StatusPartialContent {
 		if refusesRange(req, a.StatusCode) {
 			return nil, fmt.Errorf("%w, but %d", ErrRange, a.StatusCode)

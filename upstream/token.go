@@ -4,6 +4,7 @@ package upstream
 
 import (
 	"cmp"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -154,7 +156,7 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	}
 	defer resp.Body.Close()
 	switch {
-	case resp.StatusCode == http.StatusOK:
+	case resp.StatusCode >= 200 && resp.StatusCode < 300:
 	case resp.StatusCode == http.StatusTooManyRequests:
 		return Token{}, &StatusError{Status: resp.StatusCode, RetryAfter: retryAfter(resp.Header, time.Now())}
 	case resp.StatusCode >= 400 && resp.StatusCode < 500:
@@ -165,9 +167,15 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	var body struct {
 		Token       string `json:"token"`
 		AccessToken string `json:"access_token"`
-		ExpiresIn   int64  `json:"expires_in"`
+		ExpiresIn   any    `json:"expires_in"`
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxTokenBody)).Decode(&body); err != nil {
+	plain := io.Reader(resp.Body)
+	if strings.Contains(asciiLower(resp.Header.Get("Content-Encoding")), "gzip") {
+		if plain, err = gzip.NewReader(resp.Body); err != nil {
+			return Token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, r.name)
+		}
+	}
+	if err := json.NewDecoder(io.LimitReader(plain, maxTokenBody)).Decode(&body); err != nil {
 		return Token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, r.name)
 	}
 	out := Token{Value: cmp.Or(body.Token, body.AccessToken), Life: defaultTokenLife, Issued: issued}
@@ -177,8 +185,9 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	if len(out.Value) > maxToken {
 		return Token{}, fmt.Errorf("%w: the token service of %s sent a token of %d bytes, of at most %d", ErrProtocol, r.name, len(out.Value), maxToken)
 	}
-	if body.ExpiresIn > 0 {
-		out.Life = time.Duration(min(body.ExpiresIn, int64(maxTokenLife/time.Second))) * time.Second
+	// Some write it as a string, some with a fraction.
+	if life, err := strconv.ParseFloat(fmt.Sprint(body.ExpiresIn), 64); err == nil && life > 0 {
+		out.Life = time.Duration(min(life, maxTokenLife.Seconds()) * float64(time.Second))
 	}
 	return out, nil
 }
@@ -279,8 +288,11 @@ func isLoopback(host string) bool {
 // bearerChallenge returns the parameters of the first Bearer challenge with a
 // realm (RFC 9110 11.6.1).
 func bearerChallenge(challenges []string) (map[string]string, bool) {
-	for _, c := range challenges {
-		scheme, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
+	for _, c := range apart(challenges) {
+		scheme, rest := c, ""
+		if i := strings.IndexAny(c, " \t"); i >= 0 {
+			scheme, rest = c[:i], c[i+1:]
+		}
 		if !strings.EqualFold(scheme, "Bearer") {
 			continue
 		}
@@ -289,6 +301,23 @@ func bearerChallenge(challenges []string) (map[string]string, bool) {
 		}
 	}
 	return nil, false
+}
+
+// apart splits lines of several challenges (RFC 9110 11.6.1).
+func apart(lines []string) (all []string) {
+	for _, line := range lines {
+		start := len(all)
+		for _, part := range splitParams(line) {
+			part = strings.TrimSpace(part)
+			head, _, pair := strings.Cut(part, "=")
+			if len(all) == start || !pair && part != "" || strings.ContainsAny(strings.TrimSpace(head), " \t") {
+				all = append(all, part)
+				continue
+			}
+			all[len(all)-1] += "," + part
+		}
+	}
+	return all
 }
 
 // authParams reads name=value pairs, quoted or not, up to what is no pair.

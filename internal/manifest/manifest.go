@@ -194,10 +194,16 @@ type one struct {
 }
 
 func (o *one) UnmarshalJSON(data []byte) error {
+	if isNull(data) {
+		return nil
+	}
 	o.there = true
 	o.is, _ = o.descriptor(func(into any) error { return json.Unmarshal(data, into) })
 	return nil
 }
+
+// isNull: a field that is null is as if it were not there, to every client.
+func isNull(data []byte) bool { return string(data) == "null" }
 
 // list is a field that has any number of them.
 type list struct {
@@ -207,6 +213,9 @@ type list struct {
 }
 
 func (l *list) UnmarshalJSON(data []byte) error {
+	if isNull(data) {
+		return nil
+	}
 	if l.there { // of a field that comes twice, the last one counts
 		l.left--
 	}
@@ -215,11 +224,7 @@ func (l *list) UnmarshalJSON(data []byte) error {
 		return nil
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
-	switch begin, _ := dec.Token(); begin {
-	case nil: // null
-		return nil
-	case json.Delim('['):
-	default:
+	if begin, _ := dec.Token(); begin != json.Delim('[') {
 		l.failed = true
 		return nil
 	}
