@@ -60,7 +60,7 @@ type Manifest struct {
 	// MediaType is the body's own, "" when it has none.
 	MediaType string
 	// HasConfig, HasLayers and HasManifests tell which fields there are, whatever
-	// is in them.
+	// is in them; one that is null is not there.
 	HasConfig, HasLayers, HasManifests bool
 
 	Config    Descriptor // the zero value when there is none
@@ -202,7 +202,7 @@ func (o *one) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// isNull: a field that is null is as if it were not there, to every client.
+// isNull tells whether a field is null: clients read it as one that is not there.
 func isNull(data []byte) bool { return string(data) == "null" }
 
 // list is a field that has any number of them.
