@@ -172,7 +172,8 @@ func pullAll(dir string, steps fault.Steps, mend func() bool, broken bool) error
 var errNoStart = errors.New("no start")
 
 // landed waits until the cache has done what it had to, and has it accounted
-// for what is on the disk.
+// for what is on the disk. What the evictor removes while the disk is read is
+// read again.
 func landed(c *Cache) error {
 	if err := rest(c, func() bool {
 		c.mu.Lock()
@@ -181,16 +182,23 @@ func landed(c *Cache) error {
 	}); err != nil {
 		return err
 	}
-	blobs, pending, err := taken(c.opts.Dir)
-	if err != nil {
-		return err
-	}
-	if err := c.index.Objects(func(d digest.Digest, row index.Object) {
-		if _, err := os.Stat(c.store.Path(d)); err != nil {
-			blobs += row.Alloc // it counts until somebody finds out
+	var blobs, pending int64
+	for range 100 {
+		before := c.Stats().UsedBytes
+		var err error
+		if blobs, pending, err = taken(c.opts.Dir); err != nil {
+			return err
 		}
-	}); err != nil {
-		return err
+		if err := c.index.Objects(func(d digest.Digest, row index.Object) {
+			if _, err := os.Stat(c.store.Path(d)); err != nil {
+				blobs += row.Alloc // it counts until somebody finds out
+			}
+		}); err != nil {
+			return err
+		}
+		if c.Stats().UsedBytes == before {
+			break
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
