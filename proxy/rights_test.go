@@ -599,14 +599,16 @@ func TestColdClientsThatShareACredentialShareItsQuestion(t *testing.T) {
 		wg.Go(func() { d.get(config, r.Access.Login("private/app", "b")...).must(t, 200) })
 	}
 	wg.Wait()
-	var served int
+	// Who has the authority's yes does not wait for the answer to another's
+	// question, so that there may be a GET for each of the two.
+	served := make(map[string]int)
 	for _, e := range r.Exchanges() {
 		if e.Method == "GET" && e.Authorization != stranger[1] && e.Range != "bytes=0-0" {
-			served++
+			served[e.Authorization]++
 		}
 	}
-	if served != 1 {
-		t.Errorf("%d GETs with rights: %v", served, r.Exchanges())
+	if a, b := served[a[1]], served[r.Access.Login("private/app", "b")[1]]; a > 1 || b > 1 || a+b == 0 {
+		t.Errorf("%d and %d GETs with rights: %v", a, b, r.Exchanges())
 	}
 }
 
