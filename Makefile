@@ -3,7 +3,7 @@
 
 FUZZTIME ?= 30s
 
-.PHONY: test race lint e2e e2e-clients soak nightly bench fuzz ci
+.PHONY: test race lint e2e e2e-clients soak nightly bench house fuzz ci
 
 test:
 	go test ./...
@@ -16,7 +16,7 @@ lint:
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go tool staticcheck ./...
-	staticcheck=$$(go tool -n staticcheck); for module in bench deploy e2e; do \
+	staticcheck=$$(go tool -n staticcheck); for module in bench deploy e2e tools/house; do \
 		(cd $$module && go vet ./... && "$$staticcheck" ./...) || exit 1; \
 	done
 
@@ -49,6 +49,10 @@ BENCH ?=
 bench:
 	bench/run.sh $(BENCH)
 	go test -run '^$$' -bench . -benchmem ./...
+
+# How wide the house is, and what requests for what is cached run through.
+house:
+	cd tools/house && go run . ../.. && go run . -warm ../..
 
 # Each fuzz target for FUZZTIME.
 fuzz:
