@@ -33,8 +33,6 @@ type Config struct {
 	// addresses, localhost, tarn and this host's own name: with or without a
 	// port, which does not count. Default none.
 	Names []string `yaml:"names"`
-	// TLS makes the registry API speak TLS. Default: plain HTTP.
-	TLS TLS `yaml:"tls"`
 	// AdminListen is where people and probes are answered: host:port, unix:/path
 	// (for its owner only, and for changes, too), or "" for nowhere. Default
 	// 127.0.0.1:5051.
@@ -47,9 +45,6 @@ type Config struct {
 	// AdminChanges tells where these are asked for: socket, or tcp, which is at
 	// AdminListen, too, by whoever can connect there. Default socket.
 	AdminChanges string `yaml:"admin_changes"`
-	// MetricsListen is host:port of a further listener, with metrics that
-	// name no image. Default "", none.
-	MetricsListen string `yaml:"metrics_listen"`
 	// LogLevel is the least severity that is logged: debug, info, warn or
 	// error. Default info.
 	LogLevel string `yaml:"log_level"`
@@ -72,26 +67,11 @@ type Config struct {
 	// manifest that was not here: off, config, or layers, which is all that
 	// this node needs of the image. Default off.
 	Prefetch string `yaml:"prefetch"`
-	// AllowViaProxy lets registries that are not listed be reached through
-	// an egress proxy, where their addresses cannot be checked. Default
-	// false.
-	AllowViaProxy bool `yaml:"allow_via_proxy"`
 	// Defaults hold for every upstream, listed or not.
 	Defaults UpstreamDefaults `yaml:"defaults"`
 	// Upstreams are the listed registries: they may live on private
 	// addresses, and clients' credentials are passed to them. Default none.
 	Upstreams []Upstream `yaml:"upstreams"`
-}
-
-// TLS names the files of a listener's certificate, in PEM form.
-type TLS struct {
-	// CertFile is the certificate and its chain. Default "".
-	CertFile string `yaml:"cert_file"`
-	// KeyFile is the certificate's key. Default "".
-	KeyFile string `yaml:"key_file"`
-	// ClientCAFile is what clients' certificates must be signed by. Default
-	// "": clients need none.
-	ClientCAFile string `yaml:"client_ca_file"`
 }
 
 // UpstreamDefaults are the keys that stand under defaults for every upstream,
@@ -174,29 +154,6 @@ type Endpoint struct {
 type Credentials struct {
 	// DockerConfig is a file like docker's config.json. Default "", none.
 	DockerConfig string `yaml:"docker_config"`
-	// KubeletPlugins are the kubelet's image credential providers. Default
-	// none.
-	KubeletPlugins KubeletPlugins `yaml:"kubelet_plugins"`
-}
-
-// KubeletPlugins are two of the kubelet's own settings.
-type KubeletPlugins struct {
-	// Config is the kubelet's --image-credential-provider-config. Default "".
-	Config string `yaml:"config"`
-	// BinDir is the kubelet's --image-credential-provider-bin-dir. Default
-	// "".
-	BinDir string `yaml:"bin_dir"`
-}
-
-// notYet has the keys that are understood but do nothing so far, so that a
-// file never promises what tarn does not do; one that only repeats its default
-// is accepted. A key leaves this table when it gets its meaning, and its "not
-// yet" in docs/tarn.example.yaml with it.
-var notYet = map[string]bool{
-	"tls":             true,
-	"metrics_listen":  true,
-	"allow_via_proxy": true,
-	"upstreams[].credentials.kubelet_plugins": true,
 }
 
 // defaultDir is where the daemon of a node keeps its data.

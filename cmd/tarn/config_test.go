@@ -26,7 +26,7 @@ func TestAnEmptyFileMeansTheDefaults(t *testing.T) {
 		"comments only":                 "# nothing\n",
 		"an empty document":             "---\n",
 		"an empty mapping":              "{}\n",
-		"every key below commented out": "defaults:\nupstreams:\ntls:\n",
+		"every key below commented out": "defaults:\nupstreams:\nnames:\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -127,7 +127,7 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"an alias of what it stands in":   {"defaults: &d\n  head_timeout: *d\n", `tarn.yaml:2: key "defaults.head_timeout": aliases…`},
 		"a number for a string":           {"listen: 5050\n", `tarn.yaml:1: key "listen": must be a string, not a number`},
 		"nothing for a string":            {"dir:\n", `tarn.yaml:1: key "dir": must be a string, not nothing`},
-		"a string for a boolean":          {"allow_via_proxy: yes please\n", `tarn.yaml:1: key "allow_via_proxy": must be true or false, not a string`},
+		"a string for a boolean":          {"upstreams:\n- {name: a.io, token_broker: yes please}\n", `tarn.yaml:2: key "upstreams[0].token_broker": must be true or false, not a string`},
 		"a list for a duration":           {"defaults: {head_timeout: [1s]}\n", `tarn.yaml:1: key "defaults.head_timeout": must be a duration, not a list`},
 		"a mapping for a list":            {"upstreams: {name: a}\n", `tarn.yaml:1: key "upstreams": must be a list, not a mapping`},
 		"a string for a mapping":          {"defaults: 8s\n", `tarn.yaml:1: key "defaults": must be a mapping of keys to values, not a string`},
@@ -179,59 +179,7 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 	}
 }
 
-func TestAKeyWithoutMeaningYetIsRefused(t *testing.T) {
-	t.Parallel()
-	// One value beside the default for each key of notYet.
-	other := map[string]string{
-		"tls":             `{cert_file: x}`,
-		"metrics_listen":  `127.0.0.1:5052`,
-		"allow_via_proxy": `true`,
-		"stale_if_error":  `1h`,
-		"kubelet_plugins": `{config: x}`,
-	}
-	same := map[string]string{
-		"tls":             `{cert_file: "", key_file: "", client_ca_file: ""}`,
-		"metrics_listen":  `""`,
-		"allow_via_proxy": `false`,
-		"stale_if_error":  `0s`,
-		"kubelet_plugins": `{}`,
-	}
-	for key := range notYet {
-		section, leaf := "", key
-		if i := strings.LastIndex(key, "."); i >= 0 {
-			section, leaf = key[:i], key[i+1:]
-		}
-		at := strings.Replace(key, "[]", "[0]", 1)
-		file := func(value string) string {
-			switch section {
-			case "defaults":
-				return "defaults:\n  " + leaf + ": " + value + "\n"
-			case "upstreams[]":
-				return "upstreams: [{name: a.io,\n  " + leaf + ": " + value + "}]\n"
-			case "upstreams[].credentials":
-				return "upstreams: [{name: a.io, credentials: {\n  " + leaf + ": " + value + "}}]\n"
-			}
-			return "\n" + leaf + ": " + value + "\n"
-		}
-		want := `tarn.yaml:2: key "` + at + `": not yet supported; remove it`
-		t.Run("other than its default, "+key, func(t *testing.T) {
-			t.Parallel()
-			_, err := parseConfig("tarn.yaml", []byte(file(other[leaf])))
-			if err == nil || err.Error() != want {
-				t.Errorf("got  %v\nwant %s", err, want)
-			}
-		})
-		t.Run("at its default, "+key, func(t *testing.T) {
-			t.Parallel()
-			_, err := parseConfig("tarn.yaml", []byte(file(same[leaf])))
-			if err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-// keys lists the keys of a struct as they stand in notYet.
+// keys lists the keys of a struct as they stand in rules.
 func keys(t reflect.Type, path string) (all []string) {
 	for i := range t.NumField() {
 		f := t.Field(i)
@@ -303,19 +251,10 @@ func TestTheExampleFileHasEveryKeyAndItsDefault(t *testing.T) {
 		} else if comment == "" {
 			t.Errorf("%s has no comment in the example", key)
 		}
-		missing := notYet[key]
-		if says := strings.Contains(strings.ToLower(comment), "not yet"); says != missing {
-			t.Errorf(`%s: the comment says "not yet": %v; the program does: %v`, key, says, missing)
-		}
 		delete(comments, key)
 	}
 	for key := range comments {
 		t.Errorf("%s is in the example and unknown", key)
-	}
-	for key := range notYet {
-		if !slices.Contains(known, key) {
-			t.Errorf("%s is in notYet and unknown", key)
-		}
 	}
 	for key := range rules {
 		if !slices.Contains(known, strings.TrimSuffix(key, "[]")) {

@@ -144,32 +144,15 @@ func (d *decoder) mapping(n *yaml.Node, path string, v reflect.Value) {
 		}
 	}
 	for _, f := range known {
-		node, ok := given[f.key]
-		if !ok {
-			continue
-		}
-		key := path + f.key
-		before := reflect.New(f.value.Type()).Elem()
-		before.Set(f.value)
-		count := len(d.mistakes)
-		d.value(node[1], key, f.value)
-		if notYet[general(key)] && len(d.mistakes) == count && !equal(before, f.value) {
-			d.addKey(node[0], key, "not yet supported; remove it")
+		if node, ok := given[f.key]; ok {
+			d.value(node[1], path+f.key, f.value)
 		}
 	}
-}
-
-// equal takes an empty list for none.
-func equal(a, b reflect.Value) bool {
-	if a.Kind() == reflect.Slice && a.Len() == 0 && b.Len() == 0 {
-		return true
-	}
-	return reflect.DeepEqual(a.Interface(), b.Interface())
 }
 
 var position = regexp.MustCompile(`\[[0-9]+\]`)
 
-// general is a key as it stands in notYet and rules: without positions.
+// general is a key as it stands in rules: without positions.
 func general(key string) string { return position.ReplaceAllString(key, "[]") }
 
 // value sets v from n, the value of key.
