@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -25,25 +24,24 @@ type mistake struct {
 	text string
 }
 
-// decoder turns a parsed file into a Config. It goes on after a mistake, so
-// that one run names them all.
+// decoder reads a parsed file. It goes on after a mistake, so that one run names
+// them all.
 type decoder struct {
 	file     string
-	config   Config
 	listed   map[upstream.Name]int // the line on which each upstream begins
 	mistakes []mistake
 }
 
 // parseConfig parses the file's content; file is its name for errors.
 func parseConfig(file string, data []byte) (Config, error) {
-	d := &decoder{file: file, config: defaultConfig(), listed: make(map[upstream.Name]int)}
+	d, c := &decoder{file: file, listed: make(map[upstream.Name]int)}, defaultConfig()
 	if root := d.document(data); root != nil {
-		d.mapping(root, "", reflect.ValueOf(&d.config).Elem())
+		d.mapping(root, "", c.keys())
 	}
 	if err := d.err(); err != nil {
 		return Config{}, err
 	}
-	return d.config, nil
+	return c, nil
 }
 
 func (d *decoder) add(line int, format string, args ...any) {
@@ -96,28 +94,9 @@ func (d *decoder) document(data []byte) *yaml.Node {
 	return nil
 }
 
-// field is one key that a mapping may have.
-type field struct {
-	key   string
-	value reflect.Value
-}
-
-// fields lists the keys of a struct, an inlined struct's among them.
-func fields(v reflect.Value) (all []field) {
-	for i := range v.NumField() {
-		tag := v.Type().Field(i).Tag.Get("yaml")
-		if tag == ",inline" {
-			all = append(all, fields(v.Field(i))...)
-		} else if tag != "-" {
-			all = append(all, field{tag, v.Field(i)})
-		}
-	}
-	return all
-}
-
-// mapping sets the struct v from the mapping n, which stands at path: "", or
-// as in "upstreams[0].". What the file does not set stays as it is.
-func (d *decoder) mapping(n *yaml.Node, path string, v reflect.Value) {
+// mapping reads the mapping n, which stands at path: "", or as in
+// "upstreams[0].". What the file does not set stays as it is.
+func (d *decoder) mapping(n *yaml.Node, path string, keys []key) {
 	if n.Kind != yaml.MappingNode {
 		if path == "" {
 			d.add(n.Line, "must be a mapping of keys to values, not %s", describe(n))
@@ -126,9 +105,7 @@ func (d *decoder) mapping(n *yaml.Node, path string, v reflect.Value) {
 		}
 		return
 	}
-	// In the order of the struct, since upstreams begin with defaults.
 	given := make(map[string][2]*yaml.Node, len(n.Content)/2)
-	known := fields(v)
 	for i := 0; i < len(n.Content); i += 2 {
 		k := n.Content[i]
 		first, duplicate := given[k.Value]
@@ -137,97 +114,99 @@ func (d *decoder) mapping(n *yaml.Node, path string, v reflect.Value) {
 			d.add(k.Line, "a key must be a word, not %s", describe(k))
 		case duplicate:
 			d.add(k.Line, "duplicate key %q, first on line %d", path+k.Value, first[0].Line)
-		case !slices.ContainsFunc(known, func(f field) bool { return f.key == k.Value }):
+		case !slices.ContainsFunc(keys, func(known key) bool { return known.name == k.Value }):
 			d.add(k.Line, "unknown key %q", path+k.Value)
 		default:
 			given[k.Value] = [2]*yaml.Node{k, n.Content[i+1]}
 		}
 	}
-	for _, f := range known {
-		if node, ok := given[f.key]; ok {
-			d.value(node[1], path+f.key, f.value)
+	for _, k := range keys {
+		if node, ok := given[k.name]; ok {
+			d.value(node[1], path+k.name, k.read)
 		}
 	}
 }
 
-var position = regexp.MustCompile(`\[[0-9]+\]`)
+// reader reads the value n of the key at, or says what is wrong with it.
+type reader func(d *decoder, n *yaml.Node, at string)
 
-// general is a key as it stands in rules: without positions.
-func general(key string) string { return position.ReplaceAllString(key, "[]") }
-
-// value sets v from n, the value of key.
-func (d *decoder) value(n *yaml.Node, key string, v reflect.Value) {
+func (d *decoder) value(n *yaml.Node, at string, read reader) {
 	if n.Kind == yaml.AliasNode {
-		d.addKey(n, key, "aliases (*%s) are not supported; write the value out", n.Value)
+		d.addKey(n, at, "aliases (*%s) are not supported; write the value out", n.Value)
 		return
 	}
-	switch p := v.Addr().Interface().(type) {
-	case *string:
-		set(d, n, key, p, "!!str", func(s string) (string, error) { return s, nil })
-	case *bool:
-		set(d, n, key, p, "!!bool", strconv.ParseBool)
-	case *int:
-		set(d, n, key, p, "!!int", func(s string) (int, error) {
-			i, err := strconv.Atoi(s)
-			if err != nil {
-				err = fmt.Errorf("%q is not a whole number", s)
-			}
-			return i, err
-		})
-	case *time.Duration:
-		set(d, n, key, p, "", parseDuration)
-	case *Size:
-		set(d, n, key, p, "", parseSize)
-	case *Endpoint:
-		if n.Kind == yaml.ScalarNode {
-			d.value(n, key, reflect.ValueOf(&p.URL).Elem())
-			return
-		}
-		d.mapping(n, key+".", v)
-		d.require(n, key+".", "url")
-	case *Upstream:
-		p.UpstreamDefaults = d.config.Defaults // which stand before upstreams in Config
-		d.mapping(n, key+".", v)
-		d.require(n, key+".", "name")
-		if (p.CertFile == "") != (p.KeyFile == "") {
-			d.addKey(n, key, "cert_file and key_file go together")
-		}
-		if name, err := upstream.ParseName(p.Name); err == nil {
-			if line, twice := d.listed[name]; twice {
-				d.addKey(n, key+".name", "%s is listed before, on line %d", name, line)
-			} else {
-				d.listed[name] = n.Line
-			}
-		}
-	default:
-		if isNull(n) { // as when all that stands under it is commented out
-			return
-		}
-		if v.Kind() == reflect.Slice {
-			d.sequence(n, key, v)
-		} else {
-			d.mapping(n, key+".", v)
+	read(d, n, at)
+}
+
+// section reads a mapping that may be left empty, as when all that stands under
+// it is commented out.
+func section(keys []key) reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		if !isNull(n) {
+			d.mapping(n, at+".", keys)
 		}
 	}
 }
 
-// set parses a scalar and holds it to its key's rule. tag is the type that
-// YAML must have seen in it; "" takes any scalar as it is written, since
-// 1073741824 and 0 are a size and a duration as well as numbers.
-func set[T any](d *decoder, n *yaml.Node, key string, p *T, tag string, parse func(string) (T, error)) {
-	if n.Kind != yaml.ScalarNode || isNull(n) || tag != "" && n.ShortTag() != tag {
-		d.addKey(n, key, "must be %s, not %s", describeType(*p), describe(n))
-		return
+// list reads a list that may be left empty, too.
+func list[T any](p *[]T, item func(*T) reader) reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		if isNull(n) {
+			return
+		}
+		if n.Kind != yaml.SequenceNode {
+			d.addKey(n, at, "must be a list, not %s", describe(n))
+			return
+		}
+		*p = make([]T, len(n.Content))
+		for i, node := range n.Content {
+			d.value(node, fmt.Sprintf("%s[%d]", at, i), item(&(*p)[i]))
+		}
 	}
-	v, err := parse(n.Value)
-	if rule := rules[general(key)]; err == nil && rule != nil {
-		err = rule(v)
+}
+
+// text, boolean, number, duration and bytesOrShare read one value each, and hold
+// it to its rule; nil means that there is none.
+
+func text(p *string, rule func(string) error) reader {
+	return scalar(p, "a string", "!!str", func(s string) (string, error) { return s, nil }, rule)
+}
+
+func boolean(p *bool) reader {
+	return scalar(p, "true or false", "!!bool", strconv.ParseBool, nil)
+}
+
+func number(p *int, rule func(int) error) reader {
+	return scalar(p, "a whole number", "!!int", parseNumber, rule)
+}
+
+func duration(p *time.Duration, rule func(time.Duration) error) reader {
+	return scalar(p, "a duration", "", parseDuration, rule)
+}
+
+func bytesOrShare(p *Size, rule func(Size) error) reader {
+	return scalar(p, "a size", "", parseSize, rule)
+}
+
+// scalar reads one value into p. tag is the type that YAML must have seen in it;
+// "" takes any scalar as it is written, since 1073741824 and 0 are a size and a
+// duration as well as numbers.
+func scalar[T any](p *T, what, tag string, parse func(string) (T, error), rule func(T) error) reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		if n.Kind != yaml.ScalarNode || isNull(n) || tag != "" && n.ShortTag() != tag {
+			d.addKey(n, at, "must be %s, not %s", what, describe(n))
+			return
+		}
+		v, err := parse(n.Value)
+		if err == nil && rule != nil {
+			err = rule(v)
+		}
+		if err != nil {
+			d.addKey(n, at, "%v", err)
+			return
+		}
+		*p = v
 	}
-	if err != nil {
-		d.addKey(n, key, "%v", err)
-		return
-	}
-	*p = v
 }
 
 // require finds the key in the mapping n, whatever its value.
@@ -243,15 +222,12 @@ func (d *decoder) require(n *yaml.Node, path, key string) {
 	d.addKey(n, path+key, "must be given")
 }
 
-func (d *decoder) sequence(n *yaml.Node, key string, v reflect.Value) {
-	if n.Kind != yaml.SequenceNode {
-		d.addKey(n, key, "must be a list, not %s", describe(n))
-		return
+func parseNumber(s string) (int, error) {
+	v, err := strconv.Atoi(s)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a whole number", s)
 	}
-	v.Set(reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content)))
-	for i, item := range n.Content {
-		d.value(item, fmt.Sprintf("%s[%d]", key, i), v.Index(i))
-	}
+	return v, nil
 }
 
 func parseDuration(s string) (time.Duration, error) {
@@ -289,18 +265,4 @@ func describe(n *yaml.Node) string {
 		return "a number"
 	}
 	return "a value of type " + n.ShortTag()
-}
-
-func describeType(v any) string {
-	switch v.(type) {
-	case string:
-		return "a string"
-	case bool:
-		return "true or false"
-	case int:
-		return "a whole number"
-	case time.Duration:
-		return "a duration"
-	}
-	return "a size"
 }

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"tarn/proxy"
+	"tarn/upstream"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// key is one key that a mapping of the file may have, and who reads its value.
+type key struct {
+	name string
+	read reader
+}
+
+// keys are those of the file. They are read in this order, whatever the file's.
+func (c *Config) keys() []key {
+	return []key{
+		{"listen", text(&c.Listen, checkAddress)},
+		{"names", list(&c.Names, func(name *string) reader { return text(name, proxy.CheckHost) })},
+		{"admin_listen", text(&c.AdminListen, checkAdminAddress)},
+		{"admin_socket", text(&c.AdminSocket, checkAdminSocket)},
+		{"admin_changes", text(&c.AdminChanges, oneOf("socket", "tcp"))},
+		{"log_level", text(&c.LogLevel, oneOf("debug", "info", "warn", "error"))},
+		{"dir", text(&c.Dir, checkDir)},
+		{"max_size", bytesOrShare(&c.MaxSize, checkMaxSize)},
+		{"min_free", bytesOrShare(&c.MinFree, nil)},
+		{"default_upstream", text(&c.DefaultUpstream, checkName)},
+		{"allow", text(&c.Allow, oneOf("public", "listed"))},
+		{"prefetch", text(&c.Prefetch, oneOf("off", "config", "layers"))},
+		{"defaults", section(c.Defaults.keys())},
+		{"upstreams", list(&c.Upstreams, c.upstream)}, // each begins with the defaults
+	}
+}
+
+func (u *UpstreamDefaults) keys() []key {
+	return []key{
+		{"head_timeout", duration(&u.HeadTimeout, checkHeadTimeout)},
+		{"stale_if_error", duration(&u.StaleIfError, nil)},
+		{"stale_for", text(&u.StaleFor, oneOf("owner", "node"))},
+		{"grant_ttl", duration(&u.GrantTTL, nil)},
+		{"membership_ttl", duration(&u.MembershipTTL, nil)},
+		{"parallel", number(&u.Parallel, checkParallel)},
+	}
+}
+
+func (u *Upstream) keys() []key {
+	return append([]key{
+		{"name", text(&u.Name, checkName)},
+		{"endpoints", list(&u.Endpoints, (*Endpoint).read)},
+		{"realm", text(&u.Realm, checkRealm)},
+		{"ca_file", text(&u.CAFile, nil)},
+		{"cert_file", text(&u.CertFile, nil)},
+		{"key_file", text(&u.KeyFile, nil)},
+		{"insecure_skip_verify", boolean(&u.InsecureSkipVerify)},
+		{"token_broker", boolean(&u.TokenBroker)},
+		{"credentials", section(u.Credentials.keys())},
+		{"share", list(&u.Share, func(pattern *string) reader { return text(pattern, checkShare) })},
+	}, u.UpstreamDefaults.keys()...)
+}
+
+func (e *Endpoint) keys() []key {
+	return []key{
+		{"url", text(&e.URL, checkURL)},
+		{"trusted", boolean(&e.Trusted)},
+	}
+}
+
+func (c *Credentials) keys() []key {
+	return []key{
+		{"docker_config", text(&c.DockerConfig, nil)},
+	}
+}
+
+// upstream reads one of the listed registries.
+func (c *Config) upstream(u *Upstream) reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		u.UpstreamDefaults = c.Defaults
+		d.mapping(n, at+".", u.keys())
+		d.require(n, at+".", "name")
+		if (u.CertFile == "") != (u.KeyFile == "") {
+			d.addKey(n, at, "cert_file and key_file go together")
+		}
+		if name, err := upstream.ParseName(u.Name); err == nil {
+			if line, twice := d.listed[name]; twice {
+				d.addKey(n, at+".name", "%s is listed before, on line %d", name, line)
+			} else {
+				d.listed[name] = n.Line
+			}
+		}
+	}
+}
+
+// read reads an endpoint, which may be its URL alone.
+func (e *Endpoint) read() reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		if n.Kind == yaml.ScalarNode {
+			text(&e.URL, checkURL)(d, n, at)
+			return
+		}
+		d.mapping(n, at+".", e.keys())
+		d.require(n, at+".", "url")
+	}
+}
