@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"net"
+	"net/http"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"tarn/proxy"
+
+	"go.uber.org/zap"
+)
+
+const (
+	// readHeaderTimeout bounds how long a client may take for its request.
+	readHeaderTimeout = 10 * time.Second
+	// idleTimeout closes connections that nobody uses; containerd opens new
+	// ones for each pull.
+	idleTimeout = 2 * time.Minute
+	// writeTimeout is how long a client may take nothing; the proxy begins it
+	// anew with each piece that it sends.
+	writeTimeout = proxy.DefaultWriteTimeout
+	// maxHeaderBytes is room for the longest tokens that registries hand out, and
+	// with as many connections as there may be less than the memory of a pod.
+	maxHeaderBytes = 32 << 10
+)
+
+// newServer is a server that speaks HTTP/1.1 only: a body that breaks off must
+// be a closed connection.
+func newServer(h http.Handler, log *zap.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	errorLog, err := zap.NewStdLogAt(log, zap.DebugLevel)
+	if err != nil {
+		panic(err) // the level is a constant
+	}
+	return &http.Server{
+		Handler:           h,
+		Protocols:         protocols,
+		ReadHeaderTimeout: readHeaderTimeout,
+		WriteTimeout:      writeTimeout,
+		ConnState:         limitConnections(maxConnections()),
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          errorLog,
+	}
+}
+
+// limitConnections closes connections at once that are too many: who is refused
+// goes to the registry itself, who is left waiting does not.
+func limitConnections(most int64) func(net.Conn, http.ConnState) {
+	var open atomic.Int64
+	return func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > most {
+				c.Close() // and then its state is closed, too
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
+		}
+	}
+}
+
+// maxConnections leaves three of four descriptors to files and registries: a
+// client's download may take a file and several connections. A node's runtime has
+// some ten, and each takes memory.
+func maxConnections() int64 {
+	const share, least, most = 4, 16, 1 << 12
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > share*most {
+		return most
+	}
+	return max(int64(limit.Cur)/share, least)
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+
+	"tarn/proxy"
+	"tarn/upstream"
+
+	"go.uber.org/zap"
+)
+
+// newUpstreams lists the configured registries. The default upstream counts as
+// listed.
+func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners ...net.Listener) (*upstream.Client, upstream.Name, error) {
+	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
+	if err != nil {
+		return nil, "", fmt.Errorf("default_upstream: %w", err)
+	}
+	var listed []upstream.Config
+	defaultListed := false
+	for _, u := range cfg.Upstreams {
+		c, err := upstreamConfig(u, cfg.Defaults)
+		if err != nil {
+			return nil, "", fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		defaultListed = defaultListed || c.Name == defaultUpstream
+		if c.Credentials != nil {
+			// A secret may be mounted later, and who does not need it is
+			// served meanwhile.
+			if err := c.Credentials.Check(); err != nil {
+				log.Error("the node's credentials cannot be read", zap.String("upstream", string(c.Name)), zap.Error(err))
+			}
+		}
+		listed = append(listed, c)
+	}
+	if !defaultListed {
+		listed = append(listed, upstream.Config{Name: defaultUpstream, HeadTimeout: cfg.Defaults.HeadTimeout})
+	}
+	client, err := upstream.New(upstream.Options{
+		Listed:      listed,
+		HeadTimeout: cfg.Defaults.HeadTimeout,
+		Own:         ownAddresses(listeners),
+		UserAgent:   "tarn/" + version,
+		Observe:     metrics.Upstream,
+	})
+	return client, defaultUpstream, err
+}
+
+// newRules are who may have what from each listed registry.
+func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
+	rules := make(map[upstream.Name]proxy.Rules)
+	for _, u := range cfg.Upstreams {
+		name, err := upstream.ParseName(u.Name)
+		if err != nil {
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
+		}
+		if len(u.Share) > 0 && u.Credentials.DockerConfig == "" {
+			return nil, fmt.Errorf("upstream %s: share: repositories are shared with the node's credentials; set credentials: too", u.Name)
+		}
+		r := rulesOf(u.UpstreamDefaults)
+		r.TokenBroker, r.Share = u.TokenBroker, u.Share
+		rules[name] = r
+	}
+	return rules, nil
+}
+
+func rulesOf(d UpstreamDefaults) proxy.Rules {
+	return proxy.Rules{
+		GrantTTL:      d.GrantTTL,
+		MembershipTTL: d.MembershipTTL,
+		StaleIfError:  d.StaleIfError,
+		StaleForNode:  d.StaleFor == "node",
+		Parallel:      d.Parallel,
+	}
+}
+
+func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
+	for _, l := range listeners {
+		if l == nil {
+			continue
+		}
+		if tcp, ok := l.Addr().(*net.TCPAddr); ok {
+			own = append(own, tcp.AddrPort())
+		}
+	}
+	return own
+}
+
+func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, err error) {
+	if c.Name, err = upstream.ParseName(u.Name); err != nil {
+		return c, err
+	}
+	for _, e := range u.Endpoints {
+		parsed, err := url.Parse(e.URL)
+		if err != nil {
+			return c, fmt.Errorf("endpoint %q: not a URL", e.URL)
+		}
+		c.Endpoints = append(c.Endpoints, upstream.Endpoint{URL: parsed, Trusted: e.Trusted})
+	}
+	c.HeadTimeout = cmp.Or(u.HeadTimeout, defaults.HeadTimeout)
+	if u.Realm != "" {
+		if c.Realm, err = url.Parse(u.Realm); err != nil {
+			return c, errors.New("realm: not a URL")
+		}
+	}
+	if u.Credentials.DockerConfig != "" {
+		c.Credentials = upstream.NewDockerConfig(u.Credentials.DockerConfig, c.Name)
+	}
+	if u.CAFile == "" && u.CertFile == "" && u.KeyFile == "" && !u.InsecureSkipVerify {
+		return c, nil
+	}
+	c.TLS = &tls.Config{InsecureSkipVerify: u.InsecureSkipVerify}
+	if u.CAFile != "" {
+		pem, err := os.ReadFile(u.CAFile)
+		if err != nil {
+			return c, fmt.Errorf("ca_file: %w", err)
+		}
+		c.TLS.RootCAs = x509.NewCertPool()
+		if !c.TLS.RootCAs.AppendCertsFromPEM(pem) {
+			return c, fmt.Errorf("ca_file: %s has no certificate in PEM form", u.CAFile)
+		}
+		// Its storage may be the same house's, or a cloud's.
+		if c.ForeignRoots, err = x509.SystemCertPool(); err != nil {
+			c.ForeignRoots = x509.NewCertPool()
+		}
+		c.ForeignRoots.AppendCertsFromPEM(pem)
+	}
+	if u.CertFile != "" || u.KeyFile != "" {
+		cert, err := tls.LoadX509KeyPair(u.CertFile, u.KeyFile)
+		if err != nil {
+			return c, fmt.Errorf("cert_file, key_file: %w", err)
+		}
+		c.TLS.Certificates = []tls.Certificate{cert}
+	}
+	return c, nil
+}
