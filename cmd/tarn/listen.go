@@ -22,13 +22,15 @@ func listen(network, addr string) (net.Listener, error) {
 	return l, err
 }
 
-// listenAdmin takes host:port or unix:/path.
+// listenAdmin takes host:port or unix:/path; "" is no listener.
 func listenAdmin(addr string) (net.Listener, error) {
-	path, ok := strings.CutPrefix(addr, unixPrefix)
-	if !ok {
-		return listen("tcp", addr)
+	if addr == "" {
+		return nil, nil
 	}
-	return listenSocketAt(path)
+	if path, ok := strings.CutPrefix(addr, unixPrefix); ok {
+		return listenSocketAt(path)
+	}
+	return listen("tcp", addr)
 }
 
 // listenSocketAt makes the directory of a socket that the operator named.

@@ -9,7 +9,15 @@ import (
 	"tarn/upstream"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 )
+
+// newRegistry has the metrics of the process itself.
+func newRegistry() *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return registry
+}
 
 // registerCache shows the cache's figures as metrics.
 func registerCache(registry *prometheus.Registry, store *cache.Cache) {

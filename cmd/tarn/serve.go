@@ -22,7 +22,6 @@ import (
 	"tarn/upstream"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -74,16 +73,15 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		return fmt.Errorf("listen: %w", err)
 	}
 	defer listener.Close()
-	var adminListener net.Listener
-	if cfg.AdminListen != "" {
-		if adminListener, err = listenAdmin(cfg.AdminListen); err != nil {
-			return fmt.Errorf("admin_listen: %w", err)
-		}
+	adminListener, err := listenAdmin(cfg.AdminListen)
+	if err != nil {
+		return fmt.Errorf("admin_listen: %w", err)
+	}
+	if adminListener != nil {
 		defer adminListener.Close()
 	}
 
-	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry := newRegistry()
 	metrics := proxy.NewMetrics(registry)
 
 	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, log, listener, adminListener)
@@ -129,49 +127,50 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	defer p.Close()
 
-	registryServer := newServer(p, log)
-	failed := make(chan error, 3)
-	go func() { failed <- registryServer.Serve(listener) }()
+	services := []service{{newServer(p, log), listener, shutdownGrace}}
 	asked := adminOptions(cfg, store, p, upstreams, registry, socket)
-	var adminServers []*http.Server
-	serveAdmin := func(l net.Listener, readOnly string) {
-		opts := asked
-		opts.Listener, opts.ReadOnly = l.Addr(), readOnly
-		s := newServer(admin.New(opts), log)
-		s.ReadTimeout = readHeaderTimeout // its bodies are small
-		adminServers = append(adminServers, s)
-		go func() { failed <- s.Serve(l) }()
-	}
 	if adminListener != nil {
-		serveAdmin(adminListener, readOnly(cfg, adminListener, socket))
-		if tcp, ok := adminListener.Addr().(*net.TCPAddr); ok && cfg.AdminChanges == "tcp" && !tcp.IP.IsLoopback() {
-			log.Warn("admin_changes: tcp lets other hosts pin, evict and verify images: whoever can connect to admin_listen",
-				zap.String("admin_listen", tcp.String()))
-		}
+		warnOfChanges(cfg, log, adminListener)
+		services = append(services, newAdmin(asked, log, adminListener, readOnly(cfg, adminListener, socket)))
 	}
 	if socket != nil {
-		serveAdmin(socket, "")
+		services = append(services, newAdmin(asked, log, socket, ""))
 	}
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
+	return serveAll(ctx, log, services)
+}
 
+// service is a server, where it is reached, and how long its running answers may
+// take when it is stopped.
+type service struct {
+	*http.Server
+	listener net.Listener
+	grace    time.Duration
+}
+
+// serveAll serves until the context ends or a service fails. They are stopped in
+// their order.
+func serveAll(ctx context.Context, log *zap.Logger, services []service) (err error) {
+	failed := make(chan error, len(services))
+	for _, s := range services {
+		go func() { failed <- s.Serve(s.listener) }()
+	}
 	select {
 	case <-ctx.Done():
 		log.Info("shutting down")
 	case err = <-failed:
 	}
-	// Shutdown closes the listener before it waits, so that clients are
-	// refused and go to the registry itself.
-	shutdown(registryServer, shutdownGrace)
-	for _, s := range adminServers {
-		shutdown(s, adminGrace)
+	for _, s := range services {
+		s.stop()
 	}
 	return err
 }
 
-// shutdown waits so long for what is running, and cuts it then.
-func shutdown(s *http.Server, grace time.Duration) {
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
+// stop closes the listener before it waits, so that clients are refused and go to
+// the registry itself, and cuts what is still running when the grace is over.
+func (s service) stop() {
+	ctx, cancel := context.WithTimeout(context.Background(), s.grace)
 	defer cancel()
 	if err := s.Shutdown(ctx); err != nil {
 		s.Close()
@@ -235,6 +234,23 @@ type status struct {
 	Index       any         `json:"index"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
+}
+
+// newAdmin answers people and probes at the listener; readOnly is what admin.Options
+// has of it.
+func newAdmin(opts admin.Options, log *zap.Logger, l net.Listener, readOnly string) service {
+	opts.Listener, opts.ReadOnly = l.Addr(), readOnly
+	s := newServer(admin.New(opts), log)
+	s.ReadTimeout = readHeaderTimeout // its bodies are small
+	return service{s, l, adminGrace}
+}
+
+// warnOfChanges tells the operator that other hosts may change what is cached.
+func warnOfChanges(cfg Config, log *zap.Logger, l net.Listener) {
+	if tcp, ok := l.Addr().(*net.TCPAddr); ok && cfg.AdminChanges == "tcp" && !tcp.IP.IsLoopback() {
+		log.Warn("admin_changes: tcp lets other hosts pin, evict and verify images: whoever can connect to admin_listen",
+			zap.String("admin_listen", tcp.String()))
+	}
 }
 
 // adminOptions are the same for each admin listener.
