@@ -44,8 +44,8 @@ type sieve struct {
 	hand    *list.Element
 }
 
-// NewSIEVE returns SIEVE.
-func NewSIEVE(int64) Policy {
+// newSIEVE returns SIEVE.
+func newSIEVE(int64) Policy {
 	return &sieve{lru: lru{at: make(map[int]*list.Element)}, visited: make(map[int]bool)}
 }
 
@@ -93,8 +93,8 @@ type s3entry struct {
 	at      *list.Element
 }
 
-// NewS3FIFO returns S3-FIFO for a cache of so many bytes.
-func NewS3FIFO(room int64) Policy {
+// newS3FIFO returns S3-FIFO for a cache of so many bytes.
+func newS3FIFO(room int64) Policy {
 	return &s3fifo{in: make(map[int]*s3entry), ghosts: make(map[int]bool), smallMost: room / 10}
 }
 
@@ -162,19 +162,19 @@ type gdsf struct {
 	inflation float64
 }
 
-// NewGDSF returns GDSF with a cost of 1 for each request.
-func NewGDSF(int64) Policy { return newGDSF(func(int64) float64 { return 1 }) }
+// newGDSF returns GDSF with a cost of 1 for each request.
+func newGDSF(int64) Policy { return gdsfOf(func(int64) float64 { return 1 }) }
 
-// NewLFUDA returns LFU with dynamic aging: GDSF with the bytes as the cost.
-func NewLFUDA(int64) Policy { return newGDSF(func(size int64) float64 { return float64(size) }) }
+// newLFUDA returns LFU with dynamic aging: GDSF with the bytes as the cost.
+func newLFUDA(int64) Policy { return gdsfOf(func(size int64) float64 { return float64(size) }) }
 
-// NewGDSFBytes returns GDSF with bytes and a MiB for the request as the cost,
+// newGDSFBytes returns GDSF with bytes and a MiB for the request as the cost,
 // and nothing else of what tarn does.
-func NewGDSFBytes(int64) Policy {
-	return newGDSF(func(size int64) float64 { return float64(size) + 1<<20 })
+func newGDSFBytes(int64) Policy {
+	return gdsfOf(func(size int64) float64 { return float64(size) + 1<<20 })
 }
 
-func newGDSF(cost func(int64) float64) Policy {
+func gdsfOf(cost func(int64) float64) Policy {
 	return &gdsf{cost: cost, in: make(map[int]*weighed)}
 }
 

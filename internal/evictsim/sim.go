@@ -67,11 +67,11 @@ func Run(t *Trace, p Policy, room int64) (r Result) {
 	return r
 }
 
-// Belady returns an upper bound on the bytes that any policy can have saved:
+// belady returns an upper bound on the bytes that any policy can have saved:
 // Belady's MIN, which knows what is asked for next, on single bytes, as if a
 // part of an object could be kept. The requests that it saves are those whose
 // object is there whole, and no bound.
-func Belady(t *Trace, room int64) (r Result) {
+func belady(t *Trace, room int64) (r Result) {
 	next := make([]int, len(t.Events))
 	last := make(map[int]int)
 	for i := len(t.Events) - 1; i >= 0; i-- {

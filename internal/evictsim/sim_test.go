@@ -19,13 +19,13 @@ var policies = []struct {
 	name string
 	make func(room int64) Policy
 }{
-	{"LRU", NewLRU}, {"SIEVE", NewSIEVE}, {"S3-FIFO", NewS3FIFO}, {"GDSF, a miss costs 1", NewGDSF}, {"LFU-DA: GDSF, a miss costs its bytes", NewLFUDA},
-	{"GDSF, a miss costs its bytes and 1 MiB", NewGDSFBytes}, {"tarn: the same, orphans first", NewTarn},
+	{"LRU", NewLRU}, {"SIEVE", newSIEVE}, {"S3-FIFO", newS3FIFO}, {"GDSF, a miss costs 1", newGDSF}, {"LFU-DA: GDSF, a miss costs its bytes", newLFUDA},
+	{"GDSF, a miss costs its bytes and 1 MiB", newGDSFBytes}, {"tarn: the same, orphans first", NewTarn},
 }
 
 const pulls = 12_000
 
-func traces() []*Trace { return []*Trace{Zipf(pulls, 1), Scan(pulls, 1), Moving(pulls, 1)} }
+func traces() []*Trace { return []*Trace{Zipf(pulls, 1), scan(pulls, 1), moving(pulls, 1)} }
 
 var shares = []int64{10, 30, 60}
 
@@ -43,7 +43,7 @@ func TestTheTables(t *testing.T) {
 		bounds := make(map[int64]float64)
 		fmt.Fprintf(&tables, "| Belady's bound |")
 		for _, s := range shares {
-			bounds[s] = Belady(tr, total/100*s).ByteHitRatio()
+			bounds[s] = belady(tr, total/100*s).ByteHitRatio()
 			fmt.Fprintf(&tables, " %.3f | |", bounds[s])
 		}
 		tables.WriteString("\n")
@@ -102,7 +102,7 @@ func TestPoliciesKeepToTheRoom(t *testing.T) {
 		tr.Events = append(tr.Events, Event{Object: r.IntN(len(tr.Objects))})
 	}
 	for _, room := range []int64{0, 1, 100, 20_000, 1 << 40} {
-		bound := Belady(tr, room)
+		bound := belady(tr, room)
 		for _, p := range policies {
 			used, stored := int64(0), map[int]bool{}
 			res := Run(tr, &watched{p.make(room), func(k int, n int) {
@@ -138,7 +138,7 @@ func TestTheBoundIsOne(t *testing.T) {
 			tr.Events = append(tr.Events, Event{Object: r.IntN(4)})
 		}
 		const room = 2
-		if got, want := Belady(tr, room).Hits, best(tr.Events, 0, room); got != want {
+		if got, want := belady(tr, room).Hits, best(tr.Events, 0, room); got != want {
 			t.Fatalf("%d hits, not %d: %v", got, want, tr.Events)
 		}
 	}

@@ -148,9 +148,9 @@ func Zipf(pulls int, scale float64) *Trace {
 	return a.Trace
 }
 
-// Scan is the same, and in the middle of it a job pulls a thousand images once,
+// scan is the same, and in the middle of it a job pulls a thousand images once,
 // on the same bases.
-func Scan(pulls int, scale float64) *Trace {
+func scan(pulls int, scale float64) *Trace {
 	const scanned, every = 1000, 3
 	a := newAuthor("a scan in between", scale)
 	onBase, images, _ := a.catalogue()
@@ -166,10 +166,10 @@ func Scan(pulls int, scale float64) *Trace {
 	return a.Trace
 }
 
-// Moving is the same, but every night some tags move: to a build with other
+// moving is the same, but every night some tags move: to a build with other
 // layers at its end, and now and then on another version of the base.
-func Moving(pulls int, scale float64) *Trace {
-	const aDay, moving, rebased = 300, 0.15, 0.1
+func moving(pulls int, scale float64) *Trace {
+	const aDay, moved, rebased = 300, 0.15, 0.1
 	a := newAuthor("tags that move", scale)
 	onBase, images, owns := a.catalogue()
 	next := zipf(a.rand, popularity, apps)
@@ -177,7 +177,7 @@ func Moving(pulls int, scale float64) *Trace {
 		if n%aDay == aDay-1 {
 			renewed := make(map[int][]int) // by the base's first layer
 			for i := range images {
-				if a.rand.Float64() >= moving {
+				if a.rand.Float64() >= moved {
 					continue
 				}
 				if a.rand.Float64() < rebased {
