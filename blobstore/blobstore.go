@@ -34,16 +34,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Algorithms are the ones that objects may be named by.
-var Algorithms = []digest.Algorithm{digest.SHA256, digest.SHA512}
+// algorithms are the ones that objects may be named by.
+var algorithms = []digest.Algorithm{digest.SHA256, digest.SHA512}
 
-// CheckDigest tells whether d is well formed and of one of Algorithms. Only
+// CheckDigest tells whether d is well formed and of one of algorithms. Only
 // such a digest becomes part of a path.
 func CheckDigest(d digest.Digest) error {
 	if err := d.Validate(); err != nil {
 		return err
 	}
-	for _, a := range Algorithms {
+	for _, a := range algorithms {
 		if d.Algorithm() == a {
 			return nil
 		}
@@ -86,7 +86,7 @@ func Open(dir string, steps fault.Steps) (*Store, error) {
 			return nil, fmt.Errorf("open the blob store: %w", err)
 		}
 	}
-	for _, a := range Algorithms {
+	for _, a := range algorithms {
 		d, err := openDir(s.algDir(a))
 		if err != nil {
 			s.Close()
@@ -113,7 +113,7 @@ func (s *Store) pendingDir() string               { return filepath.Join(s.dir, 
 // Directories are all that the store has, its own first.
 func (s *Store) Directories() []string {
 	dirs := []string{s.dir, s.blobsDir(), s.pendingDir()}
-	for _, a := range Algorithms {
+	for _, a := range algorithms {
 		dirs = append(dirs, s.algDir(a))
 	}
 	return dirs
@@ -185,7 +185,7 @@ func remove(steps fault.Steps, step, path string) error {
 // as a digest, which the caller is to check before it believes it, and for each
 // other entry with an empty digest; in no order. It stops at f's first error.
 func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
-	for _, a := range Algorithms {
+	for _, a := range algorithms {
 		var entries []fs.DirEntry
 		err := s.steps.Do("list blobs", func() (err error) { entries, err = readDir(s.algDir(a)); return err })
 		if err != nil {

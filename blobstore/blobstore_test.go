@@ -204,7 +204,7 @@ func TestOnlyRegisteredDigestsBecomePaths(t *testing.T) {
 			t.Errorf("%q passes", d)
 		}
 	}
-	for _, a := range Algorithms {
+	for _, a := range algorithms {
 		if err := CheckDigest(a.FromString("x")); err != nil {
 			t.Error(err)
 		}

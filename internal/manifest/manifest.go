@@ -37,9 +37,9 @@ const (
 	// more than some 500 layers, and artifacts of a few thousand files are known;
 	// as many digests take 1 MiB of the index.
 	MaxDescriptors = 10_000
-	// MaxMediaType is how long a media type may be: a type and a subtype of 127
+	// maxMediaType is how long a media type may be: a type and a subtype of 127
 	// characters each (RFC 6838 4.2).
-	MaxMediaType = 255
+	maxMediaType = 255
 	// maxPlatformPart is how much is kept of an operating system's name, an
 	// architecture's or a variant's. None that is in use has more than 16.
 	maxPlatformPart = 64
@@ -49,10 +49,10 @@ const (
 )
 
 var (
-	// ErrNotJSON: the body is no JSON object, or larger than a manifest may be.
-	ErrNotJSON = errors.New("it is no JSON object")
-	// ErrMediaType: what the body says in mediaType is none.
-	ErrMediaType = errors.New("its mediaType is none")
+	// errNotJSON: the body is no JSON object, or larger than a manifest may be.
+	errNotJSON = errors.New("it is no JSON object")
+	// errMediaType: what the body says in mediaType is none.
+	errMediaType = errors.New("its mediaType is none")
 )
 
 // Manifest is what is read of a manifest or an index.
@@ -74,10 +74,9 @@ type Manifest struct {
 // Descriptor is what is read of one. Its digest is of an algorithm that objects
 // may be named by, and its size not negative; others are left out.
 type Descriptor struct {
-	MediaType string // "" when it has none, or what is none
-	Digest    digest.Digest
-	Size      int64     // bytes
-	Platform  *Platform // nil: it has none
+	Digest   digest.Digest
+	Size     int64     // bytes
+	Platform *Platform // nil: it has none
 }
 
 // Platform is what an image runs on, each part cut to a length that no name has.
@@ -111,10 +110,10 @@ func (m Manifest) Descriptors() (all []Descriptor) {
 	return all
 }
 
-// Parse reads a manifest. Errors: ErrNotJSON, ErrMediaType.
+// Parse reads a manifest. Its error says why the body is none.
 func Parse(body []byte) (Manifest, error) {
 	if len(body) > MaxSize {
-		return Manifest{}, fmt.Errorf("%w: it has %d bytes, of at most %d", ErrNotJSON, len(body), MaxSize)
+		return Manifest{}, fmt.Errorf("%w: it has %d bytes, of at most %d", errNotJSON, len(body), MaxSize)
 	}
 	r := &reading{left: MaxDescriptors}
 	m := struct {
@@ -124,10 +123,10 @@ func Parse(body []byte) (Manifest, error) {
 		Manifests list      `json:"manifests"`
 	}{Config: one{reading: r}, Layers: list{reading: r}, Manifests: list{reading: r}}
 	if err := json.Unmarshal(body, &m); err != nil {
-		return Manifest{}, ErrNotJSON
+		return Manifest{}, errNotJSON
 	}
 	if m.MediaType.bad {
-		return Manifest{}, ErrMediaType
+		return Manifest{}, errMediaType
 	}
 	read := Manifest{
 		MediaType: m.MediaType.is,
@@ -157,10 +156,9 @@ func (r *reading) descriptor(decode func(any) error) (d Descriptor, ok bool) {
 		return d, false
 	}
 	var is struct {
-		MediaType mediaType     `json:"mediaType"`
-		Digest    digest.Digest `json:"digest"`
-		Size      int64         `json:"size"`
-		Platform  *Platform     `json:"platform"`
+		Digest   digest.Digest `json:"digest"`
+		Size     int64         `json:"size"`
+		Platform *Platform     `json:"platform"`
 	}
 	if decode(&is) != nil {
 		r.failed = true
@@ -169,7 +167,7 @@ func (r *reading) descriptor(decode func(any) error) (d Descriptor, ok bool) {
 	if blobstore.CheckDigest(is.Digest) != nil || is.Size < 0 {
 		return d, false
 	}
-	d = Descriptor{MediaType: is.MediaType.is, Digest: is.Digest, Size: is.Size}
+	d = Descriptor{Digest: is.Digest, Size: is.Size}
 	if is.Platform != nil {
 		is.Platform.cut()
 		d.Platform = is.Platform
@@ -245,7 +243,7 @@ type mediaType struct {
 func (m *mediaType) UnmarshalJSON(data []byte) error {
 	*m = mediaType{}
 	const escaped = 6 // bytes at most that a character takes in JSON
-	if len(data) <= escaped*MaxMediaType+len(`""`) && json.Unmarshal(data, &m.is) == nil && (m.is == "" || ValidMediaType(m.is)) {
+	if len(data) <= escaped*maxMediaType+len(`""`) && json.Unmarshal(data, &m.is) == nil && (m.is == "" || ValidMediaType(m.is)) {
 		return nil
 	}
 	*m = mediaType{bad: true}
@@ -256,7 +254,7 @@ func (m *mediaType) UnmarshalJSON(data []byte) error {
 // parameters.
 func ValidMediaType(s string) bool {
 	kind, sub, ok := strings.Cut(s, "/")
-	return ok && len(s) <= MaxMediaType && restrictedName(kind) && restrictedName(sub)
+	return ok && len(s) <= maxMediaType && restrictedName(kind) && restrictedName(sub)
 }
 
 func restrictedName(s string) bool {

@@ -23,9 +23,6 @@ type Access struct {
 	Scheme string
 	// Service is the token service of Bearer.
 	Service *httptest.Server
-	// RefuseAnonymous makes the service refuse who brings no credential,
-	// rather than hand out a token that is good for public repositories.
-	RefuseAnonymous bool
 	// Life of a token.
 	Life time.Duration
 	// Challenge overrides the WWW-Authenticate header of refusals.
@@ -191,7 +188,7 @@ func (a *Access) serveToken(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	a.log = append(a.log, TokenExchange{r.Method, r.Header.Get("Authorization"), scope, r.PostForm.Encode()})
 	a.mu.Unlock()
-	if basic && password != Password(user) || !basic && a.RefuseAnonymous {
+	if basic && password != Password(user) {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}

@@ -61,8 +61,8 @@ func (d *Distribution) Take() []Exchange {
 	return log
 }
 
-// PushBlob uploads a blob in one request.
-func (d *Distribution) PushBlob(t testing.TB, repository string, body []byte) digest.Digest {
+// pushBlob uploads a blob in one request.
+func (d *Distribution) pushBlob(t testing.TB, repository string, body []byte) digest.Digest {
 	t.Helper()
 	dgst := digest.FromBytes(body)
 	resp, err := http.Post(d.URL+"/v2/"+repository+"/blobs/uploads/", "", nil)
@@ -81,8 +81,8 @@ func (d *Distribution) PushBlob(t testing.TB, repository string, body []byte) di
 	return dgst
 }
 
-// PushManifest uploads a manifest under a tag.
-func (d *Distribution) PushManifest(t testing.TB, repository, tag, mediaType string, body []byte) digest.Digest {
+// pushManifest uploads a manifest under a tag.
+func (d *Distribution) pushManifest(t testing.TB, repository, tag, mediaType string, body []byte) digest.Digest {
 	t.Helper()
 	put(t, d.URL+"/v2/"+repository+"/manifests/"+tag, mediaType, body)
 	return digest.FromBytes(body)
@@ -92,13 +92,13 @@ func (d *Distribution) PushManifest(t testing.TB, repository, tag, mediaType str
 func (d *Distribution) PushImage(t testing.TB, repository, tag string, layer []byte) (manifest, blob digest.Digest) {
 	t.Helper()
 	config := []byte(fmt.Sprintf(`{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"author":%q}`, tag))
-	c := d.PushBlob(t, repository, config)
-	blob = d.PushBlob(t, repository, layer)
+	c := d.pushBlob(t, repository, config)
+	blob = d.pushBlob(t, repository, layer)
 	const manifestType = "application/vnd.oci.image.manifest.v1+json"
 	body := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q,"size":%d},`+
 		`"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":%q,"size":%d}]}`,
 		manifestType, c, len(config), blob, len(layer))
-	return d.PushManifest(t, repository, tag, manifestType, body), blob
+	return d.pushManifest(t, repository, tag, manifestType, body), blob
 }
 
 func put(t testing.TB, url, contentType string, body []byte) {
