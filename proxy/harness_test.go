@@ -35,6 +35,11 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
+// DefaultRules are those of the configuration's defaults.
+func DefaultRules() Rules {
+	return Rules{GrantTTL: time.Minute, MembershipTTL: 24 * time.Hour, Parallel: 4}
+}
+
 func TestMain(m *testing.M) {
 	// What the distribution registry in process starts and never ends.
 	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/docker/go-events.(*Broadcaster).run"))

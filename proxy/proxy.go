@@ -94,11 +94,6 @@ type Rules struct {
 	Share []string
 }
 
-// DefaultRules are those of the configuration's defaults.
-func DefaultRules() Rules {
-	return Rules{GrantTTL: time.Minute, MembershipTTL: 24 * time.Hour, Parallel: 4}
-}
-
 // Proxy serves the registry API. It is an http.Handler.
 type Proxy struct {
 	upstreams *upstream.Client

@@ -91,12 +91,6 @@ const (
 	earlyTimeout = 3 * time.Second
 )
 
-// Name is the canonical name.
-func (r *Registry) Name() Name { return r.name }
-
-// Listed tells whether the operator named this registry.
-func (r *Registry) Listed() bool { return r.listed }
-
 // Endpoints is how many there are.
 func (r *Registry) Endpoints() int { return len(r.endpoints) }
 

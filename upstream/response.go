@@ -58,9 +58,6 @@ func (e *StatusError) Error() string {
 	return fmt.Sprintf("upstream answered %d", e.Status)
 }
 
-// ChallengeSize is how many bytes the challenge has.
-func (e *StatusError) ChallengeSize() int { return challengeSize(e.Challenge) }
-
 func challengeSize(challenge []string) (n int) {
 	for _, c := range challenge {
 		n += len(c)
@@ -79,9 +76,6 @@ type Response struct {
 	// 0 when the registry does not honour Range. End is the byte after its
 	// last, -1 when the registry did not say.
 	Offset, End int64
-	// ETag is the registry's name for these bytes (RFC 9110 8.8.3), which two
-	// parts of the same body share; "" when it gives none.
-	ETag string
 	// Digest is what the registry says this is, "" when it does not or when
 	// what it says is no digest.
 	Digest digest.Digest
@@ -151,7 +145,6 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		Body:       a.Body,
 		Size:       a.ContentLength,
 		End:        a.ContentLength,
-		ETag:       a.Header.Get("ETag"),
 		MediaType:  mediaTypeOf(a.Header),
 		Redirected: a.foreign,
 	}
