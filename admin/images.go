@@ -155,11 +155,7 @@ const maxFilters = 64
 
 // list answers with all images, or with those that ?image= names.
 func (i images) list(w http.ResponseWriter, r *http.Request) {
-	all, err := i.store.Images()
-	if err != nil {
-		serveFailure(w, err)
-		return
-	}
+	all := i.store.Images()
 	asked := r.URL.Query()["image"]
 	if len(asked) > maxFilters {
 		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d images are asked for; %d is the most", len(asked), maxFilters)))
@@ -258,9 +254,7 @@ func (i images) evict(w http.ResponseWriter, r *http.Request) {
 	}
 	e, err := i.store.EvictImage(n.Repository, n.Tag, n.Digest)
 	if errors.Is(err, cache.ErrNotStored) {
-		if all, lerr := i.store.Images(); lerr == nil {
-			err = notHere(n, all)
-		}
+		err = notHere(n, i.store.Images())
 	}
 	if err != nil {
 		serveFailure(w, err)

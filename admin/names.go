@@ -44,10 +44,7 @@ func (i images) toPin(n proxy.ImageName) (proxy.ImageName, error) {
 	if !n.Bare && n.Prefix == "" && n.Repository != (index.RepositoryKey{}) {
 		return n, nil
 	}
-	all, err := i.store.Images()
-	if err != nil {
-		return n, err
-	}
+	all := i.store.Images()
 	if n.Bare {
 		// Nothing of it is here: then it is what a pull without a tag would get.
 		return bare(n, all, true)
@@ -60,10 +57,7 @@ func (i images) toEvict(n proxy.ImageName) (proxy.ImageName, error) {
 	if !n.Bare && n.Prefix == "" {
 		return n, nil // of a whole digest the repository says nothing
 	}
-	all, err := i.store.Images()
-	if err != nil {
-		return n, err
-	}
+	all := i.store.Images()
 	if n.Bare {
 		return bare(n, all, false)
 	}

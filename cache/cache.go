@@ -33,6 +33,7 @@ package cache
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -195,11 +196,11 @@ type Cache struct {
 	// the list of images follow yet.
 	tagMoved atomic.Bool
 
-	ctx        context.Context // ends with Close: flights live on it, not on a request's
-	cancel     context.CancelFunc
-	flying     sync.WaitGroup // flights and the adopter
-	committing sync.WaitGroup // the committer, which outlives them
-	done       chan struct{}  // closed when all flights have landed
+	ctx       context.Context // ends with Close: flights live on it, not on a request's
+	cancel    context.CancelFunc
+	flying    sync.WaitGroup // flights and the adopter
+	done      chan struct{}  // closed when all flights have landed
+	committed chan struct{}  // closed by the committer, which outlives them, when it ends
 
 	verified  chan *flight       // to the committer
 	drops     chan digest.Digest // to the committer: a row whose file is not as it says
@@ -228,6 +229,7 @@ type Cache struct {
 	strays    map[digest.Digest]bool           // those
 	bad       map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
 	trouble   error                            // the disk's last refusal; nil after the next success
+	unwritten error                            // why the index's file does not say what memory says
 	said      error                            // what the log says of that
 	saidAt    time.Time
 }
@@ -271,6 +273,7 @@ func New(opts Options) (*Cache, error) {
 		shortages: make(chan *shortage),
 		calls:     make(chan func()),
 		done:      make(chan struct{}),
+		committed: make(chan struct{}),
 		flights:   make(map[Key]*flight),
 		parked:    make(map[Key]*partial),
 		passing:   make(recent),
@@ -285,7 +288,6 @@ func New(opts Options) (*Cache, error) {
 		lock.Close()
 		return nil, err
 	}
-	c.committing.Add(1)
 	go c.commitLoop()
 	c.flying.Add(1)
 	go c.scrub()
@@ -338,7 +340,7 @@ func (c *Cache) Close() error {
 	c.flying.Wait()
 	c.closeParked()
 	close(c.done)
-	c.committing.Wait()
+	<-c.committed
 	return errors.Join(c.index.Close(), c.store.Close(), c.lock.Close())
 }
 
@@ -604,8 +606,8 @@ func (c *Cache) Stats() Stats {
 		Adopting:     c.adopt,
 		Evicted:      c.evicted,
 	}
-	if c.trouble != nil {
-		s.Trouble = c.trouble.Error()
+	if err := cmp.Or(c.trouble, c.unwritten); err != nil {
+		s.Trouble = err.Error()
 	}
 	return s
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"slices"
 	"time"
 
 	"tarn/blobstore"
@@ -20,8 +19,8 @@ const (
 	// for others: nobody waits for a commit, and a pull has a dozen objects.
 	commitWindow = 50 * time.Millisecond
 	maxBatch     = 512
-	// noteInterval bounds how many notes a crash loses, and how far the list of
-	// images is behind.
+	// noteInterval bounds how far the list of images is behind, and is how often
+	// all is done that nobody waits for.
 	noteInterval = 4 * time.Second
 )
 
@@ -29,13 +28,13 @@ const (
 // the only place where rows and files can come apart. For each batch:
 //
 //	fsync the files, rename them, fsync the directory   (blobstore.Commit)
-//	one bbolt transaction with the rows
+//	enter the rows, in memory; the index's writer has them in its file soon
 //
-// A crash in between leaves a file without a row, which the next start adopts.
-// For a row whose file is not as it says it is the other way round: the row
-// goes first, then the file.
+// A crash before that leaves a file without a row, which the next start adopts.
+// What goes, goes the other way round: the row in memory first, then the file.
+// A crash may leave a row in the index's file then, which the next start drops.
 func (c *Cache) commitLoop() {
-	defer c.committing.Done()
+	defer close(c.committed)
 	notes := time.NewTicker(noteInterval)
 	defer notes.Stop()
 	c.keepBounds() // which may have been others for the last process
@@ -59,14 +58,10 @@ func (c *Cache) commitLoop() {
 		case f := <-c.calls:
 			f()
 		case <-notes.C:
-			c.renew()
 			c.retryRemovals()
 			c.dropBad()
-			if err := c.widening(func() error { return c.index.Flush(false) }); err != nil {
-				c.noteTrouble(err)
-			} else {
-				c.probe()
-			}
+			c.probe()
+			c.untag(c.index.Trim())
 			c.followTags()
 			if c.pins.partly != nil {
 				c.repin()
@@ -90,9 +85,6 @@ func (c *Cache) commitLoop() {
 						c.writePins()
 					}
 					c.layOut()
-					if err := c.widening(func() error { return c.index.Flush(true) }); err != nil {
-						c.noteTrouble(err)
-					}
 					return
 				}
 			}
@@ -134,7 +126,6 @@ func (c *Cache) gather(first *flight) (batch []*flight, waits *shortage) {
 // commit stores the batch. A flight that cannot be stored is dropped: its
 // readers keep the open file, and the next request fetches it again.
 func (c *Cache) commit(batch []*flight) {
-	c.renew()
 	c.followTags()
 	var (
 		files []*blobstore.Pending
@@ -192,14 +183,7 @@ func (c *Cache) commit(batch []*flight) {
 		c.unstray(f.key.Digest) // if one lay there
 		stored = append(stored, f)
 	}
-	if err := c.putRows(rows); err != nil {
-		trouble = err
-		if c.index.Broken() == nil { // else they are adopted with all others
-			stored = slices.DeleteFunc(stored, c.withoutRow)
-		}
-		clear(placed)
-		defer c.renew()
-	}
+	c.index.Put(rows...)
 	if trouble != nil {
 		c.noteTrouble(trouble)
 	}
@@ -210,7 +194,7 @@ func (c *Cache) commit(batch []*flight) {
 			now = c.inPlaceOf(f.key.Digest)
 		}
 		grown += now - replaced[i]
-		if ok || c.index.Broken() != nil || slices.Contains(stored, f) {
+		if ok {
 			continue
 		}
 		if now == 0 {
@@ -220,9 +204,7 @@ func (c *Cache) commit(batch []*flight) {
 		}
 	}
 	for _, f := range stored {
-		if c.index.Broken() == nil { // else who adopts it enters it
-			c.enter(f.key.Digest, c.inPlaceOf(f.key.Digest), f.children)
-		}
+		c.enter(f.key.Digest, placed[f], f.children)
 		f.held = c.await(f.key.Digest) // for its readers, until the last has gone
 	}
 	c.repinIfDue()
@@ -244,31 +226,6 @@ func (c *Cache) commit(batch []*flight) {
 			c.discard(f.key, p)
 		}
 	}
-}
-
-// putRows writes the rows, or of too many for a full store those that fit. Room for
-// the index is not made by evicting just these.
-func (c *Cache) putRows(rows []index.Stored) error {
-	for _, row := range rows {
-		defer c.letGo(c.await(row.Digest))
-	}
-	err := c.widening(func() error { return c.index.Apply(rows, nil) })
-	if half := len(rows) / 2; half > 0 && errors.Is(err, index.ErrFull) {
-		return errors.Join(c.putRows(rows[:half]), c.putRows(rows[half:]))
-	}
-	return err
-}
-
-// withoutRow tells whether the flight's object has no row, and then removes its
-// file. A transaction that failed may have taken effect.
-func (c *Cache) withoutRow(f *flight) bool {
-	if _, ok := c.index.Row(f.key.Digest); ok {
-		return false
-	}
-	if err := c.store.Remove(f.key.Digest); err != nil {
-		c.noteTrouble(err)
-	}
-	return true
 }
 
 // sameBytes tells whether a file was not written to since it looked as before.
@@ -331,24 +288,9 @@ func (c *Cache) drop(d digest.Digest) {
 // remove takes objects away, rows first. What the disk does not let go of makes room
 // before all others.
 func (c *Cache) remove(objects []index.Stored) (gone Evicted, failed error) {
-	var all []digest.Digest
 	for _, o := range objects {
-		all = append(all, o.Digest)
-	}
-	err := c.index.Apply(nil, all)
-	if half := len(objects) / 2; half > 0 && errors.Is(err, index.ErrFull) { // with less, fewer pages change
-		for _, part := range [][]index.Stored{objects[:half], objects[half:]} {
-			g, perr := c.remove(part)
-			gone.Objects, gone.Bytes, failed = gone.Objects+g.Objects, gone.Bytes+g.Bytes, errors.Join(failed, perr)
-		}
-		return gone, failed
-	}
-	c.hot.drop(all...) // with the rows gone, nobody brings them back
-	if err != nil {
-		c.noteTrouble(err)
-		return gone, err
-	}
-	for _, o := range objects {
+		c.index.Drop(o.Digest)
+		c.hot.drop(o.Digest) // with the row gone, nobody brings it back
 		if err := c.store.Remove(o.Digest); err != nil {
 			c.leftOver(o.Digest, o.Object.Alloc)
 			c.noteTrouble(err)

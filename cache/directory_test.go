@@ -126,7 +126,7 @@ func TestWhatIsNoFileIsNeitherFollowedNorWaitedFor(t *testing.T) {
 					settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 					c.scrubOnce(time.Now().Add(2*scrubAfter), 0)
 					c.noteTrouble(errors.New("to be probed"))
-					c.inCommitter(func() error { c.probe(); c.renew(); c.dropBad(); c.layOut(); return nil })
+					c.inCommitter(func() error { c.probe(); c.dropBad(); c.layOut(); return nil })
 					c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"})
 					c.Images()
 					if err := c.Close(); err != nil {

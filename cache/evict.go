@@ -3,12 +3,10 @@
 package cache
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,7 +25,7 @@ import (
 // Who reads a stored object holds it, and so does a flight that was committed, for
 // its readers. What is held is not chosen. The choice and the removal from the
 // order are one step under the order's lock, so from then on nobody can hold
-// it; then the row goes, then the file. Only the committer does that, so it
+// it; then the row goes, in memory, then the file. Only the committer does that, so it
 // never meets a commit of the same object.
 
 // order is the queue of what is stored, and its lock, under which nothing else
@@ -156,7 +154,7 @@ func (c *Cache) forget(d digest.Digest, alloc int64) {
 // A tag that was not known, of what is neither here nor on its way, is not noted:
 // nothing could be done with it, and there is no end to such tags. Whoever fetches
 // what it means notes it again, as often as he likes.
-func (c *Cache) NoteTag(key string, t index.Tag) {
+func (c *Cache) NoteTag(key index.TagKey, t index.Tag) {
 	if _, known := c.index.Tag(key); !known && !c.comes(key, t.Digest) {
 		return
 	}
@@ -183,13 +181,13 @@ func (c *Cache) NoteTag(key string, t index.Tag) {
 }
 
 // comes tells whether what a tag means is here, or on its way from its registry.
-func (c *Cache) comes(tag string, d digest.Digest) bool {
+func (c *Cache) comes(tag index.TagKey, d digest.Digest) bool {
 	if c.isHere(d) {
 		return true
 	}
 	domain := ListedDomain
-	if upstream, _, _ := strings.Cut(tag, "\x00"); !c.listed(upstream) {
-		domain = upstream
+	if !c.listed(tag.Upstream) {
+		domain = tag.Upstream
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -197,18 +195,17 @@ func (c *Cache) comes(tag string, d digest.Digest) bool {
 }
 
 // Prune drops what the index need not know any more.
-func (c *Cache) Prune(p index.Pruning) error {
-	var untagged []digest.Digest
-	err := c.transact(func() (err error) {
-		untagged, err = c.index.Prune(p)
-		return err
-	})
+func (c *Cache) Prune(p index.Pruning) { c.untag(c.index.Prune(p)) }
+
+// untag has the order know that tags are forgotten, with what they meant.
+func (c *Cache) untag(meant []digest.Digest) {
 	c.order.mu.Lock()
 	defer c.order.mu.Unlock()
-	for _, d := range untagged {
-		c.order.queue.Untag(d)
+	for _, d := range meant {
+		if d != "" {
+			c.order.queue.Untag(d)
+		}
 	}
-	return err
 }
 
 // shortage is a reservation that needs room.
@@ -252,7 +249,7 @@ const (
 	// all go for it.
 	maxRounds = 3
 	// slackShare of the bound is made free besides, one part in so many, so that
-	// not every reservation of a full store waits for a transaction.
+	// not every reservation of a full store waits for the committer.
 	slackShare = 100
 	maxSlack   = 64 << 20
 )
@@ -297,39 +294,6 @@ func (c *Cache) expand(n int64) error {
 	c.overhead += n
 	c.ahead += n
 	return nil
-}
-
-// firstWidening is what the index is let grow by besides, when it needs more than
-// its next growth; if that is too little, twice as much.
-const firstWidening = 1 << 20
-
-// widening runs a transaction in the committer, and makes room for what the
-// index has to grow by.
-func (c *Cache) widening(transaction func() error) error {
-	for n := int64(firstWidening); ; n *= 2 {
-		err := transaction()
-		if !errors.Is(err, index.ErrFull) {
-			return err
-		}
-		if xerr := c.expand(n); xerr != nil {
-			return fmt.Errorf("%w: %w", err, xerr)
-		}
-		c.index.Widen(n)
-	}
-}
-
-// transact runs a transaction of whoever is not the committer.
-func (c *Cache) transact(transaction func() error) error {
-	err := transaction()
-	if errors.Is(err, index.ErrFull) {
-		return c.inCommitter(func() error { return c.widening(transaction) })
-	}
-	return err
-}
-
-// Flush writes what was noted.
-func (c *Cache) Flush() error {
-	return c.transact(func() error { return c.index.Flush(false) })
 }
 
 // mayGo is how many bytes could be evicted.
@@ -393,24 +357,19 @@ func (c *Cache) choose(short int64) (victims []digest.Digest) {
 	return victims
 }
 
-// evictAll evicts what was taken: rows first, then files. What cannot go stays
-// in the order. It runs in the committer.
+// evictAll evicts what was taken: the row, then the file. What cannot go stays in
+// the order. It runs in the committer.
 func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 	c.images.due = true
-	err := c.index.Apply(nil, victims)
-	c.hot.drop(victims...)                                                   // with the rows gone, nobody brings them back
-	if half := len(victims) / 2; half > 0 && errors.Is(err, index.ErrFull) { // with less, fewer pages change
-		for _, part := range [][]digest.Digest{victims[:half], victims[half:]} {
-			n, perr := c.evictAll(part)
-			freed, failed = freed+n, errors.Join(failed, perr)
-		}
-		return freed, failed
-	}
+	c.index.Drop(victims...)
+	c.hot.drop(victims...) // with the rows gone, nobody brings them back
 	var gone Evicted
 	for _, d := range victims {
+		err := failed
 		if err == nil {
 			err = c.store.Remove(d)
 		}
+		failed = err
 		c.order.mu.Lock()
 		if err != nil {
 			c.order.queue.PutBack(d)
@@ -428,7 +387,7 @@ func (c *Cache) evictAll(victims []digest.Digest) (freed int64, failed error) {
 	c.used -= gone.Bytes
 	c.evicted.Objects += gone.Objects
 	c.evicted.Bytes += gone.Bytes
-	return gone.Bytes, err
+	return gone.Bytes, failed
 }
 
 // Evicted is what had to make room since the start.
@@ -439,13 +398,13 @@ type Evicted struct {
 
 // restoreOrder enters what is stored, with the bytes that it takes, as it was
 // ranked when it was used last.
-func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
+func (c *Cache) restoreOrder(stored map[digest.Digest]int64) {
 	type ranked struct {
 		d digest.Digest
 		u index.Use
 	}
 	var known []ranked
-	err := c.index.Uses(func(d digest.Digest, u index.Use) {
+	c.index.Uses(func(d digest.Digest, u index.Use) {
 		if _, ok := stored[d]; ok {
 			known = append(known, ranked{d, u})
 		}
@@ -461,19 +420,17 @@ func (c *Cache) restoreOrder(stored map[digest.Digest]int64) error {
 	for d, alloc := range stored {
 		q.Restore(d, alloc, evict.Rank{})
 	}
-	err = errors.Join(err,
-		c.index.Children(func(d digest.Digest, children []digest.Digest) { q.Lead(d, children) }),
-		c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
-			if t.Digest != "" {
-				q.Tag(t.Digest)
-			}
-		}))
+	c.index.Children(q.Lead)
+	c.index.Tags(func(_ index.TagKey, t index.Tag) {
+		if t.Digest != "" {
+			q.Tag(t.Digest)
+		}
+	})
 	for _, k := range known {
 		if k.u.Lost {
 			q.Lose(k.d)
 		}
 	}
-	return err
 }
 
 const (
@@ -488,7 +445,7 @@ const (
 // measureOverhead takes what all but blobs and pending files takes on disk now.
 func (c *Cache) measureOverhead() {
 	var taken int64
-	limit := c.index.Confine()
+	limit := c.index.Limit()
 	take := func(path string) (n int64) {
 		if info, err := os.Lstat(path); err == nil {
 			n = blobstore.Allocated(info)

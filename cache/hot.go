@@ -74,15 +74,6 @@ func (h *hot) drop(ds ...digest.Digest) {
 	}
 }
 
-// clear forgets all.
-func (h *hot) clear() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, e := range h.entries {
-		h.remove(e)
-	}
-}
-
 func (h *hot) remove(e *list.Element) {
 	entry := h.recent.Remove(e).(*hotEntry)
 	delete(h.entries, entry.key)

@@ -39,7 +39,7 @@ type Image struct {
 
 // Images returns the images of which at least the manifest that names them is
 // stored, by name.
-func (c *Cache) Images() (images []Image, err error) {
+func (c *Cache) Images() (images []Image) {
 	pins := c.Pins()
 	add := func(k index.RepositoryKey, tag string, d digest.Digest, confirmed time.Time) {
 		if _, ok := c.index.Row(d); !ok {
@@ -54,14 +54,14 @@ func (c *Cache) Images() (images []Image, err error) {
 		})
 		images = append(images, i)
 	}
-	tags := make(map[string]func())
-	err = c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
+	tags := make(map[index.TagKey]index.Tag)
+	c.index.Tags(func(k index.TagKey, t index.Tag) {
 		if t.Digest != "" {
-			tags[k.TagKey(tag)] = func() { add(k, tag, t.Digest, t.Confirmed) }
+			tags[k] = t
 		}
 	})
-	for _, f := range tags {
-		f()
+	for k, t := range tags {
+		add(k.RepositoryKey, k.Tag, t.Digest, t.Confirmed)
 	}
 	for _, p := range pins {
 		if p.Digest != "" {
@@ -71,7 +71,7 @@ func (c *Cache) Images() (images []Image, err error) {
 	slices.SortFunc(images, func(a, b Image) int {
 		return cmp.Or(strings.Compare(a.Upstream, b.Upstream), strings.Compare(a.Repository, b.Repository), strings.Compare(a.Tag, b.Tag), strings.Compare(string(a.Digest), string(b.Digest)))
 	})
-	return images, err
+	return images
 }
 
 // EvictImage removes what a tag means, or a digest, under whatever other names it is
@@ -92,24 +92,22 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 		}
 		mine := c.under([]digest.Digest{d}, nil)
 		var kept []digest.Digest // by what stays
-		if err := c.index.Tags(func(_ index.RepositoryKey, _ string, t index.Tag) {
+		c.index.Tags(func(_ index.TagKey, t index.Tag) {
 			if t.Digest != d {
 				kept = append(kept, t.Digest)
 			}
-		}); err != nil {
-			return err
-		}
+		})
 		var others []string // that lead to it
-		if err := c.index.Children(func(parent digest.Digest, children []digest.Digest) {
+		leads := make(map[digest.Digest][]digest.Digest)
+		c.index.Children(func(parent digest.Digest, children []digest.Digest) { leads[parent] = children })
+		for parent, children := range leads {
 			if c.isLost(parent) || mine[parent] && !c.pins.wanted[parent] {
-				return
+				continue
 			}
 			kept = append(kept, children...)
 			if slices.Contains(children, d) {
 				others = append(others, parent.String())
 			}
-		}); err != nil {
-			return err
 		}
 		if len(others) > 0 {
 			const named = 10 // there may be thousands
@@ -201,13 +199,11 @@ func (c *Cache) layOut() {
 	}
 	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
 	meant := make(map[string]meaning)
-	if err := c.index.Tags(func(k index.RepositoryKey, tag string, t index.Tag) {
+	c.index.Tags(func(k index.TagKey, t index.Tag) {
 		if t.Digest != "" {
-			meant[k.Upstream+"/"+k.Repository+":"+tag] = meaning{k, t.Digest}
+			meant[k.Upstream+"/"+k.Repository+":"+k.Tag] = meaning{k.RepositoryKey, t.Digest}
 		}
-	}); err != nil {
-		return // of a broken index, the next has its turn
-	}
+	})
 	types := make(map[meaning]string)
 	unread := false
 	left := maxList

@@ -93,9 +93,9 @@ func TestAPinOfImpossibleSizesIsRefused(t *testing.T) {
 			t.Errorf("%d: pinned: %v", i, err)
 		}
 	}
-	images, err := c.Images()
-	if err != nil || len(images) != 3 {
-		t.Fatal(len(images), err)
+	images := c.Images()
+	if len(images) != 3 {
+		t.Fatal(len(images))
 	}
 	for _, i := range images {
 		if i.TotalBytes < i.HereBytes {
@@ -203,8 +203,8 @@ func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
 	if c.has(one.otherLayer) {
 		t.Error("another platform's layer is kept")
 	}
-	if images, err := c.Images(); err != nil || len(images) != 1 || !images[0].Pinned || images[0].Used.IsZero() || images[0].HereBytes != images[0].TotalBytes-int64(len(one.otherLayer)) || !slices.Contains(images[0].Platforms, "linux/amd64") {
-		t.Errorf("%+v: %v", images, err)
+	if images := c.Images(); len(images) != 1 || !images[0].Pinned || images[0].Used.IsZero() || images[0].HereBytes != images[0].TotalBytes-int64(len(one.otherLayer)) || !slices.Contains(images[0].Platforms, "linux/amd64") {
+		t.Errorf("%+v", images)
 	}
 
 	reopen := func(spoil func()) {
@@ -468,9 +468,9 @@ func TestNamesOfPlatformsArePrintable(t *testing.T) {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 1, ix, b.manifest)
-	images, err := c.Images()
-	if err != nil || len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
-		t.Errorf("%+v: %v", images, err)
+	images := c.Images()
+	if len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
+		t.Errorf("%+v", images)
 	}
 }
 
@@ -565,9 +565,7 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 		if _, err := c.EvictImage(appKey, tag(r), ""); err != nil && !errors.Is(err, ErrNotStored) && !errors.Is(err, ErrPinned) {
 			t.Error(err)
 		}
-		if _, err := c.Images(); err != nil {
-			t.Error(err)
-		}
+		c.Images()
 	})
 	many(1, func(*rand.Rand) {
 		if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 {
@@ -585,9 +583,7 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 	var rows int64
-	if err := c.index.Objects(func(_ digest.Digest, o index.Object) { rows += o.Alloc }); err != nil {
-		t.Fatal(err)
-	}
+	c.index.Objects(func(_ digest.Digest, o index.Object) { rows += o.Alloc })
 	settle(t, "all holds", func() bool { return c.mayGo() == rows })
 	if s := c.Stats(); s.UsedBytes+s.PendingBytes > s.MaxBytes || s.Trouble != "" && !strings.Contains(s.Trouble, "no room") {
 		t.Errorf("%+v", s)
@@ -829,7 +825,7 @@ func TestEvictingManyLayersIsOneTransaction(t *testing.T) {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 1, append([][]byte{manifest}, layers...)...)
-	if err := c.Flush(); err != nil {
+	if err := c.index.Sync(); err != nil {
 		t.Fatal(err)
 	}
 	before := written.Load()
@@ -1299,9 +1295,7 @@ func TestAGoodManifestIsNotDropped(t *testing.T) {
 		t.Fatal(err)
 	}
 	armed.Store(true)
-	if _, err := c.Images(); err != nil {
-		t.Fatal(err)
-	}
+	c.Images()
 	for range 2 { // what it has told the committer is done by then
 		if err := c.inCommitter(func() error { c.dropBad(); return nil }); err != nil {
 			t.Fatal(err)

@@ -234,7 +234,8 @@ func (c *Cache) take(f finding) {
 		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
 	}
 	if f.sound && err == nil {
-		if err := c.apply(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)}); err == nil && !ok {
+		c.index.Put(index.Stored{Digest: f.digest, Domain: domain, Object: describe(row, info)})
+		if !ok {
 			c.unstray(f.digest)
 			c.enter(f.digest, row.Alloc, nil)
 			c.repinIfDue()
@@ -265,14 +266,11 @@ func (c *Cache) scrub() {
 // scrubOnce hashes what was not hashed within scrubAfter of now.
 func (c *Cache) scrubOnce(now time.Time, rate int64) {
 	var due []digest.Digest
-	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
+	c.index.Objects(func(d digest.Digest, o index.Object) {
 		if now.Sub(o.Verified) >= scrubAfter || o.Verified.After(now.Add(scrubAfter)) { // or the clock was set back
 			due = append(due, d)
 		}
-	}); err != nil {
-		c.noteTrouble(err)
-		return
-	}
+	})
 	for _, d := range due {
 		if _, err := c.verify(c.ctx, d, rate, nil); c.ctx.Err() != nil {
 			return
@@ -315,7 +313,7 @@ type Verification struct {
 // Verify hashes every stored file, rate bytes a second or as fast as it can when
 // that is 0, and drops what is not what its digest says. It reports after each
 // MiB or file. Errors: the context's,
-// ErrClosed, ErrVerifying, those of the index, and want of descriptors.
+// ErrClosed, ErrVerifying, and want of descriptors.
 func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification)) (v Verification, err error) {
 	if !c.verifying.TryLock() {
 		return v, ErrVerifying
@@ -326,12 +324,10 @@ func (c *Cache) Verify(ctx context.Context, rate int64, report func(Verification
 	defer context.AfterFunc(c.ctx, func() { cancel(ErrClosed) })()
 	var all []digest.Digest
 	started := time.Now()
-	if err := c.index.Objects(func(d digest.Digest, o index.Object) {
+	c.index.Objects(func(d digest.Digest, o index.Object) {
 		all = append(all, d)
 		v.OfBytes += o.Size
-	}); err != nil {
-		return v, err
-	}
+	})
 	v.OfFiles = len(all)
 	v.Bad, v.Missing = []digest.Digest{}, []digest.Digest{}
 	for _, d := range all {

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -53,9 +55,7 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil, err
 	}
 	rows := make(map[digest.Digest]index.Object)
-	if err := c.index.Objects(func(d digest.Digest, o index.Object) { rows[d] = o }); err != nil {
-		return nil, errors.Join(err, c.index.Close())
-	}
+	c.index.Objects(func(d digest.Digest, o index.Object) { rows[d] = o })
 	foreign, stored := 0, make(map[digest.Digest]int64, len(rows))
 	err = c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
 		if row, ok := rows[d]; ok {
@@ -80,31 +80,17 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil
 	})
 	if err != nil {
+		c.cancel() // the index's writer must not wait for a committer that there is not
 		return nil, errors.Join(err, c.index.Close())
 	}
-	gone := make([]digest.Digest, 0, len(rows))
-	for d := range rows {
-		gone = append(gone, d)
-	}
-	if len(gone) > 0 {
-		if err := c.index.Apply(nil, gone); err != nil {
-			// They go when they are asked for, and count until then.
-			c.noteTrouble(err)
-			for d, row := range rows {
-				if _, ok := c.index.Row(d); ok {
-					c.used += row.Alloc
-				}
-			}
-		}
-	}
+	gone := slices.Collect(maps.Keys(rows))
+	c.index.Drop(gone...)
 	// What has no row may make room like all others, and may be pinned.
 	for _, s := range strays {
 		stored[s.digest] = blobstore.Allocated(s.info)
 		c.strays[s.digest] = true
 	}
-	if err := c.restoreOrder(stored); err != nil {
-		return nil, errors.Join(err, c.index.Close())
-	}
+	c.restoreOrder(stored)
 	c.measureOverhead()
 	c.readPins()
 	c.order.queue.Resume() // nobody else has it yet
@@ -173,7 +159,7 @@ func (c *Cache) openIndex() error {
 		if rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
 			return errors.Join(err, rerr)
 		}
-		ix, err = index.Open(path, c.opts.Steps, c.indexBounds())
+		ix, err = index.Open(path, c.indexOptions())
 	}
 	if err != nil {
 		return err
@@ -182,10 +168,17 @@ func (c *Cache) openIndex() error {
 	return nil
 }
 
-// indexBounds have registries that are not listed fill no more of the index than a
+// indexOptions have registries that are not listed fill no more of the index than a
 // part of their share of the room.
-func (c *Cache) indexBounds() index.Bounds {
-	return index.Bounds{Listed: c.opts.Listed, Strangers: c.opts.MaxSize / strangersShare / 2}
+func (c *Cache) indexOptions() index.Options {
+	return index.Options{
+		Steps:         c.opts.Steps,
+		Listed:        c.opts.Listed,
+		StrangersFile: c.opts.MaxSize / strangersShare / 2,
+		Aside:         filepath.Join(c.opts.Dir, brokenName),
+		Grow:          c.growIndex,
+		Trouble:       c.noteIndexTrouble,
+	}
 }
 
 // maxOpenings in a row may end with the process before an index is believed to
@@ -202,73 +195,10 @@ func (c *Cache) openMarked(path string) (*index.Index, error) {
 	if len(tries) < maxOpenings {
 		// Without a marker it is as it was.
 		c.opts.Steps.Do("write marker", func() error { return regular.Replace(marker, append(tries, '.'), 0o600) })
-		ix, err = index.Open(path, c.opts.Steps, c.indexBounds())
+		ix, err = index.Open(path, c.indexOptions())
 	}
 	c.opts.Steps.Do("remove marker", func() error { return os.Remove(marker) })
 	return ix, err
-}
-
-// renew replaces an index that turned out to be broken, and has the blobs
-// adopted again. It runs in the committer.
-func (c *Cache) renew() {
-	cause := c.index.Broken()
-	if cause == nil {
-		return
-	}
-	// First they are strays, so that who asks meanwhile finds them as that.
-	strays, used, err := c.everything()
-	if err != nil {
-		c.noteTrouble(err)
-		return
-	}
-	if !c.expect(strays) {
-		return // it is being closed
-	}
-	if err := c.index.Renew(filepath.Join(c.opts.Dir, brokenName)); err != nil {
-		c.noteTrouble(err)
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.adopt -= len(strays) // they stay strays
-		c.flying.Done()        // the next commit tries again
-		return
-	}
-	lies := make(map[digest.Digest]int64, len(strays))
-	for _, s := range strays {
-		lies[s.digest] = blobstore.Allocated(s.info)
-	}
-	c.order.mu.Lock()
-	q := c.order.queue
-	q.Retain(func(d digest.Digest) bool { _, ok := lies[d]; return ok })
-	for d, alloc := range lies { // the others keep their ranks
-		if size, known := q.Size(d); !known || size != alloc {
-			q.Add(d, alloc)
-		}
-	}
-	used += q.Lingering() // and is taken off when its readers have gone
-	c.order.mu.Unlock()
-	c.hot.clear() // its rows are gone
-	c.mu.Lock()
-	c.used = used
-	c.mu.Unlock()
-	c.log.Sugar().Errorw("the index is set aside and rebuilt from the blobs", "cause", cause.Error(), "kept_as", brokenName)
-	c.repin()
-	go c.adoptAll(strays)
-}
-
-// everything is what lies under blobs/, and how much that takes.
-func (c *Cache) everything() (strays []stray, used int64, err error) {
-	err = c.store.Walk(func(d digest.Digest, e fs.DirEntry) error {
-		info, err := e.Info()
-		if err != nil {
-			return nil // it is gone
-		}
-		used += blobstore.Allocated(info)
-		if blobstore.CheckDigest(d) == nil {
-			strays = append(strays, stray{d, info})
-		}
-		return nil
-	})
-	return strays, used, err
 }
 
 // expect enters strays that adoptAll is to be started with, unless the cache is
@@ -314,7 +244,7 @@ type adoption struct {
 	stray
 	sound    bool            // they are what the name says
 	children []digest.Digest // if it is a manifest
-	done     chan error      // told once whether it has a row, or none for good
+	done     chan struct{}   // closed when it has a row, or none for good
 }
 
 func (c *Cache) isStray(d digest.Digest) bool {
@@ -335,8 +265,8 @@ func (c *Cache) unstray(d digest.Digest) bool {
 
 // adoptAll hashes the strays, one after the other, and has the committer take
 // them in or remove them. Requests are served meanwhile; one for a stray
-// fetches it and finds the same bytes. What the disk does not read, or the index has no
-// room for, is tried again, later each time.
+// fetches it and finds the same bytes. What the disk does not read is tried again, later
+// each time.
 func (c *Cache) adoptAll(strays []stray) {
 	defer c.flying.Done()
 	n := len(strays)
@@ -375,7 +305,7 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 			unread = append(unread, s)
 			continue
 		}
-		a := adoption{stray: s, sound: sound, done: make(chan error, 1)}
+		a := adoption{stray: s, sound: sound, done: make(chan struct{})}
 		if size := s.info.Size(); sound && size <= manifest.MaxSize {
 			body, _ := c.store.Read(s.digest, size) // without it, it leads nowhere
 			if manifest.Looks(body[:min(len(body), manifest.Prefix)], size) {
@@ -384,9 +314,7 @@ func (c *Cache) adoptOnce(strays []stray) (unread []stray) {
 		}
 		select {
 		case c.adoptions <- a:
-			if err := <-a.done; err != nil {
-				unread = append(unread, s)
-			}
+			<-a.done
 		case <-c.ctx.Done():
 			return nil
 		}
@@ -436,38 +364,27 @@ func (c *Cache) hashes(ctx context.Context, d digest.Digest, rate int64, report 
 }
 
 // settle runs in the committer: it adopts a sound stray for the listed domain,
-// since nobody knows any more who delivered it, and removes another. One that cannot
-// have its row yet stays a stray.
+// since nobody knows any more who delivered it, and removes another.
 func (c *Cache) settle(a adoption) {
-	err := c.adoptOne(a)
-	if err == nil {
-		c.unstray(a.digest) // only now, so that who asks meanwhile finds the one or the other
-		c.mu.Lock()
-		c.adopt--
-		c.mu.Unlock()
-	}
+	defer close(a.done)
+	c.adoptOne(a)
+	c.unstray(a.digest) // only now, so that who asks meanwhile finds the one or the other
+	c.mu.Lock()
+	c.adopt--
+	c.mu.Unlock()
 	c.repinIfDue()
-	a.done <- err
 }
 
-func (c *Cache) adoptOne(a adoption) error {
+func (c *Cache) adoptOne(a adoption) {
 	row, known := c.index.Row(a.digest)
-	switch alloc := blobstore.Allocated(a.info); {
-	case known && a.sound:
-		// A flight of any domain has stored it meanwhile, or a request has had
-		// it looked at.
-		if err := c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children}); err != nil {
-			return err
-		}
-		c.enter(a.digest, row.Alloc, a.children)
+	alloc := blobstore.Allocated(a.info)
+	switch {
+	case known && a.sound: // a flight of any domain has stored it meanwhile, or a request has had it looked at
+		alloc = row.Alloc
 	case known || !c.isStray(a.digest): // it has gone, and another one may have come
+		return
 	case a.sound:
-		if err := c.apply(index.Stored{Digest: a.digest, Domain: ListedDomain, Children: a.children, Object: describe(index.Object{
-			Size: a.info.Size(), Alloc: alloc, Created: time.Now(),
-		}, a.info)}); err != nil {
-			return err
-		}
-		c.enter(a.digest, alloc, a.children)
+		row = describe(index.Object{Size: a.info.Size(), Alloc: alloc, Created: time.Now()}, a.info)
 	default:
 		if err := c.store.Remove(a.digest); err != nil {
 			c.noteTrouble(fmt.Errorf("remove a stray file: %w", err))
@@ -475,16 +392,10 @@ func (c *Cache) adoptOne(a adoption) error {
 		} else {
 			c.forget(a.digest, alloc)
 		}
+		return
 	}
-	return nil
-}
-
-func (c *Cache) apply(s index.Stored) error {
-	err := c.putRows([]index.Stored{s})
-	if err != nil {
-		c.noteTrouble(err)
-	}
-	return err
+	c.index.Put(index.Stored{Digest: a.digest, Domain: ListedDomain, Object: row, Children: a.children})
+	c.enter(a.digest, alloc, a.children)
 }
 
 func (c *Cache) addUsed(n int64) {

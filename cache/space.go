@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"tarn/index"
 	"tarn/internal/regular"
 )
 
@@ -162,13 +163,43 @@ func (c *Cache) sayTrouble() {
 	}
 }
 
+// noteIndexTrouble is told how each write of the index has ended, by its writer.
+func (c *Cache) noteIndexTrouble(err error) {
+	c.mu.Lock()
+	before := c.unwritten
+	c.unwritten = err
+	c.mu.Unlock()
+	switch log := c.log.Sugar(); {
+	case errors.Is(err, index.ErrBroken):
+		log.Errorw("the index is set aside and written afresh from memory", "cause", err.Error(), "kept_as", brokenName)
+	case err != nil && before == nil:
+		log.Warnw("the index is not written: a restart would not know what is new", "cause", err.Error())
+	case err == nil && before != nil:
+		log.Infow("the index is written again", "was", before.Error())
+	}
+}
+
+// growIndex makes room for what the index grows by. Its writer waits for it, and once
+// the committer has ended, it is the only one that changes anything.
+func (c *Cache) growIndex(n int64) error {
+	err := c.inCommitter(func() error { return c.expand(n) })
+	if errors.Is(err, ErrClosed) {
+		select {
+		case <-c.committed:
+			return c.expand(n)
+		default:
+		}
+	}
+	return err
+}
+
 // probe finds out whether a disk that refused stores again, when nobody downloads
 // anything that would tell. It runs in the committer.
 func (c *Cache) probe() {
 	c.mu.Lock()
 	trouble := c.trouble
 	c.mu.Unlock()
-	if trouble == nil || c.index.Broken() != nil {
+	if trouble == nil {
 		return
 	}
 	path := filepath.Join(c.opts.Dir, ".probe")
@@ -176,7 +207,7 @@ func (c *Cache) probe() {
 		os.Remove(path)
 		return
 	}
-	if os.Remove(path) != nil || c.index.Apply(nil, nil) != nil {
+	if os.Remove(path) != nil {
 		return
 	}
 	if _, _, err := c.tryReserve(ListedDomain, 0); err == nil {

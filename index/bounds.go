@@ -3,23 +3,35 @@
 package index
 
 import (
-	"bytes"
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // Anybody who has a registry of his own can have tarn hear of any number of tags
 // and objects. Their rows have a bound, and those of registries that are not listed
-// a smaller one, so that they fill only their own part. What is beyond it is not
-// noted: that costs a question each time, and prune makes room again.
+// a smaller one, so that they fill only their own part. Trim has the oldest go
+// before the bound is reached; what comes faster than that is not noted. Either
+// costs a question.
 const (
-	// maxTags is what nodes have of tags ten times over; maxMemberships is five
-	// objects to each.
-	maxTags        = 100_000
-	maxMemberships = 500_000
-	// strangersShare is which part of them, one in so many, registries that are
+	// DefaultRows is what nodes have of tags and memberships many times over, in
+	// bytes of memory: some 600,000 rows.
+	DefaultRows = 64 << 20
+	// strangersShare is which part of that, one in so many, registries that are
 	// not listed may have.
 	strangersShare = 4
-	// rowUnit is how many bytes of a key count as a row: a name can be several
-	// times as long as any that is usual.
+	// trimAt is how full it is when the oldest go, and trimTo how full it is then,
+	// in eighths.
+	trimAt, trimTo = 7, 6
+
+	// What a row takes in memory, about: a map of Go's is two thirds full.
+	membershipBytes = 96
+	tagBytes        = 288 // with the text of its digest
+	repositoryBytes = 1024
+	// rowUnit is how many bytes of a key count as a row of the file: a name can be
+	// several times as long as any that is usual.
 	rowUnit = 256
 	// rowRoom is how many bytes of the file a row is taken for, its value and what
 	// bbolt's pages leave free included.
@@ -28,88 +40,217 @@ const (
 	maxMediaType = 255
 )
 
-// Bounds are what the index must know of the configuration to keep strangers to
-// their part.
-type Bounds struct {
-	// Listed tells whether the operator has named an upstream. nil: all are.
-	Listed func(upstream string) bool
-	// Strangers bounds the bytes that the rows of all others take, besides their
-	// number. 0: only that.
-	Strangers int64
+// extent is what rows take, in bytes.
+type extent struct{ memory, file int64 }
+
+func (e extent) plus(more extent) extent { return extent{e.memory + more.memory, e.file + more.file} }
+func (e extent) negative() extent        { return extent{-e.memory, -e.file} }
+
+func tagExtent(k TagKey) extent {
+	return extent{tagBytes + int64(len(k.Tag)), fileRoom(k.RepositoryKey, len(k.Tag))}
 }
 
-// extent is a number of rows, where a long key counts as several.
-type extent struct{ all, strangers int64 }
-
-func (e extent) with(more extent) extent {
-	return extent{e.all + more.all, e.strangers + more.strangers}
+func membershipExtent(k RepositoryKey) extent {
+	const kindAndDigest = len("manifests") + len("sha256:") + 64
+	return extent{membershipBytes, fileRoom(k, kindAndDigest)}
 }
 
-func (e extent) without(less extent) extent {
-	return extent{e.all - less.all, e.strangers - less.strangers}
+func fileRoom(k RepositoryKey, rest int) int64 {
+	return rowRoom * (1 + int64(len(k.Upstream)+len(k.Repository)+rest)/rowUnit)
 }
 
-// extentOf is what the row of a tag or membership counts.
-func (ix *Index) extentOf(key []byte) (e extent) {
-	e.all = 1 + int64(len(key)/rowUnit)
-	upstream, _, _ := bytes.Cut(key, []byte{0})
-	if ix.bounds.Listed != nil && !ix.bounds.Listed(string(upstream)) {
-		e.strangers = e.all
+func repositoryExtent(k RepositoryKey) extent {
+	return extent{memory: repositoryBytes + int64(len(k.Upstream)+len(k.Repository))}
+}
+
+func (ix *Index) isStranger(k RepositoryKey) bool {
+	return ix.opts.Listed != nil && !ix.opts.Listed(k.Upstream)
+}
+
+// excess is by how much rows are beyond so many eighths of the bounds, all of them
+// and strangers' alone.
+func (ix *Index) excess(taken, strangers extent, eighths int64) (all, theirs extent) {
+	beyond := func(n, bound int64) int64 { return max(0, n-bound/8*eighths) }
+	all.memory = beyond(taken.memory, ix.opts.Rows)
+	theirs.memory = beyond(strangers.memory, ix.opts.Rows/strangersShare)
+	if bound := ix.opts.StrangersFile; bound > 0 {
+		theirs.file = beyond(strangers.file, bound)
 	}
-	return e
+	return all, theirs
 }
 
-// within tells whether there may be one more row beside those of its kind, and
-// beside both kinds together.
-func (ix *Index) within(rows, one extent, most int64, both extent) bool {
-	if rows.all+one.all > most {
+// mayAdd counts a row more of a repository, unless there are too many. Called with
+// the lock.
+func (ix *Index) mayAdd(k RepositoryKey, row extent) bool {
+	if ix.repositories[k] == nil {
+		row = row.plus(repositoryExtent(k))
+	}
+	strangers := ix.strangers
+	if ix.isStranger(k) {
+		strangers = strangers.plus(row)
+	}
+	taken := ix.taken.plus(row)
+	if all, theirs := ix.excess(taken, strangers, 8); all != (extent{}) || theirs != (extent{}) && ix.isStranger(k) {
 		return false
 	}
-	if one.strangers == 0 {
-		return true
+	ix.taken, ix.strangers = taken, strangers
+	ix.repository(k)
+	return true
+}
+
+// count is called with the lock.
+func (ix *Index) count(k RepositoryKey, row extent) {
+	ix.taken = ix.taken.plus(row)
+	if ix.isStranger(k) {
+		ix.strangers = ix.strangers.plus(row)
 	}
-	bound := ix.bounds.Strangers
-	return rows.strangers+one.strangers <= most/strangersShare && (bound <= 0 || (both.strangers+one.strangers)*rowRoom <= bound)
 }
 
-// notes are those of a kind that has bounds, guarded by the index's lock.
-type notes[V comparable] struct {
-	now   map[string]V
-	most  int64
-	rows  extent // in the file
-	noted extent // in now, whether they have a row or not
-}
-
-// all is more than the rows that there will be: some notes are of rows.
-func (n *notes[V]) all() extent { return n.rows.with(n.noted) }
-
-func (n *notes[V]) set(key string, v V, counts extent) {
-	if _, known := n.now[key]; !known {
-		n.noted = n.noted.with(counts)
+// repository returns that of the key. Called with the lock.
+func (ix *Index) repository(k RepositoryKey) *repository {
+	r := ix.repositories[k]
+	if r == nil {
+		r = newRepository()
+		ix.repositories[k] = r
 	}
-	n.now[key] = v
+	return r
 }
 
-// forget deletes what is still as it was written.
-func (n *notes[V]) forget(written map[string]V, extentOf func([]byte) extent) {
-	for k, v := range written {
-		if now, ok := n.now[k]; ok && now == v {
-			delete(n.now, k)
-			n.noted = n.noted.without(extentOf([]byte(k)))
+// leave forgets a repository of which nothing is known any more. Called with the
+// lock.
+func (ix *Index) leave(k RepositoryKey, r *repository) {
+	if r.empty() {
+		delete(ix.repositories, k)
+		ix.count(k, repositoryExtent(k).negative())
+	}
+}
+
+// Pruning says from before when rows are of no use any more.
+type Pruning struct {
+	Memberships time.Time
+	Tags        time.Time // of what is not stored
+}
+
+// Prune drops what is of no use any more. It returns what the dropped tags meant.
+func (ix *Index) Prune(p Pruning) (untagged []digest.Digest) {
+	return ix.forget(func(k MembershipKey, latest int64) bool {
+		return latest < nanos(p.Memberships)
+	}, func(k TagKey, t Tag) bool {
+		if t.Digest == "" || !t.Confirmed.Before(p.Tags) {
+			return false
+		}
+		_, stored := ix.objects.get(t.Digest)
+		return !stored
+	})
+}
+
+// Trim drops the oldest rows when there is not room for many more. It returns what
+// the dropped tags meant.
+func (ix *Index) Trim() (untagged []digest.Digest) {
+	for _, strangersOnly := range []bool{true, false} {
+		before := ix.overdue(strangersOnly)
+		if before == 0 {
+			continue
+		}
+		whose := func(k RepositoryKey) bool { return !strangersOnly || ix.isStranger(k) }
+		untagged = append(untagged, ix.forget(func(k MembershipKey, latest int64) bool {
+			return latest < before && whose(k.RepositoryKey)
+		}, func(k TagKey, t Tag) bool {
+			return nanos(t.Confirmed) < before && whose(k.RepositoryKey)
+		})...)
+	}
+	return untagged
+}
+
+// overdue is the time before which rows are to go, those of registries that are
+// not listed or all, 0 when there is room enough.
+func (ix *Index) overdue(strangersOnly bool) (before int64) {
+	ix.mu.RLock()
+	defer ix.mu.RUnlock()
+	excess := func(eighths int64) extent {
+		all, theirs := ix.excess(ix.taken, ix.strangers, eighths)
+		if strangersOnly {
+			return theirs
+		}
+		return all
+	}
+	if excess(trimAt) == (extent{}) {
+		return 0
+	}
+	type aged struct {
+		time int64
+		extent
+	}
+	var rows []aged
+	for k, r := range ix.repositories {
+		if strangersOnly && !ix.isStranger(k) {
+			continue
+		}
+		for name, t := range r.tags {
+			rows = append(rows, aged{nanos(t.Confirmed), tagExtent(k.TagKey(name))})
+		}
+		for _, members := range [2]byDigest[membership]{r.manifests, r.blobs} {
+			for m := range members.values() {
+				rows = append(rows, aged{m.latest(), membershipExtent(k)})
+			}
 		}
 	}
+	slices.SortFunc(rows, func(a, b aged) int { return cmp.Compare(a.time, b.time) })
+	left := excess(trimTo)
+	for _, r := range rows {
+		if left.memory <= 0 && left.file <= 0 {
+			break
+		}
+		before = r.time + 1
+		left = left.plus(r.negative())
+	}
+	return before
 }
 
-// mayNote tells whether a key that has no note may have one: if it has a row, or
-// there may be one more. Called with the lock.
-func (ix *Index) mayNote(hasRow bool, noted int, rows extent, most int64, key string) bool {
-	return noted < maxNotes && (hasRow || ix.within(rows, ix.extentOf([]byte(key)), most, ix.tags.all().with(ix.memberships.all())))
-}
-
-// StrangersBytes is about what the rows and notes of registries that are not listed
-// take.
-func (ix *Index) StrangersBytes() int64 {
+// forget drops the rows that are old, and still are when it comes to that. It
+// returns what the tags among them meant.
+func (ix *Index) forget(oldMembership func(k MembershipKey, latest int64) bool, oldTag func(TagKey, Tag) bool) (untagged []digest.Digest) {
+	var memberships []MembershipKey
+	var tags []TagKey
+	ix.mu.RLock()
+	for k, r := range ix.repositories {
+		for _, kind := range []string{manifests, blobs} {
+			for d, m := range r.members(kind).all() {
+				if key := k.MembershipKey(kind, d); oldMembership(key, m.latest()) {
+					memberships = append(memberships, key)
+				}
+			}
+		}
+		for name, t := range r.tags {
+			if key := k.TagKey(name); oldTag(key, t) {
+				tags = append(tags, key)
+			}
+		}
+	}
+	ix.mu.RUnlock()
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
-	return ix.tags.all().with(ix.memberships.all()).strangers * rowRoom
+	for _, k := range memberships {
+		r := ix.repositories[k.RepositoryKey]
+		if r == nil {
+			continue
+		}
+		if m, ok := r.members(k.Kind).get(k.Digest); ok && oldMembership(k, m.latest()) {
+			ix.deleteMembership(k)
+		}
+	}
+	for _, k := range tags {
+		r := ix.repositories[k.RepositoryKey]
+		if r == nil {
+			continue
+		}
+		if t, ok := r.tags[k.Tag]; ok && oldTag(k, t) {
+			untagged = append(untagged, t.Digest)
+			delete(r.tags, k.Tag)
+			ix.count(k.RepositoryKey, tagExtent(k).negative())
+			ix.leave(k.RepositoryKey, r)
+			ix.dirty.tags[k] = struct{}{}
+		}
+	}
+	return untagged
 }

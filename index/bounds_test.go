@@ -17,14 +17,12 @@ import (
 func listed(upstream string) bool { return upstream == "docker.io" }
 
 // TestWhatAnybodyCanHaveNotedIsBounded: half a million tags and as many objects of a
-// registry that is not listed take their part of the rows and no more, in memory, in
-// the file and of the time of a start; a listed one's are noted all the same.
+// registry that is not listed take their part of the rows and no more, in memory and
+// in the file; a listed one's are noted all the same, and so are newer ones once the
+// oldest have gone.
 func TestWhatAnybodyCanHaveNotedIsBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "index.db")
-	ix, err := Open(path, nil, Bounds{Listed: listed})
-	if err != nil {
-		t.Fatal(err)
-	}
+	ix := openWith(t, path, Options{Listed: listed})
 	heap := func() int64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -33,72 +31,91 @@ func TestWhatAnybodyCanHaveNotedIsBounded(t *testing.T) {
 	}
 	before, most := heap(), int64(0)
 	now := time.Now()
-	note := func(upstream string, n int) {
+	note := func(upstream string, from, n int) {
 		k := RepositoryKey{upstream, "app"}
-		for i := range n {
-			ix.NoteTag(k.TagKey(fmt.Sprint("v", i)), Tag{Digest: d1, Confirmed: now, Sequence: 1})
-			ix.NoteMembership(k.MembershipKey("blobs", digest.NewDigestFromHex("sha256", fmt.Sprintf("%064x", i))), Membership{Time: now})
+		for i := from; i < from+n; i++ {
+			ix.NoteTag(k.TagKey(fmt.Sprint("v", i)), Tag{Digest: d1, Confirmed: now.Add(time.Duration(i)), Sequence: 1})
+			ix.NoteMembership(k.MembershipKey("blobs", digest.NewDigestFromHex("sha256", fmt.Sprintf("%064x", i))), Membership{Time: now.Add(time.Duration(i))})
 			if i%100_000 == 99_999 {
+				sync1(t, ix)
 				most = max(most, heap()-before)
-				if err := ix.Flush(false); err != nil {
-					t.Fatal(err)
-				}
 			}
 		}
 	}
-	note("evil.example", 500_000)
-	counts, err := ix.Counts()
-	if err != nil || counts.Tags != maxTags/strangersShare || counts.Memberships != maxMemberships/strangersShare {
-		t.Errorf("%+v, %v", counts, err)
+	note("evil.example", 0, 500_000)
+	bound := int64(DefaultRows / strangersShare)
+	counts := ix.Counts()
+	if took := int64(counts.Tags)*tagBytes + int64(counts.Memberships)*membershipBytes; took > bound || took < bound*9/10 {
+		t.Errorf("%+v are taken for %d bytes of %d", counts, took, bound)
 	}
-	note("docker.io", 1000)
-	if err := ix.Flush(true); err != nil {
-		t.Fatal(err)
-	}
-	if after, err := ix.Counts(); err != nil || after.Tags != counts.Tags+1000 || after.Memberships != counts.Memberships+1000 {
-		t.Errorf("%+v, %v", after, err)
-	}
-	if most > 64<<20 {
+	if most > bound*3/2 {
 		t.Errorf("%d bytes of memory", most)
+	}
+	note("docker.io", 0, 1000)
+	sync1(t, ix)
+	if after := ix.Counts(); after.Tags != counts.Tags+1000 || after.Memberships != counts.Memberships+1000 {
+		t.Errorf("%+v", after)
 	}
 	took := ix.StrangersBytes()
 	if info, err := os.Stat(path); err != nil || info.Size() > took+took/4 {
 		t.Errorf("the file has %d bytes, and is taken to have %d: %v", info.Size(), took, err)
 	}
-	if err := ix.Close(); err != nil {
-		t.Fatal(err)
+	ix = again(t, ix)
+	if now := ix.StrangersBytes(); now != took {
+		t.Errorf("%d bytes are strangers' after a restart, and were %d", now, took)
 	}
-	start := time.Now()
-	if ix, err = Open(path, nil, Bounds{Listed: listed}); err != nil {
-		t.Fatal(err)
-	}
-	defer ix.Close()
-	if d := time.Since(start); d > time.Second {
-		t.Errorf("it takes %v to open", d)
-	}
-	if again := ix.StrangersBytes(); again != took {
-		t.Errorf("%d bytes are strangers' after a restart, and were %d", again, took)
-	}
-	if _, taken := ix.NoteTag(RepositoryKey{"evil.example", "app"}.TagKey("one more"), Tag{Digest: d1, Sequence: 2}); taken {
+	evil := RepositoryKey{"evil.example", "app"}
+	if _, taken := ix.NoteTag(evil.TagKey("one more"), Tag{Digest: d1, Sequence: 2}); taken {
 		t.Error("one more is noted after a restart")
 	}
-	if _, taken := ix.NoteTag(RepositoryKey{"evil.example", "app"}.TagKey("v0"), Tag{Digest: d2, Sequence: 2}); !taken {
+	if _, taken := ix.NoteTag(evil.TagKey("v7"), Tag{Digest: d2, Confirmed: now.Add(time.Hour), Sequence: 2}); !taken {
 		t.Error("one that is known cannot move")
+	}
+	gone := ix.Trim()
+	if left := ix.Counts(); len(gone) == 0 || left.Tags != counts.Tags+1000-len(gone) || left.Tags < counts.Tags*6/10 {
+		t.Errorf("%d tags have gone, and %+v are left of %+v", len(gone), left, counts)
+	}
+	for tag, want := range map[string]bool{"v0": false, "v7": true, fmt.Sprint("v", counts.Tags-1): true} {
+		if _, ok := ix.Tag(evil.TagKey(tag)); ok != want {
+			t.Errorf("%s: %v", tag, ok)
+		}
+	}
+	if _, ok := ix.Tag(RepositoryKey{"docker.io", "app"}.TagKey("v0")); !ok {
+		t.Error("a listed registry's made room for a stranger's")
+	}
+	if _, taken := ix.NoteTag(evil.TagKey("one more"), Tag{Digest: d1, Sequence: 2}); !taken {
+		t.Error("there is room, and one more is not noted")
+	}
+}
+
+// TestListedRowsMakeRoomForListedOnes, the oldest first.
+func TestListedRowsMakeRoomForListedOnes(t *testing.T) {
+	t.Parallel()
+	const rows = 1000
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Rows: rows * membershipBytes})
+	k := RepositoryKey{"docker.io", "app"}
+	key := func(i int) MembershipKey { return k.MembershipKey("blobs", digest.FromString(fmt.Sprint(i))) }
+	for i := range 10 * rows {
+		ix.NoteMembership(key(i), Membership{Time: at.Add(time.Duration(i) * time.Second)})
+		ix.Trim()
+	}
+	if n := ix.Counts().Memberships; n < rows/2 || n > rows {
+		t.Errorf("%d are left", n)
+	}
+	for i := 10*rows - rows/2; i < 10*rows; i++ {
+		if _, ok := ix.Membership(key(i)); !ok {
+			t.Fatalf("%d is gone", i)
+		}
 	}
 }
 
 // TestRowsThatGoMakeRoomForOthers: what is taken back, and what is pruned.
 func TestRowsThatGoMakeRoomForOthers(t *testing.T) {
 	t.Parallel()
-	path := filepath.Join(t.TempDir(), "index.db")
 	const rows = 50
-	ix, err := Open(path, nil, Bounds{Listed: listed, Strangers: rows * rowRoom})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { ix.Close() }()
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Listed: listed, StrangersFile: rows * rowRoom})
 	now := time.Now()
-	key := func(i int) string {
+	key := func(i int) MembershipKey {
 		return RepositoryKey{"evil.example", "app"}.MembershipKey("blobs", digest.FromString(fmt.Sprint(i)))
 	}
 	there := func(from, to int) (n int) {
@@ -114,36 +131,20 @@ func TestRowsThatGoMakeRoomForOthers(t *testing.T) {
 			ix.NoteMembership(key(i), Membership{Time: now})
 		}
 	}
-	flush := func() {
-		t.Helper()
-		if err := ix.Flush(true); err != nil {
-			t.Fatal(err)
-		}
-	}
 	fill(0, 2*rows)
 	if n := there(0, 2*rows); n != rows {
 		t.Errorf("%d are noted", n)
 	}
-	flush()
 	for i := range 10 {
 		ix.DeleteMembership(key(i))
 	}
-	flush()
 	fill(rows, 2*rows)
 	if n := there(0, 2*rows); n != rows || there(rows, 2*rows) != 10 {
 		t.Errorf("%d are noted after some were taken back", n)
 	}
-	flush()
-	if _, err := ix.Prune(Pruning{Memberships: now.Add(time.Second)}); err != nil || ix.StrangersBytes() != 0 {
-		t.Errorf("%d bytes are left of none: %v", ix.StrangersBytes(), err)
-	}
-	fill(0, 2*rows)
-	flush()
-	if err := ix.Renew(path + ".aside"); err != nil {
-		t.Fatal(err)
-	}
-	if ix.StrangersBytes() != 0 {
-		t.Error("a new index has rows already")
+	ix.Prune(Pruning{Memberships: now.Add(time.Second)})
+	if ix.StrangersBytes() != 0 || ix.taken != (extent{}) || len(ix.repositories) != 0 {
+		t.Errorf("%d bytes are left of none, %+v, %d repositories", ix.StrangersBytes(), ix.taken, len(ix.repositories))
 	}
 	// Long names count as several.
 	long := RepositoryKey{"evil.example", strings.Repeat("x", 255)}
@@ -162,10 +163,10 @@ func TestRowsThatGoMakeRoomForOthers(t *testing.T) {
 func TestNoMediaTypeIsLongerThanOneCanBe(t *testing.T) {
 	t.Parallel()
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
 	for n, want := range map[int]int{maxMediaType: maxMediaType, maxMediaType + 1: 0} {
-		ix.NoteMembership(fmt.Sprint(n), Membership{Time: time.Now(), MediaType: strings.Repeat("x", n)})
-		if m, ok := ix.Membership(fmt.Sprint(n)); !ok || len(m.MediaType) != want {
+		k := RepositoryKey{"docker.io", fmt.Sprint(n)}.MembershipKey("manifests", d1)
+		ix.NoteMembership(k, Membership{Time: time.Now(), MediaType: strings.Repeat("x", n)})
+		if m, ok := ix.Membership(k); !ok || len(m.MediaType) != want {
 			t.Errorf("%d characters: %d", n, len(m.MediaType))
 		}
 	}

@@ -3,6 +3,7 @@
 package index
 
 import (
+	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"os"
@@ -11,24 +12,62 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"tarn/internal/fault"
+
 	"github.com/opencontainers/go-digest"
-	bolt "go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 	"go.uber.org/goleak"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func open(t *testing.T, path string) *Index {
+func open(t testing.TB, path string) *Index {
 	t.Helper()
-	ix, err := Open(path, nil, Bounds{})
+	return openWith(t, path, Options{Aside: path + ".aside"})
+}
+
+func openWith(t testing.TB, path string, opts Options) *Index {
+	t.Helper()
+	ix, err := Open(path, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { ix.Close() })
 	return ix
+}
+
+// again closes an index and opens what it has left.
+func again(t testing.TB, ix *Index) *Index {
+	t.Helper()
+	if err := ix.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return openWith(t, ix.file.path, ix.opts)
+}
+
+// written opens a copy of the file, as a process would find it that starts after
+// this one was killed.
+func written(t testing.TB, ix *Index) *Index {
+	t.Helper()
+	data, err := os.ReadFile(ix.file.path)
+	path := filepath.Join(t.TempDir(), "copy")
+	if err == nil {
+		err = os.WriteFile(path, data, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return open(t, path)
+}
+
+func sync1(t testing.TB, ix *Index) {
+	t.Helper()
+	if err := ix.Sync(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 var (
@@ -38,16 +77,10 @@ var (
 )
 
 func TestNotesAreReadAtOnceAndSurviveAClose(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "index.db")
-	ix := open(t, path)
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
 	repo := RepositoryKey{"docker.io", "library/app"}
 	tag, member := repo.TagKey("v1"), repo.MembershipKey("manifests", d1)
-	for _, step := range []func(){func() {}, func() {
-		if err := ix.Close(); err != nil {
-			t.Fatal(err)
-		}
-		ix = open(t, path)
-	}} {
+	for _, step := range []func(){func() {}, func() { ix = again(t, ix) }} {
 		ix.NoteTag(tag, Tag{Digest: d1, Confirmed: at, Sequence: 5})
 		ix.NoteTag(tag, Tag{Digest: d2, Confirmed: at, Sequence: 4}) // handed over earlier, answered later
 		ix.NoteMembership(member, Membership{Time: at, Anonymous: at, MediaType: "x"})
@@ -59,45 +92,49 @@ func TestNotesAreReadAtOnceAndSurviveAClose(t *testing.T) {
 			t.Fatalf("%+v %v", got, ok)
 		}
 	}
-	if seq, err := ix.LastSequence(); err != nil || seq != 5 {
-		t.Fatal(seq, err)
+	if seq := ix.LastSequence(); seq != 5 {
+		t.Fatal(seq)
 	}
 	ix.DeleteMembership(member)
 	if _, ok := ix.Membership(member); ok {
 		t.Fatal("a membership that was taken back")
 	}
-	if err := ix.Flush(false); err != nil {
-		t.Fatal(err)
-	}
-	if _, ok := ix.Membership(member); ok {
+	sync1(t, ix)
+	if _, ok := written(t, ix).Membership(member); ok {
 		t.Fatal("a membership that was taken back, written")
-	}
-	if err := ix.Close(); err != nil {
-		t.Fatal(err)
 	}
 }
 
 func TestAnObjectIsItsPossessorsOnly(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
 	o := Object{Size: 7, Alloc: 4096, Created: at}
-	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: o}, {Digest: d1, Domain: "evil.example", Object: o}, {Digest: d2, Domain: "*", Object: o}}, nil); err != nil {
-		t.Fatal(err)
-	}
-	for domain, want := range map[string]bool{"*": true, "evil.example": true, "other.example": false, "": false} {
-		if _, ok := ix.Object(domain, d1); ok != want {
-			t.Errorf("%q: %v", domain, ok)
+	ix.Put(Stored{Digest: d1, Domain: "*", Object: o}, Stored{Digest: d1, Domain: "evil.example", Object: o}, Stored{Digest: d2, Domain: "*", Object: o})
+	possessed := func(ix *Index, want map[string]bool) {
+		t.Helper()
+		for domain, want := range want {
+			if _, ok := ix.Object(domain, d1); ok != want {
+				t.Errorf("%q: %v", domain, ok)
+			}
 		}
 	}
-	if err := ix.Apply(nil, []digest.Digest{d1}); err != nil {
-		t.Fatal(err)
-	}
-	// Possessions go with the object: stored again by one, it is not the other's.
-	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: o}}, nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, ok := ix.Object("evil.example", d1); ok {
-		t.Error("a possession outlived its object")
+	all := map[string]bool{"*": true, "evil.example": true, "other.example": false, "": false}
+	possessed(ix, all)
+	ix = again(t, ix)
+	possessed(ix, all)
+	// Possessions go with the object: stored again by one, it is not the other's,
+	// whether or not the file has heard of the first end.
+	for _, heard := range []bool{false, true} {
+		ix.Put(Stored{Digest: d1, Domain: "evil.example", Object: o})
+		sync1(t, ix)
+		ix.Drop(d1)
+		if heard {
+			sync1(t, ix)
+		}
+		ix.Put(Stored{Digest: d1, Domain: "*", Object: o})
+		alone := map[string]bool{"*": true, "evil.example": false}
+		possessed(ix, alone)
+		ix = again(t, ix)
+		possessed(ix, alone)
 	}
 	if _, ok := ix.Object("*", d2); !ok {
 		t.Error("another object went along")
@@ -108,10 +145,9 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
 	ix := open(t, good)
-	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(good, nil, Bounds{}); !errors.Is(err, ErrLocked) {
+	ix.Put(Stored{Digest: d1, Domain: "*", Object: Object{Size: 1}})
+	sync1(t, ix)
+	if _, err := Open(good, Options{}); !errors.Is(err, ErrLocked) {
 		t.Errorf("a second opening: %v", err)
 	}
 	ix.Close()
@@ -129,7 +165,7 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if ix, err := Open(path, nil, Bounds{}); !errors.Is(err, ErrBroken) {
+		if ix, err := Open(path, Options{}); !errors.Is(err, ErrBroken) {
 			t.Errorf("%s: %v", name, err)
 			if err == nil {
 				ix.Close()
@@ -139,59 +175,48 @@ func TestWhatIsNoIndexIsBroken(t *testing.T) {
 }
 
 func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "index.db")
-	ix := open(t, path)
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
 	use := Use{Time: at, Uses: 7, Priority: 1234.5}
-	leads := []digest.Digest{d1, d2}
+	leads := []digest.Digest{d1, digest.SHA512.FromString("2")}
 	manifest := digest.FromString("manifest")
-	if err := ix.Apply([]Stored{{Digest: manifest, Domain: "*", Object: Object{Size: 1}, Children: leads}, {Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
-		t.Fatal(err)
-	}
+	ix.Put(Stored{Digest: manifest, Domain: "*", Object: Object{Size: 1}, Children: leads}, Stored{Digest: d1, Domain: "*", Object: Object{Size: 1}})
 	ix.NoteUse(d1, Use{Time: at, Uses: 6})
+	sync1(t, ix)
 	ix.NoteUse(d1, use)
 	ix.NoteUse(d2, use) // which is not stored
 	repository := RepositoryKey{"docker.io", "library/busybox"}
-	if before, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d1, Sequence: 1}); before != "" || !taken {
-		t.Error(before, taken)
-	}
-	if before, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d2, Sequence: 3}); before != d1 || !taken {
-		t.Error(before, taken)
-	}
-	if _, taken := ix.NoteTag(repository.TagKey("1"), Tag{Digest: d1, Sequence: 2}); taken {
-		t.Error("an older one is taken")
-	}
-	if err := ix.Close(); err != nil {
-		t.Fatal(err)
+	for _, note := range []struct {
+		tag    Tag
+		before digest.Digest
+		taken  bool
+	}{{Tag{Digest: d1, Sequence: 1}, "", true}, {Tag{Digest: d2, Sequence: 3}, d1, true}, {Tag{Digest: d1, Sequence: 2}, "", false}} {
+		if before, taken := ix.NoteTag(repository.TagKey("1"), note.tag); before != note.before || taken != note.taken {
+			t.Errorf("%+v: %v %v", note, before, taken)
+		}
 	}
 
-	ix = open(t, path)
-	defer ix.Close()
+	ix = again(t, ix)
 	uses, children, tags := make(map[digest.Digest]Use), make(map[digest.Digest][]digest.Digest), 0
-	err := errors.Join(
-		ix.Uses(func(d digest.Digest, u Use) { uses[d] = u }),
-		ix.Children(func(d digest.Digest, c []digest.Digest) { children[d] = c }),
-		ix.Tags(func(k RepositoryKey, tag string, tg Tag) {
-			if k != repository || tag != "1" || tg.Digest != d2 {
-				t.Errorf("%v %s %v", k, tag, tg)
-			}
-			tags++
-		}))
-	if err != nil || len(uses) != 1 || !uses[d1].Time.Equal(at) || uses[d1].Uses != 7 || uses[d1].Priority != 1234.5 || len(children) != 1 || !slices.Equal(children[manifest], leads) || tags != 1 {
-		t.Errorf("%v %v %d tags: %v", uses, children, tags, err)
+	ix.Uses(func(d digest.Digest, u Use) { uses[d] = u })
+	ix.Children(func(d digest.Digest, c []digest.Digest) { children[d] = c })
+	ix.Tags(func(k TagKey, tg Tag) {
+		if k != repository.TagKey("1") || tg.Digest != d2 {
+			t.Errorf("%v %v", k, tg)
+		}
+		tags++
+	})
+	if len(uses) != 1 || !uses[d1].Time.Equal(at) || uses[d1].Uses != 7 || uses[d1].Priority != 1234.5 || len(children) != 1 || !slices.Equal(children[manifest], leads) || tags != 1 {
+		t.Errorf("%v %v %d tags", uses, children, tags)
 	}
-	if err := ix.Apply(nil, []digest.Digest{manifest}); err != nil {
-		t.Fatal(err)
-	}
-	if err := ix.Children(func(d digest.Digest, _ []digest.Digest) { t.Errorf("%s still leads somewhere", d) }); err != nil {
-		t.Fatal(err)
-	}
+	ix.Drop(manifest)
+	ix = again(t, ix)
+	ix.Children(func(d digest.Digest, _ []digest.Digest) { t.Errorf("%s still leads somewhere", d) })
 }
 
 // TestManyChildrenAreManyRows: as many as a manifest may lead to, beside one that leads
 // to a few.
 func TestManyChildrenAreManyRows(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
 	want := make(map[digest.Digest][]digest.Digest)
 	var put []Stored
 	for i, n := range []int{1, childrenARow, childrenARow + 1, 45_000, 2} {
@@ -202,14 +227,11 @@ func TestManyChildrenAreManyRows(t *testing.T) {
 		want[s.Digest] = s.Children
 		put = append(put, s)
 	}
-	if err := ix.Apply(put, nil); err != nil {
-		t.Fatal(err)
-	}
+	ix.Put(put...)
 	for len(want) > 0 {
+		ix = again(t, ix)
 		got := make(map[digest.Digest][]digest.Digest)
-		if err := ix.Children(func(d digest.Digest, c []digest.Digest) { got[d] = c }); err != nil {
-			t.Fatal(err)
-		}
+		ix.Children(func(d digest.Digest, c []digest.Digest) { got[d] = c })
 		for d, children := range want {
 			if !slices.Equal(got[d], children) || !slices.Equal(ix.ChildrenOf(d), children) {
 				t.Errorf("%d and %d children, not %d", len(got[d]), len(ix.ChildrenOf(d)), len(children))
@@ -221,103 +243,81 @@ func TestManyChildrenAreManyRows(t *testing.T) {
 		gone := put[0].Digest
 		put = put[1:]
 		delete(want, gone)
-		if err := ix.Apply(nil, []digest.Digest{gone}); err != nil {
-			t.Fatal(err)
-		}
+		ix.Drop(gone)
 		if c := ix.ChildrenOf(gone); c != nil {
 			t.Errorf("%d children of what is gone", len(c))
 		}
 	}
 }
 
-// TestAConfinedIndexDoesNotGrow: what does not fit is not written, what is deleted
-// always fits, and so does what was let in.
-func TestAConfinedIndexDoesNotGrow(t *testing.T) {
+// TestTheFileGrowsOnlyAsItMay: what it may not grow for stays known, and is written
+// when it may.
+func TestTheFileGrowsOnlyAsItMay(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "index.db")
-	ix := open(t, path)
-	defer ix.Close()
-	size := func() int64 {
+	full := errors.New("full")
+	var room, granted atomic.Int64
+	ix := openWith(t, path, Options{Grow: func(n int64) error {
+		if room.Add(-n) < 0 {
+			room.Add(n)
+			return full
+		}
+		granted.Add(n)
+		return nil
+	}})
+	start := ix.Limit()
+	bounded := func() {
+		t.Helper()
 		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
+		if most := start + granted.Load(); err != nil || info.Size() > most || ix.Limit() > most {
+			t.Errorf("%d bytes of %d, its limit is %d: %v", info.Size(), most, ix.Limit(), err)
 		}
-		return info.Size()
 	}
-	many := func(i int) (put []Stored) {
-		for j := range 10_000 {
-			put = append(put, Stored{Digest: digest.FromString(fmt.Sprint(i, "/", j)), Domain: "*", Object: Object{Size: 1}})
-		}
-		return put
-	}
-	for i := range 4 {
-		limit := ix.Confine()
-		put := many(i)
-		ix.NoteTag(RepositoryKey{"docker.io", "app"}.TagKey(fmt.Sprint(i)), Tag{Digest: d1, Sequence: uint64(i + 1)})
-		if err := ix.Apply(put, nil); !errors.Is(err, ErrFull) || size() > limit {
-			t.Fatalf("%d bytes of %d: %v", size(), limit, err)
-		}
-		if _, ok := ix.Row(put[0].Digest); ok {
-			t.Error("a part of it was written")
-		}
-		if i > 0 { // with nothing but the next growth
-			if err := ix.Apply(nil, []digest.Digest{many(i - 1)[i].Digest}); err != nil || size() > limit {
-				t.Errorf("%d bytes of %d: %v", size(), limit, err)
+	objects := 0
+	for range 4 {
+		var err error
+		for n := objects + 100_000; err == nil && objects < n; objects += 1000 {
+			for i := range 1000 {
+				ix.Put(Stored{Digest: digest.FromString(fmt.Sprint(objects + i)), Domain: "*", Object: Object{Size: 1}})
 			}
+			err = ix.Sync()
 		}
-		const more = 32 << 20
-		ix.Widen(more)
-		if err := ix.Apply(put, nil); err != nil || size() > limit+more {
-			t.Fatalf("%d bytes of %d: %v", size(), limit+more, err)
+		if !errors.Is(err, full) {
+			t.Fatalf("%d objects: %v", objects, err)
 		}
-		if _, ok := ix.Row(put[0].Digest); !ok {
-			t.Error("it is not there")
+		bounded()
+		if n := ix.Counts().Objects; n != objects {
+			t.Errorf("%d of %d objects are known", n, objects)
 		}
+		room.Store(4 << 20)
+		sync1(t, ix)
+		bounded()
+		if n := written(t, ix).Counts().Objects; n != objects {
+			t.Errorf("%d of %d objects are written", n, objects)
+		}
+		room.Store(0)
 	}
 }
 
-// TestWhatIsConfirmedMeanwhileIsNotPruned: between looking and deleting.
+// TestWhatIsConfirmedMeanwhileIsNotPruned: between looking and dropping.
 func TestWhatIsConfirmedMeanwhileIsNotPruned(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
-	now := time.Now()
-	key := RepositoryKey{"docker.io", "app"}.TagKey("v1")
-	ix.NoteTag(key, Tag{Digest: d1, Sequence: 1, Confirmed: now.Add(-time.Hour)})
-	if err := ix.Flush(true); err != nil {
-		t.Fatal(err)
+	k := RepositoryKey{"docker.io", "app"}
+	ix.NoteTag(k.TagKey("v1"), Tag{Digest: d1, Sequence: 1, Confirmed: at})
+	ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: at})
+	looks := 0
+	once := func() bool { looks++; return looks <= 2 }
+	untagged := ix.forget(func(MembershipKey, int64) bool { return once() }, func(TagKey, Tag) bool { return once() })
+	if _, ok := ix.Tag(k.TagKey("v1")); !ok || len(untagged) > 0 || looks != 4 {
+		t.Errorf("%v, after %d looks: %v", ok, looks, untagged)
 	}
-	looked := ix.db.Stats().TxN
-	ix.writing.Lock()
-	pruned := make(chan error)
-	go func() {
-		untagged, err := ix.Prune(Pruning{Tags: now.Add(-time.Minute)})
-		if len(untagged) > 0 {
-			err = errors.Join(err, fmt.Errorf("%v is untagged", untagged))
-		}
-		pruned <- err
-	}()
-	deadline := time.Now().Add(10 * time.Second)
-	for s := ix.db.Stats(); (s.TxN == looked || s.OpenTxN > 0) && time.Now().Before(deadline); s = ix.db.Stats() {
-		runtime.Gosched()
-	}
-	fresh := Tag{Digest: d1, Sequence: 2, Confirmed: now}
-	if err := ix.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(tagBucket).Put([]byte(key), fresh.encode()) }); err != nil {
-		t.Error(err)
-	}
-	ix.writing.Unlock()
-	if err := <-pruned; err != nil {
-		t.Error(err)
-	}
-	if got, ok := ix.Tag(key); !ok || got.Sequence != 2 {
-		t.Errorf("%+v, %v", got, ok)
+	if _, ok := ix.Membership(k.MembershipKey("blobs", d1)); !ok {
+		t.Error("the membership is gone")
 	}
 }
 
 func TestWhatIsOfNoUseIsPruned(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
-	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1}}}, nil); err != nil {
-		t.Fatal(err)
-	}
+	ix.Put(Stored{Digest: d1, Domain: "*", Object: Object{Size: 1}})
 	k := RepositoryKey{"docker.io", "library/busybox"}
 	now := at.Add(time.Hour)
 	for tag, tg := range map[string]Tag{
@@ -331,239 +331,315 @@ func TestWhatIsOfNoUseIsPruned(t *testing.T) {
 	}
 	ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: at})
 	ix.NoteMembership(k.MembershipKey("blobs", d2), Membership{Time: at, Anonymous: now})
-	if err := ix.Flush(false); err != nil {
-		t.Fatal(err)
-	}
+	sync1(t, ix)
 	ix.NoteTag(k.TagKey("renewed"), Tag{Digest: d1, Confirmed: now, Sequence: 6})
 	before := at.Add(time.Minute)
-	untagged, err := ix.Prune(Pruning{Memberships: before, Tags: before})
-	if err != nil || !slices.Equal(untagged, []digest.Digest{d2}) {
-		t.Errorf("%v %v", untagged, err)
+	if untagged := ix.Prune(Pruning{Memberships: before, Tags: before}); !slices.Equal(untagged, []digest.Digest{d2}) {
+		t.Errorf("%v", untagged)
 	}
-	for tag, want := range map[string]bool{"stored": true, "old": false, "renewed": true, "new": true, "gone": true} {
-		if _, ok := ix.Tag(k.TagKey(tag)); ok != want {
-			t.Errorf("%s: %v", tag, ok)
+	for range 2 {
+		for tag, want := range map[string]bool{"stored": true, "old": false, "renewed": true, "new": true, "gone": true} {
+			if _, ok := ix.Tag(k.TagKey(tag)); ok != want {
+				t.Errorf("%s: %v", tag, ok)
+			}
 		}
-	}
-	for d, want := range map[digest.Digest]bool{d1: false, d2: true} {
-		if _, ok := ix.Membership(k.MembershipKey("blobs", d)); ok != want {
-			t.Errorf("membership of %s: %v", d, ok)
+		for d, want := range map[digest.Digest]bool{d1: false, d2: true} {
+			if _, ok := ix.Membership(k.MembershipKey("blobs", d)); ok != want {
+				t.Errorf("membership of %s: %v", d, ok)
+			}
 		}
+		ix = again(t, ix)
 	}
-	if seq, err := ix.LastSequence(); err != nil || seq != 5 {
-		t.Errorf("the sequence is %d: %v", seq, err)
+	if seq := ix.LastSequence(); seq != 6 {
+		t.Errorf("the sequence is %d", seq)
 	}
 }
 
-// TestASecondWriterDoesNotHangBehindAPanic: the file is cut while one writes (the proxy's Flush or Prune) and another (the
-// committer) waits for its turn: the first panics, its rollback panics too, and
-// bbolt's writer lock is never given back.
-func TestASecondWriterDoesNotHangBehindAPanic(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "index.db")
-	ix := open(t, path)
-	for n := range 3 {
-		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: int64(n)}}}, nil); err != nil {
-			t.Fatal(err)
+// TestAFileThatBreaksIsWrittenAfresh from memory, while others read and note, and a
+// start finds all that there is, and nothing that was taken back.
+func TestAFileThatBreaksIsWrittenAfresh(t *testing.T) {
+	t.Parallel()
+	in := func(path string, at int64, bytes []byte) error {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return err
 		}
+		_, err = f.WriteAt(bytes, at)
+		return errors.Join(err, f.Close())
 	}
-	in, goOn := make(chan struct{}), make(chan struct{})
-	firstDone := make(chan error, 1)
-	go func() {
-		firstDone <- ix.update(func(tx *bolt.Tx) error {
-			close(in)
-			<-goOn
-			o := Object{Size: 1}
-			return tx.Bucket(objectBucket).Put([]byte(d2), o.encode())
-		})
-	}()
-	<-in
-	second := make(chan error, 1)
-	go func() { // the committer
-		k := RepositoryKey{"docker.io", "x"}
-		ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: time.Now()})
-		second <- ix.Flush(false)
-	}()
-	if err := os.Truncate(path, 4096); err != nil {
-		t.Fatal(err)
+	noise := make([]byte, 60_000)
+	for i := range noise {
+		noise[i] = byte(i * i >> 3)
 	}
-	close(goOn)
-	select {
-	case err := <-firstDone:
-		t.Logf("first: %v", err)
-	case <-time.After(5 * time.Second):
-		t.Error("the first hangs")
-	}
-	select {
-	case err := <-second:
-		t.Logf("second: %v", err)
-	case <-time.After(5 * time.Second):
-		t.Error("the second writer hangs: it is the committer, and Renew is only ever called by it")
-	}
-	t.Log(ix.Broken())
-}
-
-// TestManyNotesAreWrittenInParts, of which one that does not fit leaves the others
-// written and itself a note.
-func TestManyNotesAreWrittenInParts(t *testing.T) {
-	const many = 3*notesAWrite - 1
-	var writes atomic.Int64
-	failing := int64(-1)
-	ix, err := Open(filepath.Join(t.TempDir(), "index.db"), func(name string, do func() error) error {
-		if name == "write index" && writes.Add(1) == failing {
-			return berrors.ErrMaxSizeReached
-		}
-		return do()
-	}, Bounds{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ix.Close()
-	key := func(i int) string {
-		return RepositoryKey{"docker.io", "app"}.MembershipKey("blobs", digest.FromString(fmt.Sprint(i)))
-	}
-	for i := range many {
-		ix.NoteMembership(key(i), Membership{Time: at})
-	}
-	writes.Store(0)
-	failing = 2
-	if err := ix.Flush(false); !errors.Is(err, ErrFull) {
-		t.Fatal(err)
-	}
-	if n := len(ix.memberships.now); n != many-notesAWrite {
-		t.Errorf("%d are left", n)
-	}
-	// With what is to be written at once, they wait.
-	if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil || writes.Load() != 3 {
-		t.Errorf("%d transactions: %v", writes.Load(), err)
-	}
-	if err := ix.Flush(false); err != nil || writes.Load() != 5 || len(ix.memberships.now) != 0 {
-		t.Errorf("%d transactions, %d are left: %v", writes.Load(), len(ix.memberships.now), err)
-	}
-	for i := range many {
-		if _, ok := ix.Membership(key(i)); !ok {
-			t.Fatalf("%d is lost", i)
-		}
-	}
-}
-
-// TestNobodyHangsOnABrokenIndex: others ask while one finds out that it is broken.
-func TestNobodyHangsOnABrokenIndex(t *testing.T) {
-	for range 20 {
-		path := filepath.Join(t.TempDir(), "index.db")
-		ix := open(t, path)
-		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil {
-			t.Fatal(err)
-		}
-		var asking sync.WaitGroup
-		var asked atomic.Int64
-		for range 8 {
-			asking.Go(func() {
-				for ix.Broken() == nil {
-					ix.Row(d1)
-					asked.Add(1)
+	for name, damage := range map[string]func(path string) error{
+		"cut":         func(path string) error { return os.Truncate(path, 8192) },
+		"zeroed":      func(path string) error { return in(path, 0, make([]byte, 100_000)) },
+		"noise":       func(path string) error { return in(path, 8192, noise) },
+		"overwritten": func(path string) error { return os.WriteFile(path, []byte("no index"), 0o600) },
+		"removed":     os.Remove,
+		"exchanged": func(path string) error {
+			return errors.Join(os.WriteFile(path+".other", noise, 0o600), os.Rename(path+".other", path))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "index.db")
+			var broken atomic.Int64
+			ix := openWith(t, path, Options{Aside: path + ".aside", Trouble: func(err error) {
+				if errors.Is(err, ErrBroken) {
+					broken.Add(1)
+				} else if err != nil {
+					t.Error(err)
+				}
+			}})
+			k := RepositoryKey{"docker.io", "app"}
+			const rows = 3000
+			digests := make([]digest.Digest, rows)
+			for i := range rows {
+				digests[i] = digest.FromString(fmt.Sprint(i))
+				ix.Put(Stored{Digest: digests[i], Domain: "*", Object: Object{Size: int64(i)}})
+				ix.NoteMembership(k.MembershipKey("blobs", digests[i]), Membership{Time: at, Anonymous: at})
+				ix.NoteTag(k.TagKey(fmt.Sprint(i)), Tag{Digest: digests[i], Confirmed: at, Sequence: uint64(i + 1)})
+			}
+			gone := digest.FromString("gone")
+			ix.Put(Stored{Digest: gone, Domain: "*", Object: Object{Size: 1}})
+			sync1(t, ix)
+			var others sync.WaitGroup
+			stop := make(chan struct{})
+			others.Go(func() {
+				for i := 0; ; i = (i + 1) % rows {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					if o, ok := ix.Object("*", digests[i]); !ok || o.Size != int64(i) {
+						t.Errorf("%+v, %v", o, ok)
+						return
+					}
+					ix.NoteUse(digests[i], Use{Time: at, Uses: 1})
 				}
 			})
-		}
-		for asked.Load() < 1000 {
-			runtime.Gosched()
-		}
-		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		overwrite(t, path, info.Size())
-		asking.Wait() // or for ever
-		if err := ix.Renew(path + ".broken"); err != nil {
-			t.Fatal(err)
-		}
-		if err := ix.Apply([]Stored{{Digest: d1, Domain: "*", Object: Object{Size: 1, Created: at}}}, nil); err != nil {
-			t.Error(err)
-		}
-		if err := ix.Close(); err != nil {
-			t.Error(err)
-		}
+			if err := damage(path); err != nil {
+				t.Fatal(err)
+			}
+			ix.DeleteMembership(k.MembershipKey("blobs", digests[7]))
+			ix.Drop(gone)
+			sync1(t, ix)
+			close(stop)
+			others.Wait()
+			if broken.Load() != 1 {
+				t.Errorf("it was broken %d times", broken.Load())
+			}
+			next := written(t, ix)
+			if _, ok := next.Membership(k.MembershipKey("blobs", digests[7])); ok {
+				t.Error("what was taken back is there")
+			}
+			if c, want := next.Counts(), (Counts{Objects: rows, Tags: rows, Memberships: rows - 1, Possessions: rows}); c != want {
+				t.Errorf("%+v, not %+v", c, want)
+			}
+			if _, err := os.Stat(path + ".aside"); (err == nil) != (name != "removed") {
+				t.Errorf("kept for whoever looks: %v", err)
+			}
+		})
 	}
 }
 
-// TestWhatWasTakenBackMeanwhileStaysSo: an authority takes something back between a look
-// at the notes and the transaction that writes them, and that is flushed.
-func TestWhatWasTakenBackMeanwhileStaysSo(t *testing.T) {
+// TestADiskThatRefusesIsAskedAgain, and knows all that was changed meanwhile in the
+// end, also where that was too much to keep account of.
+func TestADiskThatRefusesIsAskedAgain(t *testing.T) {
+	t.Parallel()
+	for _, many := range []int{100, maxDirty + 1} {
+		t.Run(fmt.Sprint(many), func(t *testing.T) {
+			t.Parallel()
+			var refuses atomic.Bool
+			path := filepath.Join(t.TempDir(), "index.db")
+			ix := openWith(t, path, Options{Aside: path + ".aside", Steps: refusing(&refuses)})
+			k := RepositoryKey{"docker.io", "app"}
+			gone := k.MembershipKey("blobs", d1)
+			ix.NoteMembership(gone, Membership{Time: at})
+			sync1(t, ix)
+			refuses.Store(true)
+			ix.DeleteMembership(gone)
+			for i := range many {
+				ix.NoteMembership(k.MembershipKey("blobs", digest.FromString(fmt.Sprint("x", i))), Membership{Time: at})
+			}
+			if err := ix.Sync(); !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("%v", err)
+			}
+			refuses.Store(false)
+			sync1(t, ix)
+			next := written(t, ix)
+			if _, ok := next.Membership(gone); ok || next.Counts().Memberships != many {
+				t.Errorf("%v, %+v", ok, next.Counts())
+			}
+		})
+	}
+}
+
+func refusing(when *atomic.Bool) fault.Steps {
+	return func(_ string, do func() error) error {
+		if when.Load() {
+			return syscall.ENOSPC
+		}
+		return do()
+	}
+}
+
+// TestManyNotesAreWrittenInParts, of which one that fails leaves those before it
+// written, and itself and those after it for the next time.
+func TestManyNotesAreWrittenInParts(t *testing.T) {
+	const many = 3*rowsAWrite - 1
+	var writes, failing atomic.Int64
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Steps: func(name string, do func() error) error {
+		if name == "write index" && writes.Add(1) == failing.Load() {
+			return syscall.EIO
+		}
+		return do()
+	}})
+	for i := range many {
+		ix.NoteMembership(RepositoryKey{"docker.io", "app"}.MembershipKey("blobs", digest.FromString(fmt.Sprint(i))), Membership{Time: at})
+	}
+	writes.Store(0)
+	failing.Store(4) // the first part grows the file on its way
+	if err := ix.Sync(); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	if n := ix.dirty.len(); n == 0 || n >= many {
+		t.Errorf("%d are left", n)
+	}
+	sync1(t, ix)
+	if n := written(t, ix).Counts().Memberships; n != many || ix.dirty.len() > 0 {
+		t.Errorf("%d are written, %d left", n, ix.dirty.len())
+	}
+}
+
+// TestWhatWasTakenBackStaysSo in the file, once Sync has returned.
+func TestWhatWasTakenBackStaysSo(t *testing.T) {
 	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
-	defer ix.Close()
 	repo := RepositoryKey{"docker.io", "library/app"}
-	tag, member, open := repo.TagKey("v1"), repo.MembershipKey("manifests", d1), repo.MembershipKey("blobs", d2)
-	ix.NoteMembership(member, Membership{Time: at})
+	member, open := repo.MembershipKey("manifests", d1), repo.MembershipKey("blobs", d2)
+	ix.NoteMembership(member, Membership{Time: at, MediaType: "a/b"})
 	ix.NoteMembership(open, Membership{Time: at, Anonymous: at})
-	ix.NoteTag(tag, Tag{Digest: d1, Confirmed: at, Sequence: 1})
-	seen := ix.due(true)
+	sync1(t, ix)
 	ix.DeleteMembership(member)
 	if !ix.CloseRepository(repo) || ix.CloseRepository(repo) {
 		t.Error("what anonymous was served is not forgotten once")
 	}
-	ix.NoteTag(tag, Tag{Digest: d2, Confirmed: at, Sequence: 2})
-	if err := ix.Flush(false); err != nil {
-		t.Fatal(err)
-	}
-	if err := ix.write(nil, nil, seen); err != nil {
-		t.Fatal(err)
-	}
-	if m, ok := ix.Membership(member); ok {
-		t.Errorf("the membership is back: %+v", m)
-	}
-	if m, ok := ix.Membership(open); !ok || !m.Anonymous.IsZero() || m.Time.IsZero() {
-		t.Errorf("what anonymous was served is back, or more is gone: %+v", m)
-	}
-	if got, _ := ix.Tag(tag); got.Digest != d2 {
-		t.Errorf("the tag is back: %+v", got)
+	sync1(t, ix)
+	for _, ix := range []*Index{ix, written(t, ix)} {
+		if m, ok := ix.Membership(member); ok {
+			t.Errorf("the membership is back: %+v", m)
+		}
+		if m, ok := ix.Membership(open); !ok || !m.Anonymous.IsZero() || m.Time.IsZero() {
+			t.Errorf("what anonymous was served is back, or more is gone: %+v", m)
+		}
 	}
 }
 
-// TestClosingFindsOutThatTheFileIsBroken, and does not wait for itself.
-func TestClosingFindsOutThatTheFileIsBroken(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "index.db")
-	ix := open(t, path)
-	ix.NoteMembership("k", Membership{Time: at})
-	info, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
+// TestNobodyWaitsForAnIndexThatIsClosed.
+func TestNobodyWaitsForAnIndexThatIsClosed(t *testing.T) {
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	if err := errors.Join(ix.Close(), ix.Close()); err != nil {
+		t.Error(err)
 	}
-	overwrite(t, path, info.Size())
-	if err := ix.Close(); err != nil {
+	if err := ix.Sync(); !errors.Is(err, errClosed) {
 		t.Error(err)
 	}
 }
 
-// overwrite has zeros in place of the file's bytes, in the same file.
-func overwrite(t *testing.T, path string, size int64) {
-	t.Helper()
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
+// fill makes an index of so many objects, each of five repositories' and a fifth of
+// them manifests, which lead to the four after them.
+func fill(b testing.TB, path string, objects int) *Index {
+	ix := openWith(b, path, Options{Rows: 1 << 40})
+	put := make([]Stored, objects)
+	for i := range put {
+		put[i] = Stored{Digest: digest.FromString(fmt.Sprint(i)), Domain: "*", Object: Object{Size: int64(i), Alloc: 4096, Created: at, Inode: uint64(i), Modified: at.UnixNano(), Changed: at.UnixNano(), Verified: at}}
 	}
-	defer f.Close()
-	if _, err := f.WriteAt(make([]byte, size), 0); err != nil {
-		t.Fatal(err)
+	for i := range put {
+		kind := "blobs"
+		if i%5 == 0 {
+			kind = "manifests"
+			for j := 1; j < 5 && i+j < objects; j++ {
+				put[i].Children = append(put[i].Children, put[i+j].Digest)
+			}
+		}
+		for j := range 5 {
+			m := Membership{Time: at, Anonymous: at}
+			if kind == "manifests" {
+				m.MediaType = "application/vnd.oci.image.manifest.v1+json"
+			}
+			ix.NoteMembership(RepositoryKey{"registry.example", fmt.Sprint("team/app", (i/5+j*7)%1000)}.MembershipKey(kind, put[i].Digest), m)
+		}
+	}
+	ix.Put(put...)
+	return ix
+}
+
+// BenchmarkOpen is a start: what it takes, in time and in memory.
+func BenchmarkOpen(b *testing.B) {
+	for _, objects := range []int{10_000, 100_000} {
+		b.Run(fmt.Sprint(objects), func(b *testing.B) {
+			path := filepath.Join(b.TempDir(), "index.db")
+			if err := fill(b, path, objects).Close(); err != nil {
+				b.Fatal(err)
+			}
+			heap := func() float64 {
+				runtime.GC()
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				return float64(m.HeapAlloc)
+			}
+			before := heap()
+			for b.Loop() {
+				ix, err := Open(path, Options{Rows: 1 << 40})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				b.ReportMetric((heap()-before)/(1<<20), "MiB")
+				b.ReportMetric(float64(ix.Counts().Memberships), "memberships")
+				ix.Close()
+				b.StartTimer()
+			}
+		})
 	}
 }
 
-// BenchmarkFlush writes new notes; ten times as many take about ten times as long.
-func BenchmarkFlush(b *testing.B) {
+// BenchmarkRead is what a hit asks.
+func BenchmarkRead(b *testing.B) {
+	ix := fill(b, filepath.Join(b.TempDir(), "index.db"), 100_000)
+	d := digest.FromString("500")
+	k := RepositoryKey{"registry.example", "team/app100"}.MembershipKey("manifests", d)
+	b.Run("membership", func(b *testing.B) {
+		for b.Loop() {
+			if _, ok := ix.Membership(k); !ok {
+				b.Fatal("it is not there")
+			}
+		}
+	})
+	b.Run("object", func(b *testing.B) {
+		for b.Loop() {
+			if _, ok := ix.Object("*", d); !ok {
+				b.Fatal("it is not there")
+			}
+		}
+	})
+}
+
+// BenchmarkSync writes new notes; ten times as many take about ten times as long.
+func BenchmarkSync(b *testing.B) {
 	for _, n := range []int{5_000, 50_000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			ix, err := Open(filepath.Join(b.TempDir(), "index.db"), nil, Bounds{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer ix.Close()
+			ix := open(b, filepath.Join(b.TempDir(), "index.db"))
+			k := RepositoryKey{"docker.io", "app"}
 			for round := 0; b.Loop(); round++ {
 				b.StopTimer()
 				for i := range n {
-					ix.NoteMembership(digest.FromString(fmt.Sprint(round, i)).String(), Membership{Time: at})
+					ix.NoteMembership(k.MembershipKey("blobs", digest.FromString(fmt.Sprint(round, i))), Membership{Time: at})
 				}
 				b.StartTimer()
-				if err := ix.Flush(false); err != nil {
-					b.Fatal(err)
-				}
+				sync1(b, ix)
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/note")
 		})

@@ -210,7 +210,7 @@ func lacksHead(err error) bool {
 
 // keepTaken writes what an authority took back before the answer says so.
 func (p *Proxy) keepTaken() {
-	if err := p.cache.Flush(); err != nil {
+	if err := p.cache.Index().Sync(); err != nil {
 		p.log.Error("what a registry took back is known to this process only", zap.Error(err))
 	}
 }

@@ -72,7 +72,7 @@ func TestStaleNeverAfterARefusalAndACrash(t *testing.T) {
 	r, l, d, img, layer := away(t, access, time.Hour)
 	pull(t, d, img, layer, auth...)
 	allStored(t, d, img)
-	if err := d.cache.Flush(); err != nil {
+	if err := d.cache.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
 	crash := func(s setup) *tarnd {

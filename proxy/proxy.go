@@ -139,10 +139,7 @@ func New(opts Options) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("names: %w", err)
 	}
-	sequence, err := opts.Cache.Index().LastSequence()
-	if err != nil {
-		return nil, fmt.Errorf("read the last sequence: %w", err)
-	}
+	sequence := opts.Cache.Index().LastSequence()
 	p := &Proxy{
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,

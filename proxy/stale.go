@@ -13,8 +13,6 @@ import (
 	"tarn/index"
 	"tarn/rights"
 	"tarn/upstream"
-
-	"go.uber.org/zap"
 )
 
 // While a registry cannot be asked, and only where the operator allows it
@@ -72,11 +70,9 @@ func (p *Proxy) prune() {
 		stale, membership = max(stale, r.StaleIfError), max(membership, r.MembershipTTL)
 	}
 	now := p.now()
-	if err := p.cache.Prune(index.Pruning{
+	p.cache.Prune(index.Pruning{
 		Memberships: now.Add(-max(stale, membership)), Tags: now.Add(-max(stale, tagsFor)),
-	}); err != nil {
-		p.log.Warn("could not drop what is out of date", zap.Error(err))
-	}
+	})
 }
 
 // pruneLoop ends with the proxy.

@@ -50,7 +50,7 @@ func (a Asker) lasts() bool {
 }
 
 // key is an object's in the repository.
-func (a Asker) key(o Object) string { return a.Repository.MembershipKey(o.Kind, o.Digest) }
+func (a Asker) key(o Object) index.MembershipKey { return a.Repository.MembershipKey(o.Kind, o.Digest) }
 
 // Asker works out once who a request is.
 func (r *Rights) Asker(k index.RepositoryKey, c Credential) Asker {

@@ -2,7 +2,11 @@
 
 package rights
 
-import "time"
+import (
+	"time"
+
+	"tarn/index"
+)
 
 // A claim is what the authority answered this credential about one object. For
 // grant_ttl it stands for another question of the same; and whoever has begun to
@@ -18,9 +22,9 @@ const (
 	onePiece = 64 << 10
 )
 
-// claims by the asker's name, then by the object's.
+// claims by the asker's name, then by the object.
 type claims struct {
-	by      map[string]map[string]*claim
+	by      map[string]map[index.MembershipKey]*claim
 	n       int       // at most maxRights
 	expired time.Time // when those that had ended were last looked for
 }
@@ -33,7 +37,7 @@ type claim struct {
 	idle  time.Time // since when there is none
 }
 
-func newClaims() claims { return claims{by: make(map[string]map[string]*claim)} }
+func newClaims() claims { return claims{by: make(map[string]map[index.MembershipKey]*claim)} }
 
 // ended tells whether the claim is worth nothing any more.
 func (c *claim) ended(now time.Time) bool {
@@ -44,7 +48,7 @@ func (c *claim) ended(now time.Time) bool {
 }
 
 // find returns the claim, a new one if there is none and room; nil without.
-func (cs *claims) find(asker, object string, now time.Time) *claim {
+func (cs *claims) find(asker string, object index.MembershipKey, now time.Time) *claim {
 	if c := cs.by[asker][object]; c != nil {
 		return c
 	}
@@ -55,7 +59,7 @@ func (cs *claims) find(asker, object string, now time.Time) *claim {
 		return nil
 	}
 	if cs.by[asker] == nil {
-		cs.by[asker] = make(map[string]*claim)
+		cs.by[asker] = make(map[index.MembershipKey]*claim)
 	}
 	c := &claim{}
 	cs.by[asker][object] = c
@@ -103,7 +107,7 @@ func (c *claim) stands(resumes, refused bool, now time.Time) (Yes, bool) {
 }
 
 // claim notes a yes about an object.
-func (r *Rights) claim(a Asker, key string, y Yes) {
+func (r *Rights) claim(a Asker, key index.MembershipKey, y Yes) {
 	ttl, now := r.opts.Terms(a.Repository.Upstream).Grant, r.opts.Now()
 	until := y.Asked.Add(ttl)
 	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
@@ -114,7 +118,7 @@ func (r *Rights) claim(a Asker, key string, y Yes) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.crossedLocked(y.Asked, a.name, key) {
+	if r.crossedLocked(y.Asked, a.name, key.String()) {
 		return
 	}
 	c := r.claims.find(a.name, key, now)
@@ -134,7 +138,7 @@ func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
 	key := a.key(o)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	crossed := r.crossedLocked(y.Asked, a.name, key)
+	crossed := r.crossedLocked(y.Asked, a.name, key.String())
 	if crossed && r.claims.by[a.name][key] == nil {
 		return func() {} // a refusal has ended what could be finished
 	}

@@ -254,7 +254,7 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 }
 
 // member notes that the authority served the object.
-func (r *Rights) member(a Asker, o Object, key string, e Evidence) {
+func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) {
 	m := index.Membership{Time: e.Asked}
 	if o.Kind == manifests {
 		m.MediaType = e.MediaType
@@ -262,7 +262,7 @@ func (r *Rights) member(a Asker, o Object, key string, e Evidence) {
 	if a.Anonymous() {
 		m.Anonymous = e.Asked
 	}
-	if r.crossed(e.Asked, key, a.name) {
+	if r.crossed(e.Asked, key.String(), a.name) {
 		return
 	}
 	if a.Anonymous() {
@@ -273,7 +273,7 @@ func (r *Rights) member(a Asker, o Object, key string, e Evidence) {
 	r.opts.Index.NoteMembership(key, m)
 	taken := false
 	switch { // just now, and what was deleted has come back
-	case r.crossed(e.Asked, key):
+	case r.crossed(e.Asked, key.String()):
 		taken = r.opts.Index.DeleteMembership(key)
 	case a.Anonymous() && r.crossed(e.Asked, a.name):
 		taken = r.opts.Index.CloseRepository(a.Repository)
@@ -324,15 +324,12 @@ func (r *Rights) granted(a Asker, asked time.Time) {
 func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	now, taken := r.opts.Now(), false
 	stale := r.opts.Terms(a.Repository.Upstream).Stale
-	key := ""
-	if does.endMember {
-		key = a.key(o)
-	}
+	key := a.key(o)
 	r.mu.Lock()
 	if does.endMember {
 		// Some registries say it also where they mean 403, and then it costs
 		// those who have the object a question.
-		r.refuse(key, now)
+		r.refuse(key.String(), now)
 	}
 	if does.endGrant {
 		r.refuse(a.name, now)
@@ -417,7 +414,7 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 	var claimed Yes
 	has := false
 	if c := r.claims.by[a.name][key]; c != nil {
-		claimed, has = c.stands(resumes, r.crossedLocked(c.yes.Asked, a.name, key), now)
+		claimed, has = c.stands(resumes, r.crossedLocked(c.yes.Asked, a.name, key.String()), now)
 	}
 	r.mu.Unlock()
 	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {

@@ -26,7 +26,7 @@ var usual = Terms{Grant: time.Minute, Membership: 24 * time.Hour, Stale: time.Ho
 
 func newDesk(t *testing.T) *desk {
 	t.Helper()
-	ix, err := index.Open(filepath.Join(t.TempDir(), "index.db"), nil, index.Bounds{})
+	ix, err := index.Open(filepath.Join(t.TempDir(), "index.db"), index.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

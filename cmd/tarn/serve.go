@@ -270,12 +270,7 @@ func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *ups
 			return true, []admin.Check{check}
 		},
 		Status: func() any {
-			counts, err := store.Index().Counts()
-			var index any = counts
-			if err != nil {
-				index = map[string]string{"error": err.Error()}
-			}
-			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), index, upstreams.Health()}
+			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(), upstreams.Health()}
 		},
 	}
 }

@@ -154,15 +154,6 @@ func (q *Queue[K]) leave(e *Entry[K]) {
 	}
 }
 
-// Retain removes all that keep says no to. What is held of that lingers.
-func (q *Queue[K]) Retain(keep func(k K) bool) {
-	for k := range q.entries {
-		if !keep(k) {
-			q.Remove(k)
-		}
-	}
-}
-
 // Size is what an entry takes, in bytes.
 func (q *Queue[K]) Size(k K) (size int64, ok bool) {
 	if e := q.entries[k]; e != nil {

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package index
+
+import (
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// Put enters objects that were committed. The file has them soon.
+func (ix *Index) Put(put ...Stored) {
+	if len(put) == 0 {
+		return
+	}
+	ix.mu.Lock()
+	for _, s := range put {
+		ix.put(s)
+	}
+	ix.mu.Unlock()
+	ix.hurry()
+}
+
+// put is called with the lock.
+func (ix *Index) put(s Stored) {
+	o, known := ix.objects.get(s.Digest)
+	if !known {
+		o = &object{}
+		if !ix.objects.put(s.Digest, o) {
+			return
+		}
+	}
+	o.row = s.Object.pack()
+	if s.Domain != "" {
+		o.possess(s.Domain)
+	}
+	if s.Children != nil {
+		o.children = packDigests(s.Children)
+	}
+	ix.dirty.object(s.Digest, !known || s.Children != nil)
+}
+
+// Drop forgets objects, and with them who possesses them, what they lead to and
+// when they were used. The file has their rows until the writer comes by: a row
+// whose file is gone means nothing.
+func (ix *Index) Drop(gone ...digest.Digest) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	for _, d := range gone {
+		if _, known := ix.objects.get(d); known {
+			ix.objects.delete(d)
+			ix.dirty.object(d, true)
+		}
+	}
+}
+
+// NoteUse remembers that an object was used, if it is stored.
+func (ix *Index) NoteUse(d digest.Digest, u Use) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	o, ok := ix.objects.get(d)
+	if !ok {
+		return
+	}
+	marked := o.use.marked
+	o.use = u.pack()
+	o.use.marked = true
+	if !marked {
+		ix.dirty.uses = append(ix.dirty.uses, d)
+	}
+}
+
+// NoteTag takes the confirmation unless one with a higher sequence is known, or there
+// are too many tags. It returns what the tag meant before, and whether it was taken.
+func (ix *Index) NoteTag(k TagKey, t Tag) (before digest.Digest, taken bool) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	var old Tag
+	known := false
+	if r := ix.repositories[k.RepositoryKey]; r != nil {
+		old, known = r.tags[k.Tag]
+	}
+	if known && old.Sequence >= t.Sequence || !known && !ix.mayAdd(k.RepositoryKey, tagExtent(k)) {
+		return "", false
+	}
+	ix.repository(k.RepositoryKey).tags[k.Tag] = t
+	ix.sequence = max(ix.sequence, t.Sequence)
+	ix.dirty.tags[k] = struct{}{}
+	return old.Digest, true
+}
+
+// NoteMembership takes what an authority said, unless there is too much of that; what
+// is known already and newer stays.
+func (ix *Index) NoteMembership(k MembershipKey, m Membership) {
+	if _, n := parse(k.Digest); n == 0 {
+		return
+	}
+	if len(m.MediaType) > maxMediaType {
+		m.MediaType = ""
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	old, known := ix.membership(k)
+	switch {
+	case !known && !ix.mayAdd(k.RepositoryKey, membershipExtent(k.RepositoryKey)):
+		return
+	case known && old.MediaType == m.MediaType && !newer(m.Time, old.Time) && (m.Anonymous.IsZero() || !newer(m.Anonymous, old.Anonymous)):
+		return
+	}
+	if known {
+		if old.Time.After(m.Time) && !newer(m.Time, old.Time) {
+			m.Time, m.MediaType = old.Time, old.MediaType
+		}
+		if m.Anonymous.IsZero() || old.Anonymous.After(m.Anonymous) && !newer(m.Anonymous, old.Anonymous) {
+			m.Anonymous = old.Anonymous
+		}
+	}
+	ix.setMembership(k, m)
+}
+
+// setMembership is called with the lock.
+func (ix *Index) setMembership(k MembershipKey, m Membership) {
+	ix.repository(k.RepositoryKey).setMembership(k.Kind, k.Digest, m)
+	ix.dirty.memberships[k] = struct{}{}
+}
+
+// renewal is how much newer what an authority said must be to be worth a row: a
+// burst writes one.
+const renewal = time.Second
+
+// newer tells whether a moment is worth a row in place of the old one: it is a
+// little later, or so much earlier that the clock was set back.
+func newer(t, old time.Time) bool {
+	d := t.Sub(old)
+	return d >= renewal || d < -time.Minute
+}
+
+// DeleteMembership forgets what the authority took back. It tells whether there
+// was something to forget; only after Sync is it forgotten for good.
+func (ix *Index) DeleteMembership(k MembershipKey) bool {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	_, known := ix.membership(k)
+	if known {
+		ix.deleteMembership(k)
+	}
+	return known
+}
+
+// deleteMembership is called with the lock.
+func (ix *Index) deleteMembership(k MembershipKey) {
+	r := ix.repositories[k.RepositoryKey]
+	r.deleteMembership(k.Kind, k.Digest)
+	ix.count(k.RepositoryKey, membershipExtent(k.RepositoryKey).negative())
+	ix.leave(k.RepositoryKey, r)
+	ix.dirty.memberships[k] = struct{}{}
+}
+
+// CloseRepository forgets what anonymous was served in a repository, because its
+// authority does not let anonymous in any more. It tells whether there was
+// something to forget; only after Sync is it forgotten for good.
+func (ix *Index) CloseRepository(k RepositoryKey) (forgot bool) {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	r := ix.repositories[k]
+	if r == nil {
+		return false
+	}
+	for _, kind := range []string{manifests, blobs} {
+		for d, m := range r.members(kind).all() {
+			if m.anonymous == 0 {
+				continue
+			}
+			m.anonymous = 0
+			r.members(kind).put(d, m)
+			ix.dirty.memberships[k.MembershipKey(kind, d)] = struct{}{}
+			forgot = true
+		}
+	}
+	return forgot
+}
