@@ -79,16 +79,16 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		var err error
 		switch {
 		case ok:
-			o, err = p.openWith(ctx, q, p.source(q, q.digest, &y), true)
+			o, err = p.openWith(ctx, q, p.fetcher(q, q.digest, &y), true)
 			if err == nil && (o.Source != cache.Fetched && !y.Covers(o.Size) || o.Doubtful && y.Size != o.Size) {
 				o.Close()
 				o, y, err = p.pass(ctx, q)
 			}
 		case !here:
 			// The GET that fetches it is the question.
-			s := p.source(q, q.digest, nil)
-			o, err = p.openWith(ctx, q, s, false)
-			y = s.answer()
+			f := p.fetcher(q, q.digest, nil)
+			o, err = p.openWith(ctx, q, f, false)
+			y = f.answer()
 		default:
 			o, y, err = p.pass(ctx, q)
 		}
@@ -99,13 +99,13 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 	}
 }
 
-// openWith opens the object, whose bytes come from the source where they are not
+// openWith opens the object, whose bytes come from the fetcher where they are not
 // here.
-func (p *Proxy) openWith(ctx context.Context, q *request, s *source, authorised bool) (*cache.Object, error) {
-	return p.cache.Open(ctx, p.cacheRequest(q, s, authorised))
+func (p *Proxy) openWith(ctx context.Context, q *request, f *fetcher, authorised bool) (*cache.Object, error) {
+	return p.cache.Open(ctx, p.cacheRequest(q, f, authorised))
 }
 
-func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Request {
+func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Request {
 	req := cache.Request{
 		Key:        p.key(q, q.digest),
 		Reader:     q.asker.Name(),
@@ -115,14 +115,14 @@ func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Reque
 		Ranged:     q.ranged,
 		Authorised: authorised,
 		Wait:       p.rules(q.upstream).GrantTTL > 0,
-		Fetch:      s.fetch,
-		Verified:   s.verified,
+		Fetch:      f.fetch,
+		Verified:   f.verified,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
 		req.Ahead = q.asker.Credential.Authorization != "" && !p.lendsNode(q)
 	} else {
-		req.Check = checkAs(func() string { return s.answer().MediaType }) // runs after the fetch
+		req.Check = checkAs(func() string { return f.answer().MediaType }) // runs after the fetch
 	}
 	return req
 }
@@ -130,9 +130,9 @@ func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Reque
 // pass gives a client what the authority sends to its own request, and nothing
 // of what is here.
 func (p *Proxy) pass(ctx context.Context, q *request) (*cache.Object, rights.Yes, error) {
-	s := p.source(q, q.digest, nil)
-	o, err := p.cache.Pass(ctx, p.cacheRequest(q, s, false))
-	return o, s.answer(), err
+	f := p.fetcher(q, q.digest, nil)
+	o, err := p.cache.Pass(ctx, p.cacheRequest(q, f, false))
+	return o, f.answer(), err
 }
 
 // inquire puts what questions there are to put before the object is opened. ok

@@ -283,8 +283,8 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cache.Object, error) {
 	one := *q
 	one.digest = c.digest
-	s := p.source(&one, c.digest, &c.yes)
-	fetch, mediaType := s.fetch, c.mediaType
+	f := p.fetcher(&one, c.digest, &c.yes)
+	fetch, mediaType := f.fetch, c.mediaType
 	if data := c.body; data != nil {
 		fetch = func(context.Context, int64, int64) (body, cache.Info, error) {
 			return io.NopCloser(bytes.NewReader(data)), cache.Info{Size: int64(len(data))}, nil
@@ -296,7 +296,7 @@ func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cach
 		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      fetch,
-		Verified:   s.verified,
+		Verified:   f.verified,
 		Check:      checkAs(func() string { return mediaType }),
 	})
 	if err == nil && (o.Source != cache.Fetched && !c.yes.Covers(o.Size) || o.Doubtful && c.size != o.Size) {
