@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 
@@ -41,6 +42,7 @@ type fetcher struct {
 	yes     rights.Yes       // then
 	begun   bool             // fetch was called
 	first   int              // which endpoint is asked first, counted round
+	names   []string         // of the sources that answered, each once
 	brought *rights.Evidence // of an answer of the authority's own that brought bytes
 }
 
@@ -77,6 +79,7 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 	if err := f.check(ctx, r, off, n); err != nil {
 		return nil, cache.Info{}, err
 	}
+	f.note(r.source.name())
 	body := &watchedBody{ReadCloser: r.Body, fetcher: f, rest: r.source.rest}
 	if r.yes != nil {
 		f.confirm(*r.yes)
@@ -86,6 +89,7 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 		Size:      r.Size,
 		Offset:    r.Offset,
 		End:       r.End,
+		From:      r.source.name(),
 		Elsewhere: func() bool { return f.elsewhere(r.source) },
 		Doubtful:  r.yes != nil && !r.yes.Proved,
 	}, nil
@@ -114,6 +118,22 @@ func (f *fetcher) confirm(y rights.Yes) {
 	if !f.asked {
 		f.asked, f.yes = true, y
 	}
+}
+
+// note takes the name of a source that answered.
+func (f *fetcher) note(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.Contains(f.names, name) {
+		f.names = append(f.names, name)
+	}
+}
+
+// from are the sources that answered so far, in the order of their first answers.
+func (f *fetcher) from() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.names)
 }
 
 // after tells whether others than the authority may be asked: it has said yes, and

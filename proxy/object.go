@@ -79,18 +79,19 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		var err error
 		switch {
 		case ok:
-			o, err = p.openWith(ctx, q, p.fetcher(q, q.digest, &y), true)
+			w.fetcher = p.fetcher(q, q.digest, &y)
+			o, err = p.openWith(ctx, q, w.fetcher, true)
 			if err == nil && (o.Source != cache.Fetched && !y.Covers(o.Size) || o.Doubtful && y.Size != o.Size) {
 				o.Close()
-				o, y, err = p.pass(ctx, q)
+				o, y, err = p.pass(ctx, w, q)
 			}
 		case !here:
 			// The GET that fetches it is the question.
-			f := p.fetcher(q, q.digest, nil)
-			o, err = p.openWith(ctx, q, f, false)
-			y = f.answer()
+			w.fetcher = p.fetcher(q, q.digest, nil)
+			o, err = p.openWith(ctx, q, w.fetcher, false)
+			y = w.fetcher.answer()
 		default:
-			o, y, err = p.pass(ctx, q)
+			o, y, err = p.pass(ctx, w, q)
 		}
 		if errors.Is(err, cache.ErrAuthorise) && !present {
 			continue // it is here now
@@ -129,10 +130,10 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 
 // pass gives a client what the authority sends to its own request, and nothing
 // of what is here.
-func (p *Proxy) pass(ctx context.Context, q *request) (*cache.Object, rights.Yes, error) {
-	f := p.fetcher(q, q.digest, nil)
-	o, err := p.cache.Pass(ctx, p.cacheRequest(q, f, false))
-	return o, f.answer(), err
+func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, error) {
+	w.fetcher = p.fetcher(q, q.digest, nil)
+	o, err := p.cache.Pass(ctx, p.cacheRequest(q, w.fetcher, false))
+	return o, w.fetcher.answer(), err
 }
 
 // inquire puts what questions there are to put before the object is opened. ok

@@ -160,6 +160,42 @@ func mirrors(hosts ...string) (all []upstream.Endpoint) {
 	return all
 }
 
+// TestTheLogSaysWhoSentTheBytes and as whom it was asked, also where one broke off.
+func TestTheLogSaysWhoSentTheBytes(t *testing.T) {
+	t.Parallel()
+	authority, mirror, d := withMirror(t, false)
+	blob := random(1, 2<<20)
+	dgst := authority.Blob("app", blob)
+	mirror.Blob("app", blob)
+	authority.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		if req.Method != "GET" {
+			return false
+		}
+		sized(w, len(blob))
+		w.Write(blob[:1<<20])
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}
+	line := func() string {
+		before := len(d.log.take())
+		d.get(blobPath("app", dgst), "Authorization", registrytest.Basic("a", "canary-password")).mustBe(t, blob)
+		var text string
+		eventually(t, "a line", func() bool {
+			text = string(d.log.take()[before:])
+			return strings.Contains(text, `"msg":"request"`)
+		})
+		return text
+	}
+	want := fmt.Sprintf(`"sources":["%s as client","%s as anonymous"]`, authority.Address(), mirror.Address())
+	if got := line(); !strings.Contains(got, want) {
+		t.Errorf("%s\nhas not %s", got, want)
+	}
+	d.stored(cache.ListedDomain, dgst)
+	if got := line(); strings.Contains(got, "sources") {
+		t.Errorf("from the disk: %s", got)
+	}
+}
+
 // withMirror is a tarn whose registry has another endpoint.
 func withMirror(t *testing.T, trusted bool) (authority, mirror *registrytest.Registry, d *tarnd) {
 	t.Helper()
