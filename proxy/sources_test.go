@@ -279,6 +279,61 @@ func TestATrustedEndpointSeesTheCredential(t *testing.T) {
 	}
 }
 
+// TestWhatTheNodeIsRefusedTheClientMayHave with its own credential, and what is no
+// refusal ends there: another question would be one too many.
+func TestWhatTheNodeIsRefusedTheClientMayHave(t *testing.T) {
+	t.Parallel()
+	for status, goesOn := range map[int]bool{401: true, 403: true, 404: true, 429: true, 500: false, 503: false} {
+		r, d, _ := withNode(t, "Basic")
+		dgst := r.Blob("private/app", []byte("bytes"))
+		node, client := registrytest.Basic("node", registrytest.Password("node")), registrytest.Basic("a", registrytest.Password("a"))
+		r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+			if req.Header.Get("Authorization") != node {
+				return false
+			}
+			w.WriteHeader(status)
+			return true
+		}
+		got, info, err := d.fetcherFor("private/app", client, dgst, &rights.Yes{Size: 5, Proved: true}).whole(t)
+		var said *upstream.StatusError
+		switch {
+		case goesOn && (err != nil || got != "bytes" || info.From != r.Address()+" as client"):
+			t.Errorf("the node got %d, the client %q from %q, %v", status, got, info.From, err)
+		case !goesOn && (!errors.As(err, &said) || said.Status != status || asked(r, "a") > 0):
+			t.Errorf("the node got %d: %v, and %d questions as the client", status, err, asked(r, "a"))
+		case asked(r, "node") == 0:
+			t.Error("the node did not ask")
+		}
+	}
+}
+
+// TestARefusalOfAMomentAgoAnswersAnonymous, whoever would be asked first.
+func TestARefusalOfAMomentAgoAnswersAnonymous(t *testing.T) {
+	t.Parallel()
+	authority, mirror, d := withMirror(t, false)
+	dgst := mirror.Blob("app", []byte("bytes"))
+	authority.Hook = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("WWW-Authenticate", `Basic realm="lab"`)
+		w.WriteHeader(401)
+		return true
+	}
+	if _, _, err := d.fetcherFor("app", "", dgst, nil).whole(t); err == nil {
+		t.Fatal("no refusal")
+	}
+	authority.Reset()
+	for _, first := range []int{0, 1} {
+		f := d.fetcherFor("app", "", dgst, &rights.Yes{Size: 5, Proved: true})
+		f.beginWith(first)
+		var said *upstream.StatusError
+		if got, _, err := f.whole(t); !errors.As(err, &said) || said.Status != 401 {
+			t.Errorf("%d: %q, %v", first, got, err)
+		}
+	}
+	if n := len(authority.Exchanges()) + len(mirror.Exchanges()); n > 0 {
+		t.Errorf("%d questions", n)
+	}
+}
+
 // TestEntitledWhatTheYesDoesNotCoverIsTheAuthoritysToSend: another endpoint has
 // something else under that digest than the authority said yes to.
 func TestEntitledWhatTheYesDoesNotCoverIsTheAuthoritysToSend(t *testing.T) {
