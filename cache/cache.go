@@ -98,8 +98,10 @@ type Info struct {
 	Size   int64 // of the whole object in bytes, -1 when it does not say
 	Offset int64 // first byte of the body
 	End    int64 // byte after the body's last, 0 when that is the object's
-	// Elsewhere has the next Fetch ask another endpoint than this body came from,
-	// and tells whether there is one. nil: there is none.
+	// From is the name of the one that sent it, for people; "" when it has none.
+	From string
+	// Elsewhere has the next Fetch ask another one than this body came from, and
+	// tells whether there is one. nil: there is none.
 	Elsewhere func() bool
 	// Doubtful: nothing tells yet that what was answered is the object at all.
 	Doubtful bool

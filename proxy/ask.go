@@ -106,15 +106,21 @@ func (p *Proxy) recall(a rights.Asker) error {
 	return nil
 }
 
-// ask puts a question to the authority, with the client's own credential, and
-// takes what the answer says of an object, if it is about one: a yes, or an
-// error that others may share who are the same to the authority; ownWords makes
-// each client's own of it. A no to a HEAD for a client's GET, or to a GET for a
-// client's HEAD, is not the last word, and is not taken.
+// ask puts a question to the authority, unless the refusal of a moment ago answers
+// it.
 func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, rights.Yes, error) {
 	if err := p.recall(q.asker); err != nil {
 		return nil, rights.Yes{}, err
 	}
+	return p.put(ctx, q, method, reference, part)
+}
+
+// put puts a question to the authority, with the client's own credential, and
+// takes what the answer says of an object, if it is about one: a yes, or an
+// error that others may share who are the same to the authority; ownWords makes
+// each client's own of it. A no to a HEAD for a client's GET, or to a GET for a
+// client's HEAD, is not the last word, and is not taken.
+func (p *Proxy) put(ctx context.Context, q *request, method, reference string, part part) (*upstream.Response, rights.Yes, error) {
 	asked := p.now()
 	resp, err := p.do(ctx, q, q.asker.Credential, method, reference, part)
 	if q.kind != upstream.Manifest && q.kind != upstream.Blob {
@@ -130,8 +136,6 @@ func (p *Proxy) ask(ctx context.Context, q *request, method, reference string, p
 		return nil, rights.Yes{}, err
 	case err != nil:
 		return nil, rights.Yes{}, err
-	case !resp.Authority:
-		return resp, rights.Yes{Asked: asked, Size: -1}, nil
 	}
 	e, _ := p.weigh(q, d, resp, asked)
 	return resp, p.rights.Learn(q.asker, q.object(d), e), nil
@@ -150,6 +154,8 @@ func (p *Proxy) weigh(q *request, d digest.Digest, resp *upstream.Response, aske
 		e.Size = -1 // says too little, or the length of something else
 	}
 	switch {
+	case !resp.Authority:
+		e.Size = -1 // bytes at most, and no word
 	case resp.Web():
 	case resp.Digest != "" && resp.Digest != d && resp.Digest.Algorithm() == d.Algorithm():
 		e.Size = -1 // of another thing
@@ -215,8 +221,20 @@ func (p *Proxy) keepTaken() {
 	}
 }
 
-// do is the request itself.
+// part is what of an object is asked for, all of it when it is the zero value,
+// and the time to the headers, the registry's own when that is 0.
+type part struct {
+	offset, length int64 // as in upstream.Request
+	budget         time.Duration
+}
+
+// do asks the authority.
 func (p *Proxy) do(ctx context.Context, q *request, c rights.Credential, method, reference string, part part) (*upstream.Response, error) {
+	return p.upstreams.Registry(q.upstream).Do(ctx, p.upstreamRequest(q, c, method, reference, part))
+}
+
+// upstreamRequest is the request itself.
+func (p *Proxy) upstreamRequest(q *request, c rights.Credential, method, reference string, part part) upstream.Request {
 	req := upstream.Request{
 		Method:        method,
 		Repository:    q.repository,
@@ -227,13 +245,12 @@ func (p *Proxy) do(ctx context.Context, q *request, c rights.Credential, method,
 		Authorization: c.Authorization,
 		Offset:        part.offset,
 		Length:        part.length,
-		Authorised:    part.authorised,
-		Endpoint:      part.endpoint,
+		Budget:        part.budget,
 	}
 	if c.Node {
 		req.As = upstream.Node
 	}
-	return p.upstreams.Registry(q.upstream).Do(ctx, req)
+	return req
 }
 
 // anything: some firewalls let nobody pass who says nothing.

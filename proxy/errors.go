@@ -51,16 +51,26 @@ var (
 // digest: the registry says it is something that it is not.
 var errManifest = errors.New("manifest refused")
 
+// rangeError is for a part that the object does not have. size is the Content-Range
+// that says how long the object is (RFC 9110 15.5.17), "" for a part that cannot be
+// read.
+type rangeError struct{ size string }
+
+func (e *rangeError) Error() string { return "no such range" }
+
 // answerFor maps an error to the status, code and message of the answer. It is
 // the only place that does. The message of an upstream's refusal depends on
 // the endpoint and the status alone, so that it tells nobody what is cached.
 func answerFor(q *request, err error) (status int, e errcode.Error) {
 	var api *apiError
+	var part *rangeError
 	var refused *upstream.StatusError
 	unavailable := errcode.ErrorCodeUnavailable
 	switch {
 	case errors.As(err, &api):
 		return api.status, api.code.WithMessage(api.message)
+	case errors.As(err, &part):
+		return http.StatusRequestedRangeNotSatisfiable, errcode.ErrorCodeRangeInvalid.WithMessage("the object has no such range")
 	case errors.As(err, &refused):
 		return refusal(q, refused)
 	case errors.Is(err, cache.ErrTainted):
@@ -141,8 +151,12 @@ func serveError(w http.ResponseWriter, q *request, err error) {
 	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", fmt.Sprint(len(body)))
-	for _, name := range []string{"ETag", "Docker-Content-Digest", "Content-Range", "Accept-Ranges", "Link", "Age"} {
+	for _, name := range []string{"ETag", "Docker-Content-Digest", "Content-Range", "Accept-Ranges", "Link", "Age", "X-Content-Type-Options"} {
 		h.Del(name)
+	}
+	var part *rangeError
+	if errors.As(err, &part) && part.size != "" {
+		h.Set("Content-Range", part.size)
 	}
 	w.WriteHeader(status)
 	w.Write(body)

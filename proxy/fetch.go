@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 
@@ -20,24 +21,18 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// part is what of an object is asked for, and of whom: all of it from the
-// authority when it is the zero value.
-type part struct {
-	offset, length int64 // as in upstream.Request
-	authorised     bool
-	endpoint       int
-}
-
-// source fetches an object's bytes for one client. Its fetch is a cache.Fetch.
+// fetcher fetches an object's bytes for one client. Its fetch is a cache.Fetch,
+// and so what is behind a flight's ticket.
 //
 // Before the authority has said yes, that is a GET with the client's
 // credential, whose answer is the yes or the no; afterwards the node's
 // credential is as good, if there is one: the bytes are the same, and its quota
 // is the operator's. So are the other endpoints. But what did not come with the
 // client's own credential from the authority itself leaves only where the yes
-// covers it. A refusal is marked as one that concerns this credential only. A
-// client that has left is asked for only as long as its right lives.
-type source struct {
+// covers it. sources.go has the order. A refusal is marked as one that concerns
+// this credential only. A client that has left is asked for only as long as its
+// right lives.
+type fetcher struct {
 	proxy  *Proxy
 	q      *request
 	digest digest.Digest
@@ -46,90 +41,123 @@ type source struct {
 	asked   bool             // the authority has said yes, here or before
 	yes     rights.Yes       // then
 	begun   bool             // fetch was called
-	next    int              // which endpoint is asked first, counted round
+	first   int              // which endpoint is asked first, counted round
+	names   []string         // of the sources that answered, each once
 	brought *rights.Evidence // of an answer of the authority's own that brought bytes
 }
 
-// source is for a client whose question was answered with y, or, without one,
+// fetcher is for a client whose question was answered with y, or, without one,
 // has yet to be put.
-func (p *Proxy) source(q *request, d digest.Digest, y *rights.Yes) *source {
-	s := &source{proxy: p, q: q, digest: d}
+func (p *Proxy) fetcher(q *request, d digest.Digest, y *rights.Yes) *fetcher {
+	f := &fetcher{proxy: p, q: q, digest: d}
 	if y != nil {
-		s.asked, s.yes = true, *y
+		f.asked, f.yes = true, *y
 	}
-	return s
+	return f
 }
 
 var errClientLeft = errors.New("the client has left, and its right has ended")
 
-func (s *source) fetch(ctx context.Context, off, n int64) (body, cache.Info, error) {
-	p, q := s.proxy, s.q
-	s.mu.Lock()
-	begun, asked, yes := s.begun, s.asked, s.yes
-	s.begun = true
-	want := part{offset: off, length: max(n, 0), authorised: asked && !yes.Finishing, endpoint: s.next}
-	s.mu.Unlock()
-	if (begun || asked) && q.hasLeft() {
-		if _, ok := p.entitled(q); !ok {
+func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, error) {
+	f.mu.Lock()
+	begun, asked, yes, after, first := f.begun, f.asked, f.yes, f.after(), f.first
+	f.begun = true
+	f.mu.Unlock()
+	if (begun || asked) && f.q.hasLeft() {
+		if _, ok := f.proxy.entitled(f.q); !ok {
 			return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errClientLeft)
 		}
 	}
-	var resp *upstream.Response
-	var y rights.Yes
-	var err error
-	own := false
-	if want.authorised && p.lendsNode(q) {
-		resp, err = p.do(ctx, q, rights.Credential{Node: true}, http.MethodGet, s.digest.String(), want)
-		p.noteNode(q.upstream, err)
-		resp = s.covered(resp, yes)
-	}
-	if resp == nil && (err == nil || nodeRefused(err)) {
-		resp, y, err = p.ask(ctx, q, http.MethodGet, s.digest.String(), want)
-		if own = err == nil && resp.Authority; !own {
-			resp = s.covered(resp, yes)
-		}
-		if resp == nil && err == nil {
-			want.authorised, want.endpoint = false, 0
-			resp, y, err = p.ask(ctx, q, http.MethodGet, s.digest.String(), want)
-			own = err == nil
-		}
-	}
+	want := part{offset: off, length: max(n, 0)}
+	r, err := f.walk(ctx, f.sources(after, first), yes, want)
 	switch {
-	case errors.Is(err, upstream.ErrRange), err != nil && !begun && want.length > 0 && q.kind == upstream.Blob && refusesParts(err):
+	case errors.Is(err, upstream.ErrRange), err != nil && !begun && want.length > 0 && f.q.kind == upstream.Blob && refusesParts(err):
 		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRange, err)
 	case err != nil:
 		return nil, cache.Info{}, refusedAlone(err)
 	}
-	if q.kind == upstream.Blob && (off > 0 || n > 0) && resp.Offset == 0 && resp.End != resp.Offset+n && resp.Size > max(n, onePiece) {
-		p.upstreams.Registry(q.upstream).Saw(upstream.NoRanges)
+	if err := f.check(ctx, r, off, n); err != nil {
+		return nil, cache.Info{}, err
 	}
-	if q.size > 0 && resp.Size != q.size {
-		resp.Body.Close()
-		return nil, cache.Info{}, fmt.Errorf("%w: %w: it has %d bytes, its manifest says %d", cache.ErrRefused, errManifest, resp.Size, q.size)
-	}
-	if q.kind == upstream.Manifest {
-		if err := s.manifest(ctx, resp); err != nil {
-			return nil, cache.Info{}, err
-		}
-	}
-	if own {
-		s.mu.Lock()
-		if !s.asked {
-			s.asked, s.yes = true, y
-		}
-		s.mu.Unlock()
-	}
-	body := &watchedBody{ReadCloser: resp.Body, source: s, endpoint: resp.Endpoint}
-	if own {
-		body.evidence = &rights.Evidence{Says: rights.Verified, Asked: y.Asked, Redirected: resp.Redirected, Size: resp.Size, MediaType: resp.MediaType}
+	f.note(r.source.name())
+	body := &watchedBody{ReadCloser: r.Body, fetcher: f, rest: r.source.rest}
+	if r.yes != nil {
+		f.confirm(*r.yes)
+		body.evidence = &rights.Evidence{Says: rights.Verified, Asked: r.yes.Asked, Redirected: r.Redirected, Size: r.Size, MediaType: r.MediaType}
 	}
 	return body, cache.Info{
-		Size:      resp.Size,
-		Offset:    resp.Offset,
-		End:       resp.End,
-		Elsewhere: func() bool { return s.elsewhere(resp.Endpoint) },
-		Doubtful:  own && !y.Proved,
+		Size:      r.Size,
+		Offset:    r.Offset,
+		End:       r.End,
+		From:      r.source.name(),
+		Elsewhere: func() bool { return f.elsewhere(r.source) },
+		Doubtful:  r.yes != nil && !r.yes.Proved,
 	}, nil
+}
+
+// check looks at an answer before its body is read. It closes what it refuses.
+func (f *fetcher) check(ctx context.Context, r reply, off, n int64) error {
+	q := f.q
+	if q.kind == upstream.Blob && (off > 0 || n > 0) && r.Offset == 0 && r.End != r.Offset+n && r.Size > max(n, onePiece) {
+		f.proxy.upstreams.Registry(q.upstream).Saw(upstream.NoRanges)
+	}
+	if q.size > 0 && r.Size != q.size {
+		r.Body.Close()
+		return fmt.Errorf("%w: %w: it has %d bytes, its manifest says %d", cache.ErrRefused, errManifest, r.Size, q.size)
+	}
+	if q.kind == upstream.Manifest {
+		return f.manifest(ctx, r.Response)
+	}
+	return nil
+}
+
+// confirm takes the authority's yes, if it is the first.
+func (f *fetcher) confirm(y rights.Yes) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.asked {
+		f.asked, f.yes = true, y
+	}
+}
+
+// note takes the name of a source that answered.
+func (f *fetcher) note(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.Contains(f.names, name) {
+		f.names = append(f.names, name)
+	}
+}
+
+// from are the sources that answered so far, in the order of their first answers.
+func (f *fetcher) from() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.names)
+}
+
+// after tells whether others than the authority may be asked: it has said yes, and
+// not to a download that only finishes. Called with the lock.
+func (f *fetcher) after() bool { return f.asked && !f.yes.Finishing }
+
+// beginWith has the lists to come begin with that endpoint.
+func (f *fetcher) beginWith(endpoint int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.first = endpoint
+}
+
+// elsewhere has the lists to come begin with another endpoint than this one, if
+// there is one that may be asked.
+func (f *fetcher) elsewhere(than source) bool {
+	f.mu.Lock()
+	after := f.after()
+	f.mu.Unlock()
+	if !after || len(f.proxy.upstreams.Registry(f.q.upstream).Endpoints()) < 2 {
+		return false
+	}
+	than.rest()
+	return true
 }
 
 // refusesParts tells whether a request for all may do where one for a part, which
@@ -146,52 +174,30 @@ func refusesParts(err error) bool {
 	return status.Status >= 500 && status.Status != http.StatusServiceUnavailable
 }
 
-// elsewhere has the next question go to another endpoint, if there is one that may be
-// asked.
-func (s *source) elsewhere(than int) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.asked || s.yes.Finishing || s.proxy.upstreams.Registry(s.q.upstream).Endpoints() < 2 {
-		return false
-	}
-	s.next = than + 1
-	return true
-}
-
 // onePiece is what a registry sends in one piece, whatever is asked for.
 const onePiece = 64 << 10
 
-// covered is an answer that did not come from the authority with the client's
-// own credential, nil when the yes does not cover it.
-func (s *source) covered(resp *upstream.Response, yes rights.Yes) *upstream.Response {
-	if resp == nil || yes.Covers(resp.Size) {
-		return resp
-	}
-	resp.Body.Close()
-	return nil
-}
-
 // answer is the authority's yes.
-func (s *source) answer() rights.Yes {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.yes
+func (f *fetcher) answer() rights.Yes {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.yes
 }
 
 // verified takes that the bytes were the object's: whoever was sent some of them
 // by the authority may have it.
-func (s *source) verified() {
-	s.mu.Lock()
-	e := s.brought
-	s.mu.Unlock()
+func (f *fetcher) verified() {
+	f.mu.Lock()
+	e := f.brought
+	f.mu.Unlock()
 	if e != nil {
-		s.proxy.rights.Learn(s.q.asker, s.q.object(s.digest), *e)
+		f.proxy.rights.Learn(f.q.asker, f.q.object(f.digest), *e)
 	}
 }
 
 // manifest bounds a manifest's body, and takes off the coding of one that came
 // compressed although nobody asked for that.
-func (s *source) manifest(ctx context.Context, resp *upstream.Response) error {
+func (f *fetcher) manifest(ctx context.Context, resp *upstream.Response) error {
 	switch {
 	case schema1(resp.MediaType):
 		resp.Body.Close()
@@ -204,7 +210,7 @@ func (s *source) manifest(ctx context.Context, resp *upstream.Response) error {
 		return nil
 	}
 	// What it is once it is decoded, nobody knows.
-	release, err := s.proxy.hold(ctx, s.q.upstream, maxManifest)
+	release, err := f.proxy.hold(ctx, f.q.upstream, maxManifest)
 	if err != nil {
 		resp.Body.Close()
 		return err
@@ -215,7 +221,7 @@ func (s *source) manifest(ctx context.Context, resp *upstream.Response) error {
 		release()
 		return err
 	}
-	data = decoded(data, resp.Encoding, s.digest)
+	data = decoded(data, resp.Encoding, f.digest)
 	resp.Body = &heldBody{bytes.NewReader(data), sync.OnceFunc(release)}
 	resp.Offset, resp.Size, resp.End = 0, int64(len(data)), int64(len(data))
 	return nil
@@ -257,29 +263,27 @@ func decoded(data []byte, encoding string, d digest.Digest) []byte {
 	return plain
 }
 
-// watchedBody sees when an endpoint's body breaks off, so that the next one is
-// asked for the rest, and when the authority's own brings bytes.
+// watchedBody sees when a source's body breaks off, so that the next one is asked
+// for the rest, and when the authority's own brings bytes.
 type watchedBody struct {
 	io.ReadCloser
-	source   *source
-	endpoint int
+	fetcher  *fetcher
+	rest     func()           // the source's
 	evidence *rights.Evidence // nil where it is no word of the authority's
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if b.evidence != nil && n > 0 {
-		b.source.mu.Lock()
-		if before := b.source.brought; before == nil || before.Redirected && !b.evidence.Redirected {
-			b.source.brought = b.evidence
+		b.fetcher.mu.Lock()
+		if before := b.fetcher.brought; before == nil || before.Redirected && !b.evidence.Redirected {
+			b.fetcher.brought = b.evidence
 		}
-		b.source.mu.Unlock()
+		b.fetcher.mu.Unlock()
 		b.evidence = nil // once is enough
 	}
 	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) {
-		b.source.mu.Lock()
-		b.source.next = b.endpoint + 1 // however many break together
-		b.source.mu.Unlock()
+		b.rest() // however many break together
 	}
 	return n, err
 }

@@ -79,18 +79,19 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		var err error
 		switch {
 		case ok:
-			o, err = p.openWith(ctx, q, p.source(q, q.digest, &y), true)
+			w.fetcher = p.fetcher(q, q.digest, &y)
+			o, err = p.openWith(ctx, q, w.fetcher, true)
 			if err == nil && (o.Source != cache.Fetched && !y.Covers(o.Size) || o.Doubtful && y.Size != o.Size) {
 				o.Close()
-				o, y, err = p.pass(ctx, q)
+				o, y, err = p.pass(ctx, w, q)
 			}
 		case !here:
 			// The GET that fetches it is the question.
-			s := p.source(q, q.digest, nil)
-			o, err = p.openWith(ctx, q, s, false)
-			y = s.answer()
+			w.fetcher = p.fetcher(q, q.digest, nil)
+			o, err = p.openWith(ctx, q, w.fetcher, false)
+			y = w.fetcher.answer()
 		default:
-			o, y, err = p.pass(ctx, q)
+			o, y, err = p.pass(ctx, w, q)
 		}
 		if errors.Is(err, cache.ErrAuthorise) && !present {
 			continue // it is here now
@@ -99,13 +100,13 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 	}
 }
 
-// openWith opens the object, whose bytes come from the source where they are not
+// openWith opens the object, whose bytes come from the fetcher where they are not
 // here.
-func (p *Proxy) openWith(ctx context.Context, q *request, s *source, authorised bool) (*cache.Object, error) {
-	return p.cache.Open(ctx, p.cacheRequest(q, s, authorised))
+func (p *Proxy) openWith(ctx context.Context, q *request, f *fetcher, authorised bool) (*cache.Object, error) {
+	return p.cache.Open(ctx, p.cacheRequest(q, f, authorised))
 }
 
-func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Request {
+func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Request {
 	req := cache.Request{
 		Key:        p.key(q, q.digest),
 		Reader:     q.asker.Name(),
@@ -115,24 +116,24 @@ func (p *Proxy) cacheRequest(q *request, s *source, authorised bool) cache.Reque
 		Ranged:     q.ranged,
 		Authorised: authorised,
 		Wait:       p.rules(q.upstream).GrantTTL > 0,
-		Fetch:      s.fetch,
-		Verified:   s.verified,
+		Fetch:      f.fetch,
+		Verified:   f.verified,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
 		req.Ahead = q.asker.Credential.Authorization != "" && !p.lendsNode(q)
 	} else {
-		req.Check = checkAs(func() string { return s.answer().MediaType }) // runs after the fetch
+		req.Check = checkAs(func() string { return f.answer().MediaType }) // runs after the fetch
 	}
 	return req
 }
 
 // pass gives a client what the authority sends to its own request, and nothing
 // of what is here.
-func (p *Proxy) pass(ctx context.Context, q *request) (*cache.Object, rights.Yes, error) {
-	s := p.source(q, q.digest, nil)
-	o, err := p.cache.Pass(ctx, p.cacheRequest(q, s, false))
-	return o, s.answer(), err
+func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, error) {
+	w.fetcher = p.fetcher(q, q.digest, nil)
+	o, err := p.cache.Pass(ctx, p.cacheRequest(q, w.fetcher, false))
+	return o, w.fetcher.answer(), err
 }
 
 // inquire puts what questions there are to put before the object is opened. ok
@@ -367,90 +368,3 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 	whole := &cache.Object{Size: int64(len(data)), Content: bytes.NewReader(data)}
 	return serveObject(w, r, whole, d, mediaType)
 }
-
-// serveObject sends the object, or the range of it that was asked for.
-// http.ServeContent knows ranges and conditions (RFC 9110 13, 14) and hands a
-// complete file to the kernel (sendfile).
-func serveObject(w *response, r *http.Request, o *cache.Object, d digest.Digest, mediaType string) error {
-	h := w.Header()
-	h.Set("Content-Type", mediaType)
-	setDigest(h, d)
-	if o.Source != cache.Hit { // and so may have to wait
-		defer context.AfterFunc(r.Context(), o.Interrupt)()
-	}
-	if o.Size < 0 {
-		return serveUnsized(w, r, o, d)
-	}
-	quoteCondition(r)
-	http.ServeContent(w, r, "", noTime, o.Content)
-	// A body that broke off is shorter than its Content-Length, and net/http
-	// closes the connection on that.
-	return nil
-}
-
-// quoteCondition adds the quotes that some clients leave out of If-None-Match;
-// the standard library knows no such entity tag.
-func quoteCondition(r *http.Request) {
-	if inm := r.Header.Get("If-None-Match"); inm != "" {
-		if d, err := digest.Parse(inm); err == nil {
-			r.Header.Set("If-None-Match", `"`+d.String()+`"`)
-		}
-	}
-}
-
-// serveUnsized sends a body of unknown length, chunked; its end is only
-// written when all was right. Conditions hold as ever, ranges wait for the
-// length: the whole is a legal answer to one (RFC 9110 14.2).
-func serveUnsized(w *response, r *http.Request, o *cache.Object, d digest.Digest) error {
-	if inm := r.Header.Get("If-None-Match"); inm != "" && quoted(inm, d) {
-		w.WriteHeader(http.StatusNotModified)
-		return nil
-	}
-	if !r.ProtoAtLeast(1, 1) {
-		return errNoLength
-	}
-	w.WriteHeader(http.StatusOK)
-	_, err := io.Copy(w, onlyReader{o.Content})
-	return aborted(err)
-}
-
-// onlyReader hides Seek, which io.Copy has no use for.
-type onlyReader struct{ io.Reader }
-
-// aborted marks an error after the headers: the connection must be cut, or a
-// chunked body would seem to end well.
-func aborted(err error) error {
-	if err != nil {
-		return fmt.Errorf("%w: %w", errAborted, err)
-	}
-	return nil
-}
-
-var errAborted = errors.New("body broke off")
-
-// serveHead answers a HEAD without opening anything. size is -1 when nobody
-// knows it.
-func serveHead(w *response, r *http.Request, d digest.Digest, mediaType string, size int64) error {
-	h := w.Header()
-	h.Set("Content-Type", mediaType)
-	setDigest(h, d)
-	if size < 0 {
-		w.WriteHeader(http.StatusOK)
-		return nil
-	}
-	quoteCondition(r)
-	http.ServeContent(w, r, "", noTime, sizeOnly(size))
-	return nil
-}
-
-// sizeOnly is the content of an answer to HEAD: it has a size and no bytes.
-type sizeOnly int64
-
-func (s sizeOnly) Seek(offset int64, whence int) (int64, error) {
-	if whence == io.SeekEnd {
-		offset += int64(s)
-	}
-	return offset, nil
-}
-
-func (sizeOnly) Read([]byte) (int, error) { return 0, io.EOF }

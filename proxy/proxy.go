@@ -323,6 +323,11 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 			zap.String("client", r.RemoteAddr),
 			zap.String("agent", bounded(r.UserAgent())),
 		}
+		if w.fetcher != nil {
+			if from := w.fetcher.from(); len(from) > 0 {
+				fields = append(fields, zap.Strings("sources", from))
+			}
+		}
 		if w.err != nil {
 			fields = append(fields, zap.String("error", bounded(w.err.Error())))
 		}

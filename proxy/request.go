@@ -197,7 +197,7 @@ func parseRange(r *http.Request) (first, length int64, resumes bool) {
 	switch {
 	case r.Method != http.MethodGet || len(lines) > 1:
 	case !bytes:
-		return 0, 0, false // 416 where ranges are known, see http.ServeContent
+		return 0, 0, false // 416 where ranges are known, see serveContent
 	case suffixRange.MatchString(spec):
 		return 1, 1, false // somewhere in the object, whose size is to be known first
 	case simpleRange.MatchString(spec):

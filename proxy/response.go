@@ -22,6 +22,7 @@ type response struct {
 	request     *request
 	cacheStatus string // RFC 9211
 	collapsed   bool
+	fetcher     *fetcher // of the bytes, where they are not here; nil for none
 	err         error
 	timeout     time.Duration // Options.WriteTimeout
 	start       time.Time

@@ -253,7 +253,7 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 // here: the tag may move between HEAD and GET. Some registries have it by its
 // tag only, and it may be gone meanwhile: then the tag is asked for itself.
 func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	o, err := p.openTag(ctx, q, c)
+	o, err := p.openTag(ctx, w, q, c)
 	if err != nil && (!isNo(err) && !errors.Is(err, cache.ErrBroken) && !errors.Is(err, errManifest) || c.body != nil) {
 		return err
 	}
@@ -264,7 +264,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
 			return p.relayManifest(ctx, w, q, c)
 		}
-		if o, err = p.openTag(ctx, q, c); err != nil {
+		if o, err = p.openTag(ctx, w, q, c); err != nil {
 			return err
 		}
 	}
@@ -280,11 +280,12 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 
 // openTag opens what the authority said that the tag means. What is here of
 // another size than it said is not that: the client's own request tells.
-func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cache.Object, error) {
+func (p *Proxy) openTag(ctx context.Context, w *response, q *request, c *confirmation) (*cache.Object, error) {
 	one := *q
 	one.digest = c.digest
-	s := p.source(&one, c.digest, &c.yes)
-	fetch, mediaType := s.fetch, c.mediaType
+	f := p.fetcher(&one, c.digest, &c.yes)
+	w.fetcher = f
+	fetch, mediaType := f.fetch, c.mediaType
 	if data := c.body; data != nil {
 		fetch = func(context.Context, int64, int64) (body, cache.Info, error) {
 			return io.NopCloser(bytes.NewReader(data)), cache.Info{Size: int64(len(data))}, nil
@@ -296,7 +297,7 @@ func (p *Proxy) openTag(ctx context.Context, q *request, c *confirmation) (*cach
 		Source:     string(q.upstream),
 		Authorised: true,
 		Fetch:      fetch,
-		Verified:   s.verified,
+		Verified:   f.verified,
 		Check:      checkAs(func() string { return mediaType }),
 	})
 	if err == nil && (o.Source != cache.Fetched && !c.yes.Covers(o.Size) || o.Doubtful && c.size != o.Size) {

@@ -2,12 +2,13 @@
 
 // Package upstream asks OCI registries, as OCI distribution-spec 1.1 has it.
 //
-// Contract: a Registry is asked with exactly the credential of the request, or
-// as anonymous or as the node, for which tarn fetches the tokens itself. Only the first
-// endpoint of a registry, its authority, sees a client's credential, and only
-// its answers count as a yes or a no; the others may serve bytes by digest
-// once the authority has said yes. Redirects are followed here, never by the
-// client, and every connection passes the dial guard.
+// Contract: one endpoint of a Registry is asked, with exactly the credential of
+// the request, or as anonymous or as the node, for which tarn fetches the tokens
+// itself. Only the first endpoint, the authority, and those that the operator
+// trusts see a credential, and only the authority's answers count as a yes or a
+// no. Which endpoint is asked, and which next, is the caller's to order; the
+// others are for bytes by digest, once the authority has said yes. Redirects are
+// followed here, never by the client, and every connection passes the dial guard.
 //
 // Failure model: every answer has its headers within the registry's head
 // timeout, and a body that brings no byte for bodyIdle fails. An error is a

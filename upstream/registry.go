@@ -4,7 +4,6 @@ package upstream
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -42,12 +41,12 @@ type Request struct {
 	// Offset is the first byte wanted, Length how many, 0 for all that follow.
 	// Both 0 mean the whole object, without a Range.
 	Offset, Length int64
-	// Authorised says that the authority has said yes to what this request
-	// is for, so that the other endpoints may serve the bytes.
-	Authorised bool
-	// Endpoint is which of the endpoints is asked first, counted round; it is
-	// for who is Authorised and had trouble with the one before.
+	// Endpoint is which one is asked. 0 is the authority; another is asked for
+	// an object by its digest only, and only by who has the authority's yes.
 	Endpoint int
+	// Budget is the time to the headers; 0, and what is more than the
+	// registry's HeadTimeout, is that.
+	Budget time.Duration
 }
 
 // ranged tells whether only a part is asked for.
@@ -87,64 +86,46 @@ const (
 	// a stranger's: 256 times 16 proofs of 20 KiB at most.
 	maxStrangerProofs = 16
 	maxChallenge      = 4 << 10
-	// earlyTimeout is what an endpoint gets while another one is left.
-	earlyTimeout = 3 * time.Second
 )
 
-// Endpoints is how many there are.
-func (r *Registry) Endpoints() int { return len(r.endpoints) }
+// Endpoints are those that can be asked, the authority first. They are not to be
+// changed.
+func (r *Registry) Endpoints() []Endpoint { return r.endpoints }
+
+// Trusts tells whether that endpoint may see credentials. The authority may.
+func (r *Registry) Trusts(endpoint int) bool { return endpoint == 0 || r.endpoints[endpoint].Trusted }
 
 // HeadTimeout is how long the registry may take for its response headers.
 func (r *Registry) HeadTimeout() time.Duration { return r.headTimeout }
 
-// Do asks the registry and returns its 200 or 206; everything else is an
-// error. The context covers the body too; the time to the headers is bounded
-// besides. The caller closes the body.
+// Do asks one endpoint and returns its 200 or 206; everything else is an error.
+// The context covers the body too; the time to the headers is bounded besides.
+// The caller closes the body.
 //
-// Only a request that is Authorised, and by digest, moves on from an authority
-// that cannot be reached, is too late or answers 5xx to the next endpoints; no
-// 4xx of it does. What those say but the bytes is nobody's word: when none of
-// them has the object, the error is the authority's.
+// What an endpoint says that is not the authority is nobody's word, be it a yes
+// or a no: it is there for the bytes that a digest names. One that is not trusted
+// is asked as anonymous, whatever the request says.
 func (r *Registry) Do(ctx context.Context, req Request) (*Response, error) {
-	endpoints := r.endpoints[:1]
-	if req.Authorised && strings.Contains(req.Reference, ":") {
-		endpoints = r.endpoints
+	e := r.endpoints[req.Endpoint]
+	if req.Endpoint > 0 && !strings.Contains(req.Reference, ":") {
+		return nil, fmt.Errorf("%w: only the authority is asked for what no digest names", ErrProtocol)
 	}
-	var first error
-	for n := range endpoints {
-		i := (req.Endpoint + n) % len(endpoints)
-		e, ask := endpoints[i], req
-		if i > 0 && !e.Trusted {
-			ask.Authorization, ask.As = "", Anonymous
-		}
-		timeout := r.headTimeout
-		if n < len(endpoints)-1 {
-			timeout = min(timeout, earlyTimeout)
-		}
-		name := func() question {
-			return r.client.question(ask, e.URL.String(), ask.Method, ask.Repository, string(ask.Kind), ask.Reference, ask.Query.Encode())
-		}
-		resp, err := unlessLimited(r, name, func() (*Response, error) { return r.ask(ctx, e, timeout, ask) })
-		if err == nil {
-			resp.Authority, resp.Endpoint = i == 0, i
-			return resp, nil
-		}
-		if first == nil || i == 0 {
-			first = err
-		}
-		if i == 0 && !movesOn(err) || ctx.Err() != nil {
-			break
-		}
+	if !r.Trusts(req.Endpoint) {
+		req.Authorization, req.As = "", Anonymous
 	}
-	return nil, first
-}
-
-func movesOn(err error) bool {
-	var status *StatusError
-	if errors.As(err, &status) {
-		return status.Status >= 500
+	timeout := r.headTimeout
+	if req.Budget > 0 {
+		timeout = min(timeout, req.Budget)
 	}
-	return errors.Is(err, ErrUnreachable) || errors.Is(err, ErrTimeout)
+	name := func() question {
+		return r.client.question(req, e.URL.String(), req.Method, req.Repository, string(req.Kind), req.Reference, req.Query.Encode())
+	}
+	resp, err := unlessLimited(r, name, func() (*Response, error) { return r.ask(ctx, e, timeout, req) })
+	if err != nil {
+		return nil, err
+	}
+	resp.Authority = req.Endpoint == 0
+	return resp, nil
 }
 
 // ask puts the request to one endpoint: with the caller's credential, or as

@@ -56,66 +56,58 @@ func read(t *testing.T, resp *Response, err error) string {
 	return string(b)
 }
 
-func TestOnlyTheAuthorityAnswersUntilItHasSaidYes(t *testing.T) {
+func TestOneEndpointIsAskedAndNoOther(t *testing.T) {
 	authority, mirror := registrytest.New(t), registrytest.New(t)
 	d := mirror.Blob("app", []byte("bytes"))
 	r := listed(t, endpoint(authority), endpoint(mirror))
+	req := blobRequest("GET", d)
 	status := 0
-	authority.Hook = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(status); return true }
+	refuse := func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(status); return true }
+	authority.Hook = refuse
+	var refused *StatusError
 	for _, status = range []int{401, 403, 404, 429, 500, 503} {
-		for _, authorised := range []bool{false, true} {
-			req := blobRequest("GET", d)
-			req.Authorised = authorised
-			// Each with its own credential: a 429 stands for a while.
-			req.Authorization = fmt.Sprintf("Basic %d%v", status, authorised)
-			mirror.Reset()
-			resp, err := r.Do(t.Context(), req)
-			if moves := authorised && status >= 500; moves {
-				if got := read(t, resp, err); got != "bytes" {
-					t.Errorf("%d: %q", status, got)
-				}
-				if mirror.Exchanges()[0].Authorization != "" {
-					t.Error("an endpoint that is not trusted saw the credential")
-				}
-				continue
-			}
-			var refused *StatusError
-			if !errors.As(err, &refused) || refused.Status != status || len(mirror.Exchanges()) != 0 {
-				t.Errorf("%d, authorised %v: %v, the other endpoint saw %v", status, authorised, err, mirror.Exchanges())
-			}
+		req.Authorization = fmt.Sprintf("Basic %d", status) // a 429 stands for a while
+		if _, err := r.Do(t.Context(), req); !errors.As(err, &refused) || refused.Status != status || len(mirror.Exchanges()) != 0 {
+			t.Errorf("%d: %v, the other endpoint saw %v", status, err, mirror.Exchanges())
 		}
 	}
-	// What another endpoint refuses is nobody's word.
-	status = 503
-	for _, mirror.Hook = range []func(http.ResponseWriter, *http.Request) bool{
-		func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(404); return true },
-		func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(401); return true },
-	} {
-		req := blobRequest("GET", d)
-		req.Authorised = true
-		var said *StatusError
-		if _, err := r.Do(t.Context(), req); !errors.As(err, &said) || said.Status != 503 {
-			t.Errorf("a mirror that lacks it: %v", err)
-		}
+	authority.Reset()
+	req.Endpoint = 1
+	resp, err := r.Do(t.Context(), req)
+	if got := read(t, resp, err); got != "bytes" || resp.Authority || len(authority.Exchanges()) != 0 {
+		t.Errorf("%q, the authority's word: %v, and it saw %v", got, resp.Authority, authority.Exchanges())
+	}
+	mirror.Hook = refuse
+	status = 404
+	if _, err := r.Do(t.Context(), req); !errors.As(err, &refused) || refused.Status != 404 || len(authority.Exchanges()) != 0 {
+		t.Errorf("%v, the authority saw %v", err, authority.Exchanges())
 	}
 	// A tag is the authority's alone, even when it is dead.
 	authority.Close()
-	if _, err := r.Do(t.Context(), Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1", Authorised: true}); !errors.Is(err, ErrUnreachable) {
+	mirror.Reset()
+	tag := Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1"}
+	if _, err := r.Do(t.Context(), tag); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("a tag of a dead authority: %v", err)
+	}
+	tag.Endpoint = 1
+	if _, err := r.Do(t.Context(), tag); !errors.Is(err, ErrProtocol) || len(mirror.Exchanges()) != 0 {
+		t.Errorf("a tag of another endpoint: %v, it saw %v", err, mirror.Exchanges())
 	}
 }
 
-func TestATrustedEndpointSeesTheCredential(t *testing.T) {
-	authority, mirror := registrytest.New(t), registrytest.New(t)
-	d := mirror.Blob("app", []byte("bytes"))
-	authority.Close()
-	r := listed(t, Endpoint{URL: authority.Endpoint()}, Endpoint{URL: mirror.Endpoint(), Trusted: true})
-	req := blobRequest("GET", d)
-	req.Authorised, req.Authorization = true, "Basic c2VjcmV0"
-	resp, err := r.Do(t.Context(), req)
-	read(t, resp, err)
-	if mirror.Exchanges()[0].Authorization != req.Authorization {
-		t.Error("it did not")
+func TestOnlyATrustedEndpointSeesTheCredential(t *testing.T) {
+	authority := registrytest.New(t)
+	for _, trusted := range []bool{false, true} {
+		mirror := registrytest.New(t)
+		d := mirror.Blob("app", []byte("bytes"))
+		r := listed(t, endpoint(authority), Endpoint{URL: mirror.Endpoint(), Trusted: trusted})
+		req := blobRequest("GET", d)
+		req.Endpoint, req.Authorization = 1, "Basic c2VjcmV0"
+		resp, err := r.Do(t.Context(), req)
+		read(t, resp, err)
+		if saw := mirror.Exchanges()[0].Authorization != ""; saw != trusted || r.Trusts(1) != trusted || !r.Trusts(0) {
+			t.Errorf("trusted: %v, it saw the credential: %v", trusted, saw)
+		}
 	}
 }
 
@@ -236,6 +228,12 @@ func TestHeadersThatDoNotComeEndInTime(t *testing.T) {
 		if _, err := r.Do(t.Context(), blobRequest(method, digest.FromString("x"))); !errors.Is(err, ErrTimeout) {
 			t.Errorf("%s: %v", method, err)
 		}
+	}
+	r.headTimeout = time.Minute
+	req := blobRequest("GET", digest.FromString("x"))
+	req.Budget = time.Millisecond
+	if _, err := r.Do(t.Context(), req); !errors.Is(err, ErrTimeout) {
+		t.Errorf("within its budget: %v", err)
 	}
 }
 

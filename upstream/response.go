@@ -91,8 +91,6 @@ type Response struct {
 	// Authority: it is the first endpoint's answer, which is the registry's
 	// word; another's is bytes only.
 	Authority bool
-	// Endpoint is which one answered.
-	Endpoint int
 }
 
 // refusesRange tells whether a status is one that servers answer a Range with
