@@ -97,7 +97,7 @@ func New(opts Options) http.Handler {
 		})
 	}
 	if opts.Store != nil {
-		images{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
+		imageAPI{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
 	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))

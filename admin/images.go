@@ -14,19 +14,21 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/cache/store"
+	"tarn/images"
 	"tarn/proxy"
 )
 
-// images is what may be asked and told of what is stored.
-type images struct {
-	store *cache.Cache
+// imageAPI is what may be asked and told of what is stored.
+type imageAPI struct {
+	cache *cache.Cache
 	parse func(string) (proxy.ImageName, error)
 	ask   func(context.Context, proxy.ImageName) (proxy.Offered, error)
 }
 
 // register serves what reads, and what changes something unless it says where that
 // is done.
-func (i images) register(mux *http.ServeMux, readOnly string) {
+func (i imageAPI) register(mux *http.ServeMux, readOnly string) {
 	mux.HandleFunc("GET /api/v1/images", i.list)
 	mux.HandleFunc("GET /api/v1/pins", i.pins)
 	for pattern, change := range map[string]http.HandlerFunc{
@@ -47,7 +49,7 @@ func (i images) register(mux *http.ServeMux, readOnly string) {
 // Pinned is the answer to a pin.
 type Pinned struct {
 	Image string `json:"image"` // its canonical name
-	cache.Pin
+	images.Pin
 	HereBytes  int64 `json:"hereBytes"`
 	TotalBytes int64 `json:"totalBytes"` // as far as its manifests are here
 	// Warning says why it is not known whether there is such an image.
@@ -57,13 +59,13 @@ type Pinned struct {
 // Unpinned is the answer to unpinning.
 type Unpinned struct {
 	Image string `json:"image"`
-	cache.Pin
+	images.Pin
 }
 
 // Evicted is the answer to an eviction.
 type Evicted struct {
 	Image string `json:"image"`
-	cache.Evicted
+	store.Evicted
 }
 
 // Order is what POST and DELETE are told.
@@ -123,7 +125,7 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 }
 
 // named reads the image of an order.
-func (i images) named(w http.ResponseWriter, r *http.Request) (o Order, n proxy.ImageName, ok bool) {
+func (i imageAPI) named(w http.ResponseWriter, r *http.Request) (o Order, n proxy.ImageName, ok bool) {
 	if o, ok = readOrder(w, r); !ok {
 		return o, n, false
 	}
@@ -138,13 +140,13 @@ func (i images) named(w http.ResponseWriter, r *http.Request) (o Order, n proxy.
 func serveFailure(w http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	switch {
-	case errors.Is(err, cache.ErrNotStored), errors.Is(err, cache.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
+	case errors.Is(err, images.ErrNotStored), errors.Is(err, images.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
 		status = http.StatusNotFound
-	case errors.Is(err, cache.ErrVerifying), errors.Is(err, cache.ErrPinned), errors.Is(err, cache.ErrPinsTooLarge), errors.Is(err, cache.ErrShared), errors.Is(err, errSeveral):
+	case errors.Is(err, store.ErrVerifying), errors.Is(err, images.ErrPinned), errors.Is(err, images.ErrPinsTooLarge), errors.Is(err, images.ErrShared), errors.Is(err, errSeveral):
 		status = http.StatusConflict
-	case errors.Is(err, cache.ErrNoPin), errors.Is(err, proxy.ErrNotAsked):
+	case errors.Is(err, images.ErrNoPin), errors.Is(err, proxy.ErrNotAsked):
 		status = http.StatusBadRequest
-	case errors.Is(err, cache.ErrClosed):
+	case errors.Is(err, store.ErrClosed):
 		status = http.StatusServiceUnavailable
 	}
 	serveJSON(w, status, failure(err.Error()))
@@ -154,8 +156,8 @@ func serveFailure(w http.ResponseWriter, err error) {
 const maxFilters = 64
 
 // list answers with all images, or with those that ?image= names.
-func (i images) list(w http.ResponseWriter, r *http.Request) {
-	all := i.store.Images()
+func (i imageAPI) list(w http.ResponseWriter, r *http.Request) {
+	all := i.cache.Images().List()
 	asked := r.URL.Query()["image"]
 	if len(asked) > maxFilters {
 		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d images are asked for; %d is the most", len(asked), maxFilters)))
@@ -179,24 +181,24 @@ func (i images) list(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	images := []cache.Image{}
+	found := []images.Image{}
 	for j, image := range all {
 		if len(asked) == 0 || wanted[j] {
-			images = append(images, image)
+			found = append(found, image)
 		}
 	}
-	serveJSON(w, http.StatusOK, map[string]any{"images": images})
+	serveJSON(w, http.StatusOK, map[string]any{"images": found})
 }
 
-func (i images) pins(w http.ResponseWriter, _ *http.Request) {
-	pins := i.store.Pins()
+func (i imageAPI) pins(w http.ResponseWriter, _ *http.Request) {
+	pins := i.cache.Images().Pins()
 	if pins == nil {
-		pins = []cache.Pin{}
+		pins = []images.Pin{}
 	}
 	serveJSON(w, http.StatusOK, map[string]any{"pins": pins})
 }
 
-func (i images) pin(w http.ResponseWriter, r *http.Request) {
+func (i imageAPI) pin(w http.ResponseWriter, r *http.Request) {
 	o, n, ok := i.named(w, r)
 	if !ok {
 		return
@@ -218,7 +220,7 @@ func (i images) pin(w http.ResponseWriter, r *http.Request) {
 	case len(o.Platforms) > 1 || o.Platforms[0] != allPlatforms:
 		p.Platforms = o.Platforms
 	}
-	t, err := i.store.Pin(p)
+	t, err := i.cache.Images().Pin(p)
 	if err != nil {
 		serveFailure(w, err)
 		return
@@ -226,14 +228,14 @@ func (i images) pin(w http.ResponseWriter, r *http.Request) {
 	serveJSON(w, http.StatusOK, Pinned{n.String(), p, t.Here, t.Total, warning})
 }
 
-func (i images) unpin(w http.ResponseWriter, r *http.Request) {
+func (i imageAPI) unpin(w http.ResponseWriter, r *http.Request) {
 	_, n, ok := i.named(w, r)
 	if !ok {
 		return
 	}
 	p, err := i.toUnpin(n)
 	if err == nil {
-		err = i.store.Unpin(p)
+		err = i.cache.Images().Unpin(p)
 	}
 	if err != nil {
 		serveFailure(w, err)
@@ -242,7 +244,7 @@ func (i images) unpin(w http.ResponseWriter, r *http.Request) {
 	serveJSON(w, http.StatusOK, Unpinned{p.String(), p})
 }
 
-func (i images) evict(w http.ResponseWriter, r *http.Request) {
+func (i imageAPI) evict(w http.ResponseWriter, r *http.Request) {
 	_, n, ok := i.named(w, r)
 	if !ok {
 		return
@@ -252,9 +254,9 @@ func (i images) evict(w http.ResponseWriter, r *http.Request) {
 		serveFailure(w, err)
 		return
 	}
-	e, err := i.store.EvictImage(n.Repository, n.Tag, n.Digest)
-	if errors.Is(err, cache.ErrNotStored) {
-		err = notHere(n, i.store.Images())
+	e, err := i.cache.Images().Evict(n.Repository, n.Tag, n.Digest)
+	if errors.Is(err, images.ErrNotStored) {
+		err = notHere(n, i.cache.Images().List())
 	}
 	if err != nil {
 		serveFailure(w, err)
@@ -266,7 +268,7 @@ func (i images) evict(w http.ResponseWriter, r *http.Request) {
 // Verified is a line of the answer to verify: the last one says that it is done,
 // or why not.
 type Verified struct {
-	cache.Verification
+	store.Verification
 	Done  bool   `json:"done"`
 	Error string `json:"error,omitempty"`
 }
@@ -278,7 +280,7 @@ const (
 
 // verify answers with a line now and then while it reads the disk. It ends when
 // the client leaves.
-func (i images) verify(w http.ResponseWriter, r *http.Request) {
+func (i imageAPI) verify(w http.ResponseWriter, r *http.Request) {
 	o, ok := readOrder(w, r)
 	if !ok {
 		return
@@ -295,12 +297,12 @@ func (i images) verify(w http.ResponseWriter, r *http.Request) {
 		lines.Encode(v) // who has left has ended the context
 		control.Flush()
 	}
-	v, err := i.store.Verify(r.Context(), o.Rate, func(v cache.Verification) {
+	v, err := i.cache.Store().Verify(r.Context(), o.Rate, func(v store.Verification) {
 		if time.Since(last) >= reportEvery {
 			send(Verified{Verification: v})
 		}
 	})
-	if errors.Is(err, cache.ErrVerifying) {
+	if errors.Is(err, store.ErrVerifying) {
 		serveFailure(w, err)
 		return
 	}

@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"tarn/cache"
+	"tarn/images"
 	"tarn/index"
 	"tarn/proxy"
 )
@@ -24,63 +24,63 @@ var errSeveral = errors.New("which one is meant?")
 
 // means tells whether a name means an image, as a filter: a bare repository means
 // all that are here of it.
-func means(n proxy.ImageName, image cache.Image) bool {
+func means(n proxy.ImageName, image images.Image) bool {
 	return (n.Repository == index.RepositoryKey{} || n.Repository == keyOf(image)) &&
 		(n.Tag == "" || n.Bare || n.Tag == image.Tag) &&
 		(n.Digest == "" || n.Digest == image.Digest) &&
 		strings.HasPrefix(image.Digest.String(), n.Prefix)
 }
 
-func keyOf(image cache.Image) index.RepositoryKey {
+func keyOf(image images.Image) index.RepositoryKey {
 	return index.RepositoryKey{Upstream: image.Upstream, Repository: image.Repository}
 }
 
-func pinOf(n proxy.ImageName) cache.Pin {
-	return cache.Pin{Upstream: n.Repository.Upstream, Repository: n.Repository.Repository, Tag: n.Tag, Digest: n.Digest}
+func pinOf(n proxy.ImageName) images.Pin {
+	return images.Pin{Upstream: n.Repository.Upstream, Repository: n.Repository.Repository, Tag: n.Tag, Digest: n.Digest}
 }
 
 // toPin is the image that is meant to be pinned.
-func (i images) toPin(n proxy.ImageName) (proxy.ImageName, error) {
+func (i imageAPI) toPin(n proxy.ImageName) (proxy.ImageName, error) {
 	if !n.Bare && n.Prefix == "" && n.Repository != (index.RepositoryKey{}) {
 		return n, nil
 	}
-	all := i.store.Images()
+	all := i.cache.Images().List()
 	if n.Bare {
 		// Nothing of it is here: then it is what a pull without a tag would get.
 		return bare(n, all, true)
 	}
-	return byDigest(n, all, func(a, b cache.Image) bool { return a.Digest == b.Digest && keyOf(a) == keyOf(b) })
+	return byDigest(n, all, func(a, b images.Image) bool { return a.Digest == b.Digest && keyOf(a) == keyOf(b) })
 }
 
 // toEvict is the image that is meant to be evicted.
-func (i images) toEvict(n proxy.ImageName) (proxy.ImageName, error) {
+func (i imageAPI) toEvict(n proxy.ImageName) (proxy.ImageName, error) {
 	if !n.Bare && n.Prefix == "" {
 		return n, nil // of a whole digest the repository says nothing
 	}
-	all := i.store.Images()
+	all := i.cache.Images().List()
 	if n.Bare {
 		return bare(n, all, false)
 	}
 	// Under whatever names it is known, it is the same image.
-	return byDigest(n, all, func(a, b cache.Image) bool { return a.Digest == b.Digest })
+	return byDigest(n, all, func(a, b images.Image) bool { return a.Digest == b.Digest })
 }
 
 // bare is latest where that is here, as everywhere; but who has others here means
 // one of them.
-func bare(n proxy.ImageName, all []cache.Image, otherwise bool) (proxy.ImageName, error) {
-	here := slices.ContainsFunc(all, func(image cache.Image) bool { return means(n, image) })
+func bare(n proxy.ImageName, all []images.Image, otherwise bool) (proxy.ImageName, error) {
+	here := slices.ContainsFunc(all, func(image images.Image) bool { return means(n, image) })
 	n.Bare = false
-	if here && !slices.ContainsFunc(all, func(image cache.Image) bool { return means(n, image) }) || !here && !otherwise {
+	if here && !slices.ContainsFunc(all, func(image images.Image) bool { return means(n, image) }) || !here && !otherwise {
 		return n, notHere(n, all)
 	}
 	return n, nil
 }
 
 // byDigest finds the one image that a digest, or the beginning of one, means.
-func byDigest(n proxy.ImageName, all []cache.Image, same func(a, b cache.Image) bool) (proxy.ImageName, error) {
-	var found []cache.Image
+func byDigest(n proxy.ImageName, all []images.Image, same func(a, b images.Image) bool) (proxy.ImageName, error) {
+	var found []images.Image
 	for _, image := range all {
-		if means(n, image) && !slices.ContainsFunc(found, func(f cache.Image) bool { return same(f, image) }) {
+		if means(n, image) && !slices.ContainsFunc(found, func(f images.Image) bool { return same(f, image) }) {
 			found = append(found, image)
 		}
 	}
@@ -94,9 +94,9 @@ func byDigest(n proxy.ImageName, all []cache.Image, same func(a, b cache.Image) 
 }
 
 // toUnpin is the pin that is meant.
-func (i images) toUnpin(n proxy.ImageName) (cache.Pin, error) {
-	var found, ofRepository []cache.Pin
-	for _, p := range i.store.Pins() {
+func (i imageAPI) toUnpin(n proxy.ImageName) (images.Pin, error) {
+	var found, ofRepository []images.Pin
+	for _, p := range i.cache.Images().Pins() {
 		if k := (index.RepositoryKey{Upstream: p.Upstream, Repository: p.Repository}); k != n.Repository && n.Repository != (index.RepositoryKey{}) {
 			continue
 		}
@@ -118,18 +118,18 @@ func (i images) toUnpin(n proxy.ImageName) (cache.Pin, error) {
 		for _, p := range found {
 			names = append(names, p.String())
 		}
-		return cache.Pin{}, fmt.Errorf("%s: %w There are %s", n, errSeveral, listed(names))
+		return images.Pin{}, fmt.Errorf("%s: %w There are %s", n, errSeveral, listed(names))
 	case len(ofRepository) > 0 && n.Repository != index.RepositoryKey{}:
 		for _, p := range ofRepository {
 			names = append(names, strings.TrimPrefix(strings.TrimPrefix(p.String(), n.RepositoryName()), ":"))
 		}
-		return cache.Pin{}, fmt.Errorf("%s: %w; of this repository these are: %s", n, cache.ErrNotPinned, listed(names))
+		return images.Pin{}, fmt.Errorf("%s: %w; of this repository these are: %s", n, images.ErrNotPinned, listed(names))
 	}
-	return cache.Pin{}, fmt.Errorf("%s: %w", n, cache.ErrNotPinned)
+	return images.Pin{}, fmt.Errorf("%s: %w", n, images.ErrNotPinned)
 }
 
 // notHere says what is here instead.
-func notHere(n proxy.ImageName, all []cache.Image) error {
+func notHere(n proxy.ImageName, all []images.Image) error {
 	var names, alike []string
 	for _, image := range all {
 		switch {
@@ -143,14 +143,14 @@ func notHere(n proxy.ImageName, all []cache.Image) error {
 	}
 	switch alike = slices.Compact(alike); {
 	case len(names) > 0:
-		return fmt.Errorf("%s: %w; of this repository here are: %s", n, cache.ErrNotStored, listed(names))
+		return fmt.Errorf("%s: %w; of this repository here are: %s", n, images.ErrNotStored, listed(names))
 	case len(alike) > 0:
-		return fmt.Errorf("%s: %w; nothing of this repository is, but of %s", n, cache.ErrNotStored, listed(alike))
+		return fmt.Errorf("%s: %w; nothing of this repository is, but of %s", n, images.ErrNotStored, listed(alike))
 	}
-	return fmt.Errorf("%s: %w", n, cache.ErrNotStored)
+	return fmt.Errorf("%s: %w", n, images.ErrNotStored)
 }
 
-func several(n proxy.ImageName, found []cache.Image) error {
+func several(n proxy.ImageName, found []images.Image) error {
 	var names []string
 	for _, image := range found {
 		names = append(names, image.Upstream+"/"+image.Repository+"@"+short(image))
@@ -159,7 +159,7 @@ func several(n proxy.ImageName, found []cache.Image) error {
 }
 
 // short is a digest as the list of images shows it.
-func short(image cache.Image) string {
+func short(image images.Image) string {
 	const shown = len("sha256:") + 12
 	d := image.Digest.String()
 	return d[:min(shown, len(d))]
@@ -179,7 +179,7 @@ func listed(names []string) string {
 // taken, with a warning. So is what is here, when the registry says that it has it
 // not: it may say so to who shows no credential, and what it had once is what a pin
 // is for.
-func (i images) checked(ctx context.Context, n proxy.ImageName, platforms []string) (warning string, err error) {
+func (i imageAPI) checked(ctx context.Context, n proxy.ImageName, platforms []string) (warning string, err error) {
 	if i.ask == nil {
 		return "", nil
 	}
@@ -201,18 +201,18 @@ func (i images) checked(ctx context.Context, n proxy.ImageName, platforms []stri
 			for _, o := range offered.Platforms {
 				names = append(names, proxy.PlatformName(o))
 			}
-			return "", fmt.Errorf("%w: %s is for %s, and not for %q", cache.ErrNoPin, n, listed(names), p)
+			return "", fmt.Errorf("%w: %s is for %s, and not for %q", images.ErrNoPin, n, listed(names), p)
 		}
 	}
 	return "", nil
 }
 
-func (i images) isHere(n proxy.ImageName) bool {
+func (i imageAPI) isHere(n proxy.ImageName) bool {
 	d := n.Digest
 	if d == "" {
-		t, _ := i.store.Index().Tag(n.Repository.TagKey(n.Tag))
+		t, _ := i.cache.Index().Tag(n.Repository.TagKey(n.Tag))
 		d = t.Digest
 	}
-	_, ok := i.store.Index().Row(d)
+	_, ok := i.cache.Index().Row(d)
 	return ok
 }

@@ -5,7 +5,6 @@ package cache
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"tarn/cache/store"
 	"tarn/index"
 
 	"github.com/opencontainers/go-digest"
@@ -41,7 +41,7 @@ func TestATagOfWhatIsNotHereIsNotNoted(t *testing.T) {
 		note := index.Tag{Digest: digest.FromBytes(body), Sequence: 7, Confirmed: time.Now()}
 		known := func(what string, want bool) {
 			t.Helper()
-			if _, ok := c.index.Tag(k.TagKey("v1")); ok != want {
+			if _, ok := c.Index().Tag(k.TagKey("v1")); ok != want {
 				t.Errorf("%s, it is known: %v", what, ok)
 			}
 		}
@@ -59,11 +59,11 @@ func TestATagOfWhatIsNotHereIsNotNoted(t *testing.T) {
 		o.Close()
 		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 		c.NoteTag(k.TagKey("v2"), note)
-		if _, ok := c.index.Tag(k.TagKey("v2")); !ok {
+		if _, ok := c.Index().Tag(k.TagKey("v2")); !ok {
 			t.Error("another tag of what is here is not noted")
 		}
 		c.NoteTag(k.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 8, Confirmed: time.Now()})
-		if now, _ := c.index.Tag(k.TagKey("v1")); now.Sequence != 8 {
+		if now, _ := c.Index().Tag(k.TagKey("v1")); now.Sequence != 8 {
 			t.Error("a tag that is known has moved, and is not followed")
 		}
 	}
@@ -94,38 +94,32 @@ func TestStrangersTagsEvictNothing(t *testing.T) {
 	for i := range 500_000 {
 		c.NoteTag(evilKey.TagKey(fmt.Sprint("v", i)), index.Tag{Digest: digest.FromString("elsewhere"), Sequence: 1, Confirmed: now})
 	}
-	if n := c.index.StrangersBytes(); n != 0 {
+	if n := c.Index().StrangersBytes(); n != 0 {
 		t.Errorf("tags of what is not here take %d bytes", n)
 	}
 	for i := range 50_000 {
 		c.NoteTag(evilKey.TagKey(fmt.Sprint("v", i)), index.Tag{Digest: req.Digest, Sequence: 1, Confirmed: now})
-		c.index.NoteMembership(evilKey.MembershipKey("manifests", digest.FromString(fmt.Sprint(i))), index.Membership{Time: now})
+		c.Index().NoteMembership(evilKey.MembershipKey("manifests", digest.FromString(fmt.Sprint(i))), index.Membership{Time: now})
 		if i%10_000 == 0 {
-			if err := c.index.Sync(); err != nil {
+			if err := c.Index().Sync(); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	if err := c.index.Sync(); err != nil {
+	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.inCommitter(func() error {
-		c.followTags()
-		c.layOut()
-		c.measureOverhead()
-		c.keepBounds()
-		return nil
-	}); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
-	if n := c.index.StrangersBytes(); n == 0 || n > bound/strangersShare {
+	if n := c.Index().StrangersBytes(); n == 0 || n > bound/store.StrangersShare {
 		t.Errorf("they take %d bytes", n)
 	}
 	if s := c.Stats(); s.Evicted.Objects != 0 {
 		t.Errorf("something had to go for them: %+v", s)
 	}
-	list, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
-	if err != nil || len(list) > maxList/strangersShare+4096 || !bytes.Contains(list, []byte("lab.test/app:v1")) || !bytes.Contains(list, []byte("evil.example/app:v1")) {
+	list, err := os.ReadFile(filepath.Join(c.store.Dir(), store.ListName))
+	if err != nil || len(list) > (4<<20)/store.StrangersShare+4096 || !bytes.Contains(list, []byte("lab.test/app:v1")) || !bytes.Contains(list, []byte("evil.example/app:v1")) {
 		t.Errorf("a list of %d bytes: %v", len(list), err)
 	}
 }
@@ -141,74 +135,13 @@ func TestAMediaTypeThatIsNoneIsInNoList(t *testing.T) {
 	for i := range 100 {
 		c.NoteTag(appKey.TagKey(fmt.Sprint("v", i)), index.Tag{Digest: digest.FromBytes(body), Sequence: 1, Confirmed: time.Now()})
 	}
-	c.index.NoteMembership(appKey.MembershipKey("manifests", digest.FromBytes(body)), index.Membership{Time: time.Now(), MediaType: "a/b\x1b[0m+json"})
-	if err := c.inCommitter(func() error { c.followTags(); c.layOut(); return nil }); err != nil {
+	c.Index().NoteMembership(appKey.MembershipKey("manifests", digest.FromBytes(body)), index.Membership{Time: time.Now(), MediaType: "a/b\x1b[0m+json"})
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
-	data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
+	data, err := os.ReadFile(filepath.Join(c.store.Dir(), store.ListName))
 	var list v1.Index
 	if err != nil || json.Unmarshal(data, &list) != nil || len(data) > 1000 || len(list.Manifests) != 0 {
 		t.Errorf("a list of %d bytes: %v", len(data), err)
-	}
-}
-
-// TestWhatPeoplePinIsBounded, in number and in bytes.
-func TestWhatPeoplePinIsBounded(t *testing.T) {
-	t.Parallel()
-	c := openChaos(t, t.TempDir(), 1<<30)
-	defer c.Close()
-	long := func(n int) string { return strings.Repeat("x", n) }
-	platform := "linux/" + long(maxPlatform-len("linux/"))
-	for name, p := range map[string]Pin{
-		"an upstream":   {Upstream: long(maxName + 1), Repository: "app", Tag: "v1"},
-		"a repository":  {Upstream: "lab.test", Repository: long(maxName + 1), Tag: "v1"},
-		"a tag":         {Upstream: "lab.test", Repository: "app", Tag: long(maxTag + 1)},
-		"a platform":    {Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{platform + "x"}},
-		"the platforms": {Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: strings.Split(strings.TrimSuffix(strings.Repeat("linux/x,", maxPlatforms+1), ","), ",")},
-	} {
-		if _, err := c.Pin(p); !errors.Is(err, ErrNoPin) || len(err.Error()) > 500 {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	pin := func(i int, platforms ...string) error {
-		_, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: fmt.Sprint("v", i), Platforms: platforms})
-		return err
-	}
-	var many []Pin
-	for i := range maxPins - 1 {
-		many = append(many, Pin{Upstream: "lab.test", Repository: "app", Tag: fmt.Sprint("v", i)})
-	}
-	if err := c.inCommitter(func() error { return c.setPins(many) }); err != nil {
-		t.Fatal(err)
-	}
-	if err := pin(maxPins); err != nil {
-		t.Error(err)
-	}
-	if err := pin(maxPins + 1); !errors.Is(err, ErrPinsTooLarge) || !strings.Contains(err.Error(), "unpin") {
-		t.Error(err)
-	}
-	if err := pin(maxPins, "linux/amd64"); err != nil {
-		t.Errorf("one that is there cannot be changed: %v", err)
-	}
-	if err := c.inCommitter(func() error { return c.setPins(nil) }); err != nil {
-		t.Fatal(err)
-	}
-	wide := strings.Split(strings.TrimSuffix(strings.Repeat(platform+",", maxPlatforms), ","), ",")
-	many = nil
-	for i := range maxPinsBytes / (maxPlatforms * (maxPlatform + 20)) {
-		many = append(many, Pin{Upstream: "lab.test", Repository: "app", Tag: fmt.Sprint("v", i), Platforms: wide})
-	}
-	if err := c.inCommitter(func() error { return c.setPins(many) }); err != nil {
-		t.Fatal(err)
-	}
-	var err error
-	for i := 0; err == nil && i < 100; i++ {
-		err = pin(maxPins+i, wide...)
-	}
-	if !errors.Is(err, ErrPinsTooLarge) || !strings.Contains(err.Error(), "unpin") {
-		t.Error(err)
-	}
-	if info, err := os.Stat(filepath.Join(c.opts.Dir, pinsName)); err != nil || info.Size() > maxPinsBytes {
-		t.Errorf("%d bytes: %v", info.Size(), err)
 	}
 }

@@ -1,20 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cache owns the agreement of row and file: hits, flights, space,
-// eviction, commits, and reconciling at start.
-//
-// These hold at every moment, a crash included:
-//
-//  1. A row implies a file of that size, and vouches for its bytes as long as
-//     it looks as it did when they were hashed. (New sees to the file; one that
-//     was changed is found when it is opened, see recheck.go.)
-//  2. A file without a row is adopted, after hashing, or removed, after a start.
-//  3. Allocated bytes of blobs, pending files and index, plus what reservations
-//     have yet to write, are at most MaxSize.
-//  4. A file is visible under its digest only when it is complete, verified and
-//     fsynced; deletion goes row first, then file.
-//  5. No lock is held across I/O.
-//  6. A tag row is a dated claim about the authority, never a pin.
+// Package cache is the front: where a request becomes a stored file, a flight or a
+// passage.
 //
 // Contract: Open gives an object's bytes, from the disk, from a flight that is
 // on its way, or from one that it starts. Rights are the caller's business: an
@@ -28,33 +15,30 @@
 // of its own, or, of a range, the source's own answer, which is not verified.
 // Errors of a Fetch come back as they are.
 //
-// It never knows HTTP, and never asks anybody but through a Fetch.
+// It never knows HTTP, and never asks anybody but through a Fetch. What is kept is
+// package store's, which has the invariants.
 package cache
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"sync"
-	"sync/atomic"
-	"syscall"
-	"time"
 
-	"tarn/blobstore"
+	"tarn/cache/store"
+	"tarn/images"
 	"tarn/index"
-	"tarn/internal/fault"
-	"tarn/internal/regular"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 )
 
 var (
+	// ErrInUse, ErrForeign and ErrClosed are the store's.
+	ErrInUse   = store.ErrInUse
+	ErrForeign = store.ErrForeign
+	ErrClosed  = store.ErrClosed
 	// ErrAuthorise: the object is here, and the request has not said that it
 	// may have it.
 	ErrAuthorise = errors.New("the object is cached: authorise first")
@@ -75,9 +59,8 @@ var (
 	ErrTainted = errors.New("an earlier part of this object may be wrong: read it from the start")
 )
 
-// ListedDomain is the source domain that all listed upstreams share. It is no
-// legal registry name, so that no registry can claim it.
-const ListedDomain = "*"
+// ListedDomain is the source domain that all listed upstreams share.
+const ListedDomain = store.ListedDomain
 
 // Key names an object as one source domain delivered it.
 type Key struct {
@@ -163,87 +146,29 @@ type Request struct {
 	Check func(body []byte) error
 }
 
-// Options of a cache.
-type Options struct {
-	// Dir is the data directory; one process at a time.
-	Dir string
-	// MaxSize is the bound in bytes on what the directory takes.
-	MaxSize int64
-	// MinFree is how many bytes of the filesystem are always left free.
-	MinFree int64
-	// Listed tells whether the operator has named an upstream: others have only a
-	// part of what tarn keeps account of. nil: all are.
-	Listed func(upstream string) bool
-	// Logger is for what happens in the background. nil logs nothing.
-	Logger *zap.Logger
-	// Steps is for tests, which have some of them fail.
-	Steps fault.Steps
-}
+// Options of a cache are those of its store.
+type Options = store.Options
 
 // Cache is an open data directory. It is safe for concurrent use.
 type Cache struct {
-	opts   Options
+	store  *store.Store
+	images *images.Images
 	log    *zap.Logger
-	lock   *os.File
-	store  *blobstore.Store
-	index  *index.Index
 	taint  *taints
-	hot    *hot
-	order  *order
-	pins   pins
-	images imageList
-	// verifying: one at a time reads all that is stored.
-	verifying sync.Mutex
-	// tagMoved: a tag means something else than before, and neither the pins nor
-	// the list of images follow yet.
-	tagMoved atomic.Bool
 
-	ctx       context.Context // ends with Close: flights live on it, not on a request's
-	cancel    context.CancelFunc
-	flying    sync.WaitGroup // flights and the adopter
-	done      chan struct{}  // closed when all flights have landed
-	committed chan struct{}  // closed by the committer, which outlives them, when it ends
-
-	verified  chan *flight       // to the committer
-	drops     chan digest.Digest // to the committer: a row whose file is not as it says
-	adoptions chan adoption      // to the committer
-	findings  chan finding       // to the committer
-	shortages chan *shortage     // to the committer
-	calls     chan func()        // to the committer
+	ctx    context.Context // ends with Close: flights live on it, not on a request's
+	cancel context.CancelFunc
+	flying sync.WaitGroup
 
 	// mu guards what follows. It is taken after no other lock, and a
 	// flight's lock never inside it.
-	mu        sync.Mutex
-	closed    bool
-	flights   map[Key]*flight
-	parked    map[Key]*partial // files that a flight left, for the next one
-	passing   recent           // what does not fit
-	mixed     recent           // what came together wrong
-	used      int64            // allocated bytes of blobs and strangers' files under blobs/
-	claimed   int64            // reserved for pending files, written or not
-	made      int64            // all that was ever claimed
-	strangers int64            // of that, by registries that are not listed
-	removals  []removal        // to be tried again
-	overhead  int64            // bytes of the index and of all else in the directory, their next growth included
-	ahead     int64            // that growth
-	evicted   Evicted
-	adopt     int                              // files yet to be adopted
-	strays    map[digest.Digest]bool           // those
-	bad       map[digest.Digest]blobstore.Look // files under blobs/ that are not to be used
-	trouble   error                            // the disk's last refusal; nil after the next success
-	unwritten error                            // why the index's file does not say what memory says
-	said      error                            // what the log says of that
-	saidAt    time.Time
+	mu      sync.Mutex
+	closed  bool
+	flights map[Key]*flight
+	parked  map[Key]*partial // files that a flight left, for the next one
+	passing recent           // what does not fit
+	mixed   recent           // what came together wrong
 }
-
-// ErrInUse: another process has the data directory.
-var ErrInUse = errors.New("data directory is in use by another tarn")
-
-// ErrForeign: the data directory has somebody else's files, or a layout that this
-// tarn does not know.
-var ErrForeign = errors.New("data directory is not tarn's")
-
-const dirMode = 0o700
 
 // New opens the data directory, reconciles rows and files, and starts the
 // background work.
@@ -251,81 +176,31 @@ func New(opts Options) (*Cache, error) {
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
-	if err := os.MkdirAll(opts.Dir, dirMode); err != nil {
-		return nil, fmt.Errorf("data directory: %w", err)
-	}
-	if err := checkDir(opts.Dir); err != nil {
-		return nil, err
-	}
-	lock, err := lockDir(opts.Dir)
+	st, left, deleted, err := store.Open(opts)
 	if err != nil {
 		return nil, err
 	}
 	c := &Cache{
-		opts:      opts,
-		log:       opts.Logger,
-		lock:      lock,
-		taint:     newTaints(),
-		hot:       newHot(),
-		order:     newOrder(),
-		verified:  make(chan *flight, maxBatch),
-		drops:     make(chan digest.Digest, maxBatch),
-		adoptions: make(chan adoption),
-		findings:  make(chan finding),
-		shortages: make(chan *shortage),
-		calls:     make(chan func()),
-		done:      make(chan struct{}),
-		committed: make(chan struct{}),
-		flights:   make(map[Key]*flight),
-		parked:    make(map[Key]*partial),
-		passing:   make(recent),
-		mixed:     make(recent),
-		strays:    make(map[digest.Digest]bool),
-		bad:       make(map[digest.Digest]blobstore.Look),
+		store:   st,
+		images:  images.New(st, opts.Logger),
+		log:     opts.Logger,
+		taint:   newTaints(),
+		flights: make(map[Key]*flight),
+		parked:  make(map[Key]*partial),
+		passing: make(recent),
+		mixed:   make(recent),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	strays, err := c.open()
-	if err != nil {
-		c.cancel()
-		lock.Close()
-		return nil, err
+	for _, d := range deleted {
+		c.taint.addLeft(Key{Digest: d})
 	}
-	go c.commitLoop()
-	c.flying.Add(1)
-	go c.scrub()
-	if len(strays) > 0 && c.expect(strays) {
-		go c.adoptAll(strays)
+	if parked := c.restoreAll(left); parked+len(deleted)+len(left) > 0 {
+		c.log.Sugar().Infow("looked at what was pending", "kept", parked, "swept", len(deleted)+len(left)-parked)
 	}
+	hooks := c.images.Hooks()
+	hooks.Spare = c.dropParked
+	st.Start(hooks)
 	return c, nil
-}
-
-// lockPatience is how long the one before may take to let go of the directory: a
-// process that is ending, or a child of it that is just beginning.
-const lockPatience = time.Second
-
-// lockDir takes the directory for this process; the kernel lets go of it when
-// the process ends, however it ends.
-func lockDir(dir string) (*os.File, error) {
-	f, err := regular.Open(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
-	if errors.Is(err, regular.ErrNot) {
-		return nil, fmt.Errorf("%s in the data directory: %w: remove it", lockName, err)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("data directory is not writable: %w", err)
-	}
-	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	for end := time.Now().Add(lockPatience); errors.Is(err, syscall.EWOULDBLOCK) && time.Now().Before(end); {
-		time.Sleep(lockPatience / 50)
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	}
-	if err != nil {
-		f.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%w: %s", ErrInUse, dir)
-		}
-		return nil, fmt.Errorf("lock the data directory: %w", err)
-	}
-	return f, nil
 }
 
 // Close ends the flights, writes what is verified, and closes the index. A
@@ -341,23 +216,48 @@ func (c *Cache) Close() error {
 	c.cancel()
 	c.flying.Wait()
 	c.closeParked()
-	close(c.done)
-	<-c.committed
-	return errors.Join(c.index.Close(), c.store.Close(), c.lock.Close())
+	return c.store.Close()
 }
 
-// listed tells whether the operator has named an upstream.
-func (c *Cache) listed(upstream string) bool {
-	return c.opts.Listed == nil || c.opts.Listed(upstream)
-}
+// Store is what is kept.
+func (c *Cache) Store() *store.Store { return c.store }
 
-// Index is where tags and memberships are noted. Objects are the cache's.
-func (c *Cache) Index() *index.Index { return c.index }
+// Images are what is kept as people know it.
+func (c *Cache) Images() *images.Images { return c.images }
+
+// Index is where tags and memberships are noted.
+func (c *Cache) Index() *index.Index { return c.store.Index() }
 
 // Has tells whether the object is stored, and its size.
-func (c *Cache) Has(k Key) (size int64, ok bool) {
-	o, ok := c.index.Object(k.Domain, k.Digest)
-	return o.Size, ok
+func (c *Cache) Has(k Key) (size int64, ok bool) { return c.store.Has(k.Domain, k.Digest) }
+
+// NoteTag takes what the authority says of a tag, unless it has said something
+// later.
+//
+// A tag that was not known, of what is neither here nor on its way, is not noted:
+// nothing could be done with it, and there is no end to such tags. Whoever fetches
+// what it means notes it again, as often as he likes.
+func (c *Cache) NoteTag(key index.TagKey, t index.Tag) {
+	if _, known := c.Index().Tag(key); !known && !c.comes(key, t.Digest) {
+		return
+	}
+	if c.store.NoteTag(key, t) {
+		c.images.TagMoved()
+	}
+}
+
+// comes tells whether what a tag means is here, or on its way from its registry.
+func (c *Cache) comes(tag index.TagKey, d digest.Digest) bool {
+	if _, here := c.store.IsHere(d); here {
+		return true
+	}
+	domain := ListedDomain
+	if !c.store.Listed(tag.Upstream) {
+		domain = tag.Upstream
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.flights[Key{domain, d}] != nil
 }
 
 // Size is the object's, where it is stored, or as the source of a flight has
@@ -482,68 +382,25 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 // openStored returns the object when it is stored, or a file that must be hashed
 // again, for the flight that does, or neither. What it returns is held, so that
 // it is not evicted meanwhile.
-func (c *Cache) openStored(req Request) (*Object, *suspect, error) {
-	if body := c.hot.get(req.Key); body != nil {
-		o, err := c.hit(req, int64(len(body)), bytes.NewReader(body), func() {})
-		return o, nil, err
-	}
-	row, held := c.holdStored(req.Key)
-	if held == nil {
-		return nil, c.strayFile(req), nil
-	}
-	small := row.Size <= maxHotObject && row.Size > 0
-	if small {
-		// Hashed once, since from now on the file is not looked at again.
-		body, err := c.store.Read(req.Digest, row.Size)
-		if err == nil && req.Digest.Algorithm().FromBytes(body) == req.Digest {
-			c.hot.put(req.Key, body)
-			if _, ok := c.index.Row(req.Digest); !ok {
-				c.hot.drop(req.Digest) // it was removed by hand meanwhile
-			}
-			c.letGo(held)
-			o, err := c.hit(req, row.Size, bytes.NewReader(body), func() {})
-			return o, nil, err
-		}
-	}
-	file, info, err := c.openFile(req.Digest, row)
-	if err != nil {
-		c.letGo(held)
-		if !lacksDescriptors(err) {
-			c.dropSoon(req.Digest)
-		}
-		return nil, nil, nil
-	}
-	s := &suspect{file, info, row, held}
-	if c.isBad(req.Digest, info) {
-		c.forgo(s)
-		return nil, nil, nil
+func (c *Cache) openStored(req Request) (*Object, *store.File, error) {
+	f := c.store.Open(req.Domain, req.Digest)
+	if f == nil && req.Domain == ListedDomain && req.Authorised {
+		f = c.store.OpenStray(req.Digest)
 	}
 	switch {
-	case !small && vouched(row, info):
-		content := &storedFile{file, func() {
-			c.distrust(req.Digest, info)
-			c.dropSoon(req.Digest)
-		}}
-		o, err := c.hit(req, row.Size, content, func() { c.forgo(s) })
+	case f == nil:
+		return nil, nil, nil
+	case f.Body != nil:
+		o, err := c.hit(req, f.Size, bytes.NewReader(f.Body), func() {})
+		return o, nil, err
+	case !f.Suspect:
+		o, err := c.hit(req, f.Size, f, f.Close)
 		return o, nil, err
 	case !req.Authorised:
-		c.forgo(s)
+		f.Close()
 		return nil, nil, ErrAuthorise
 	}
-	return nil, s, nil
-}
-
-// dropSoon has the committer look at an object whose file is not as its row says.
-func (c *Cache) dropSoon(d digest.Digest) {
-	select {
-	case c.drops <- d:
-	default: // the next reader finds it again
-	}
-}
-
-// lacksDescriptors: an error says nothing of the file.
-func lacksDescriptors(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+	return nil, f, nil
 }
 
 // hit is what is stored, for who may have it.
@@ -560,36 +417,20 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 		return nil, err
 	}
 	if req.Offset == 0 { // the other parts of it are the same use
-		c.noteUse(req.Digest)
+		c.store.Used(req.Digest)
 	}
 	return &Object{Size: size, Source: Hit, Content: content, close: close}, nil
 }
 
-func (c *Cache) openFile(d digest.Digest, row index.Object) (*os.File, os.FileInfo, error) {
-	file, err := c.store.Open(d)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := file.Stat()
-	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
-		err = fmt.Errorf("%s has %d bytes, its row says %d", d, info.Size(), row.Size)
-	}
-	if err != nil {
-		file.Close()
-		return nil, nil, err
-	}
-	return file, info, nil
-}
-
 // Stats are for people and metrics.
 type Stats struct {
-	UsedBytes    int64   `json:"usedBytes"`    // all but what is pending, the index's next growth included
-	PendingBytes int64   `json:"pendingBytes"` // reserved for flights, and for what they left to go on with
-	MaxBytes     int64   `json:"maxBytes"`
-	Flights      int     `json:"flights"`
-	Parked       int     `json:"parked"`   // downloads that broke off, and go on when they are asked for
-	Adopting     int     `json:"adopting"` // files without a row, being hashed
-	Evicted      Evicted `json:"evicted"`
+	UsedBytes    int64         `json:"usedBytes"`    // all but what is pending, the index's next growth included
+	PendingBytes int64         `json:"pendingBytes"` // reserved for flights, and for what they left to go on with
+	MaxBytes     int64         `json:"maxBytes"`
+	Flights      int           `json:"flights"`
+	Parked       int           `json:"parked"`   // downloads that broke off, and go on when they are asked for
+	Adopting     int           `json:"adopting"` // files without a row, being hashed
+	Evicted      store.Evicted `json:"evicted"`
 	// Trouble is why the disk last refused to store something, "" when the
 	// last attempt went well.
 	Trouble string `json:"trouble,omitempty"`
@@ -597,19 +438,19 @@ type Stats struct {
 
 // Stats returns a snapshot.
 func (c *Cache) Stats() Stats {
+	kept := c.store.Stats()
+	s := Stats{
+		UsedBytes:    kept.UsedBytes,
+		PendingBytes: kept.PendingBytes,
+		MaxBytes:     c.store.MaxSize(),
+		Adopting:     kept.Adopting,
+		Evicted:      kept.Evicted,
+	}
+	if kept.Trouble != nil {
+		s.Trouble = kept.Trouble.Error()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := Stats{
-		UsedBytes:    c.used + c.overhead,
-		PendingBytes: c.claimed,
-		MaxBytes:     c.opts.MaxSize,
-		Flights:      len(c.flights),
-		Parked:       len(c.parked),
-		Adopting:     c.adopt,
-		Evicted:      c.evicted,
-	}
-	if err := cmp.Or(c.trouble, c.unwritten); err != nil {
-		s.Trouble = err.Error()
-	}
+	s.Flights, s.Parked = len(c.flights), len(c.parked)
 	return s
 }

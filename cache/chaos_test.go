@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"tarn/cache/store"
 	"testing"
 	"time"
 
@@ -208,7 +209,7 @@ func TestWholeWhateverTheSourceDoes(t *testing.T) {
 			claims := int64(0)
 			c.mu.Lock()
 			for _, p := range c.parked {
-				claims += roundUp(p.claim)
+				claims += store.OnDisk(p.claim)
 			}
 			c.mu.Unlock()
 			settle(t, "claims", func() bool { return c.Stats().PendingBytes == claims })

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"tarn/cache/store"
+	"tarn/images"
 	"testing"
 	"time"
 
@@ -64,14 +66,14 @@ var oddities = map[string]func(t *testing.T, path, outside string) error{
 func TestWhatIsNoFileIsNeitherFollowedNorWaitedFor(t *testing.T) {
 	t.Parallel()
 	stored, next := randomBytes(200_000), randomBytes(100_000)
-	blob := filepath.Join(blobsName, "sha256", digest.FromBytes(stored).Encoded())
-	left := filepath.Join(pendingName, "sha256-"+digest.FromBytes(next).Encoded()+".1")
-	refused := map[string]bool{lockName: true, pendingName: true, blobsName: true, filepath.Join(blobsName, "sha256"): true}
+	blob := filepath.Join("blobs", "sha256", digest.FromBytes(stored).Encoded())
+	left := filepath.Join("pending", "sha256-"+digest.FromBytes(next).Encoded()+".1")
+	refused := map[string]bool{"lock": true, "pending": true, "blobs": true, filepath.Join("blobs", "sha256"): true}
 	for _, place := range []string{
-		lockName, pinsName, pinsName + ".new", indexName, indexName + ".opening", brokenName, listName, listName + ".new", layoutName, layoutName + ".new", ".probe",
-		pendingName, blobsName, filepath.Join(blobsName, "sha256"),
-		blob, filepath.Join(blobsName, "sha256", digest.FromString("x").Encoded()), filepath.Join(blobsName, "sha256", "\x1b[31mred"),
-		left, left + ".journal", filepath.Join(pendingName, "\x1b[31mred"),
+		"lock", store.PinsName, store.PinsName + ".new", "index.db", "index.db" + ".opening", "index.db.broken", store.ListName, store.ListName + ".new", store.LayoutName, store.LayoutName + ".new", ".probe",
+		"pending", "blobs", filepath.Join("blobs", "sha256"),
+		blob, filepath.Join("blobs", "sha256", digest.FromString("x").Encoded()), filepath.Join("blobs", "sha256", "\x1b[31mred"),
+		left, left + ".journal", filepath.Join("pending", "\x1b[31mred"),
 	} {
 		for name, put := range oddities {
 			t.Run(fmt.Sprintf("%s in place of %q", name, place), func(t *testing.T) {
@@ -102,7 +104,7 @@ func TestWhatIsNoFileIsNeitherFollowedNorWaitedFor(t *testing.T) {
 				isDir := strings.HasPrefix(name, "a directory")
 				inTime(t, "the cache", func() {
 					c, err := New(Options{Dir: dir, MaxSize: 1 << 30})
-					if refused[place] && (!isDir || place == lockName) {
+					if refused[place] && (!isDir || place == "lock") {
 						if err == nil {
 							c.Close()
 						}
@@ -124,11 +126,11 @@ func TestWhatIsNoFileIsNeitherFollowedNorWaitedFor(t *testing.T) {
 						}
 					}
 					settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
-					c.scrubOnce(time.Now().Add(2*scrubAfter), 0)
-					c.noteTrouble(errors.New("to be probed"))
-					c.inCommitter(func() error { c.probe(); c.dropBad(); c.layOut(); return nil })
-					c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"})
-					c.Images()
+					c.store.Scrub(time.Now().Add(2*(7*24*time.Hour)), 0)
+					c.store.NoteTrouble(errors.New("to be probed"))
+					c.store.Housekeep()
+					c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"})
+					c.images.List()
 					if err := c.Close(); err != nil {
 						t.Error(err)
 					}
@@ -149,7 +151,7 @@ func TestWhatIsNoFileIsNeitherFollowedNorWaitedFor(t *testing.T) {
 func TestOthersFilesAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	stored := randomBytes(100_000)
-	blob := filepath.Join(blobsName, "sha256", digest.FromBytes(stored).Encoded())
+	blob := filepath.Join("blobs", "sha256", digest.FromBytes(stored).Encoded())
 	write := func(files ...string) func(dir string) error {
 		return func(dir string) error {
 			var errs []error
@@ -183,25 +185,25 @@ func TestOthersFilesAreLeftAlone(t *testing.T) {
 	then := func(a, b func(string) error) func(string) error {
 		return func(dir string) error { return errors.Join(a(dir), b(dir)) }
 	}
-	const layout = layoutName + `={"imageLayoutVersion":"1.0.0"}`
+	const layout = store.LayoutName + `={"imageLayoutVersion":"1.0.0"}`
 	for name, c := range map[string]struct {
 		prepare func(dir string) error
 		say     string // "": it starts
 	}{
 		"nothing":                           {write(), ""},
 		"a new filesystem":                  {func(dir string) error { return os.Mkdir(filepath.Join(dir, "lost+found"), 0o700) }, ""},
-		"pins, for a first start":           {write(pinsName + "=[]"), ""},
-		"a start that ended at once":        {write(lockName + "="), ""},
+		"pins, for a first start":           {write(store.PinsName + "=[]"), ""},
+		"a start that ended at once":        {write("lock" + "="), ""},
 		"tarn's":                            {without(), ""},
-		"tarn's without its index":          {without(indexName), ""},
-		"tarn's without pending files":      {without(pendingName), ""},
-		"tarn's with an empty layout file":  {then(without(), write(layoutName+"=")), ""},
-		"tarn's of a later version":         {then(without(), write(layoutName+`={"imageLayoutVersion":"2.0.0"}`)), `"2.0.0"`},
-		"a layout":                          {write(layout, listName+"={}", blob+"=x"), "OCI image layout"},
-		"a layout with a lock":              {write(layout, lockName+"="), "OCI image layout"},
+		"tarn's without its index":          {without("index.db"), ""},
+		"tarn's without pending files":      {without("pending"), ""},
+		"tarn's with an empty layout file":  {then(without(), write(store.LayoutName+"=")), ""},
+		"tarn's of a later version":         {then(without(), write(store.LayoutName+`={"imageLayoutVersion":"2.0.0"}`)), `"2.0.0"`},
+		"a layout":                          {write(layout, store.ListName+"={}", blob+"=x"), "OCI image layout"},
+		"a layout with a lock":              {write(layout, "lock"+"="), "OCI image layout"},
 		"somebody's files":                  {write("letters/\x1b[31mto=her"), `"letters"`},
 		"a name that is not for a terminal": {write("\x1b[31m" + strings.Repeat("x", 200) + "=her"), `"\x1b[31mxxx`},
-		"somebody's blobs":                  {write("main.go=package main", blob+"=x", lockName+"="), `"main.go"`},
+		"somebody's blobs":                  {write("main.go=package main", blob+"=x", "lock"+"="), `"main.go"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"tarn/blobstore"
+	"tarn/cache/store"
 	"tarn/index"
 
 	"github.com/opencontainers/go-digest"
@@ -95,7 +96,7 @@ func TestAnIndexWhoseOpeningPanicsIsSetAside(t *testing.T) {
 		storedBy(t, c, &origin{body: randomBytes(100_000)})
 	}
 	c.Close()
-	path := filepath.Join(dir, indexName)
+	path := filepath.Join(dir, "index.db")
 	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +122,7 @@ func TestAnIndexWhoseOpeningPanicsIsSetAside(t *testing.T) {
 			if err := os.CopyFS(tmp, os.DirFS(dir)); err != nil {
 				t.Fatal(err)
 			}
-			dir, path = tmp, filepath.Join(tmp, indexName)
+			dir, path = tmp, filepath.Join(tmp, "index.db")
 			c := openChaos(t, dir, 1<<30)
 			c.Close()
 			return true
@@ -135,13 +136,11 @@ func TestAnIndexWhoseOpeningPanicsIsSetAside(t *testing.T) {
 
 func countedBytes(t *testing.T, c *Cache) (counted, there int64) {
 	t.Helper()
-	there, _, err := taken(c.opts.Dir)
+	there, _, err := taken(c.store.Dir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.used, there
+	return c.store.Stats().BlobBytes, there
 }
 
 // TestAStrayThatIsReplacedCountsOnce: also when the adopter could
@@ -154,7 +153,7 @@ func TestAStrayThatIsReplacedCountsOnce(t *testing.T) {
 	c := openChaos(t, dir, 1<<30)
 	req := storedBy(t, c, o)
 	c.Close()
-	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
 	hold := make(chan struct{})
@@ -213,7 +212,6 @@ func TestAChangedFileOnADiskThatRefusesPassesThrough(t *testing.T) {
 			bad.Store(false)
 			small := &origin{body: randomBytes(3000)}
 			sreq := storedBy(t, c, small)
-			c.hot.drop(sreq.Digest)
 			if err := flip(c.store.Path(sreq.Digest), small.body, 100); err != nil {
 				t.Fatal(err)
 			}
@@ -225,7 +223,7 @@ func TestAChangedFileOnADiskThatRefusesPassesThrough(t *testing.T) {
 				}
 			}
 			bad.Store(false)
-			c.retryRemovals()
+			c.store.Housekeep()
 			if got, err := readAll(c, parallelRequest(o, "later")); err != nil || !bytes.Equal(got, body) {
 				t.Logf("after the disk is well, first: %d %v", len(got), err)
 			}
@@ -299,13 +297,11 @@ func TestAPendingFileThatStaysAtTheStartCounts(t *testing.T) {
 	}
 	defer c.Close()
 	bad.Store(false) // the disk is well again
-	c.retryRemovals()
+	c.store.Housekeep()
 	_, pending, _ := taken(dir)
-	c.mu.Lock()
-	claimed := c.claimed
-	c.mu.Unlock()
+	claimed := c.Stats().PendingBytes
 	if pending > claimed {
-		t.Errorf("%d bytes lie under pending, %d are counted, max is %d", pending, claimed, c.opts.MaxSize)
+		t.Errorf("%d bytes lie under pending, %d are counted, max is %d", pending, claimed, c.store.MaxSize())
 	}
 }
 
@@ -338,17 +334,17 @@ func TestAnIndexThatBreaksDuringAdoption(t *testing.T) {
 	})
 	defer c.Close()
 	until(t, "the adopter is held", first.Load)
-	path := filepath.Join(dir, indexName)
+	path := filepath.Join(dir, "index.db")
 	info, _ := os.Stat(path)
 	if err := os.WriteFile(path, make([]byte, info.Size()), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	k := index.RepositoryKey{Upstream: "docker.io", Repository: "x"}
-	c.index.NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
-	if err := c.index.Sync(); err != nil {
+	c.Index().NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
+	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, brokenName)); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, "index.db.broken")); err != nil {
 		t.Error(err)
 	}
 	close(hold)
@@ -364,7 +360,7 @@ func TestOneErrorAtOpeningKeepsTheIndex(t *testing.T) {
 	dir := t.TempDir()
 	c := openChaos(t, dir, 1<<30)
 	k := index.RepositoryKey{Upstream: "docker.io", Repository: "x"}
-	c.index.NoteTag(k.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Confirmed: time.Now(), Sequence: 1})
+	c.Index().NoteTag(k.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Confirmed: time.Now(), Sequence: 1})
 	c.Close()
 	var once sync.Once
 	c, err := New(Options{Dir: dir, MaxSize: 1 << 30, Steps: func(name string, do func() error) (err error) {
@@ -380,7 +376,7 @@ func TestOneErrorAtOpeningKeepsTheIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, ok := c.index.Tag(k.TagKey("v1")); !ok {
+	if _, ok := c.Index().Tag(k.TagKey("v1")); !ok {
 		t.Error("a sound index was set aside for one EIO; what was known is lost")
 	}
 }
@@ -411,7 +407,7 @@ func TestADamagedStrayIsTakenOffOnce(t *testing.T) {
 	if err := flip(filepath.Join(dir, "blobs/sha256", req.Digest.Encoded()), body, 100); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
 	hold := make(chan struct{})
@@ -536,9 +532,9 @@ func TestAnUnreadableSectorIsFetchedAnew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	content := read.Content.(*storedFile)
-	content.file.Close()
-	content.file = bad
+	content := read.Content.(*store.File)
+	content.File.Close()
+	content.File = bad
 	if _, err := read.Content.Read(make([]byte, 10)); !errors.Is(err, syscall.EIO) {
 		t.Fatal(err)
 	}
@@ -547,7 +543,7 @@ func TestAnUnreadableSectorIsFetchedAnew(t *testing.T) {
 	mustBeFetched()
 
 	failing.Store(true)
-	c.scrubOnce(time.Now().Add(2*scrubAfter), 0)
+	c.store.Scrub(time.Now().Add(2*(7*24*time.Hour)), 0)
 	failing.Store(false)
 	mustBeFetched()
 }
@@ -599,7 +595,7 @@ func TestWhatIsNoFileIsDropped(t *testing.T) {
 				for _, finds := range []func() error{
 					func() error { got, err := readAll(c, req); return cmp.Or(err, is(got, o.body)) },
 					func() error {
-						v, err := c.Verify(t.Context(), 0, func(Verification) {})
+						v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {})
 						if len(v.Bad) != 1 {
 							err = errors.Join(err, fmt.Errorf("%+v", v))
 						}
@@ -641,7 +637,7 @@ func TestStraysAreAdoptedWhenTheDiskIsBack(t *testing.T) {
 	c := openChaos(t, dir, 1<<30)
 	storedBy(t, c, o)
 	c.Close()
-	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
 	var bad atomic.Bool
@@ -680,7 +676,7 @@ func TestTroubleEndsByItself(t *testing.T) {
 	defer c.Close()
 	bad.Store(true)
 	k := index.RepositoryKey{Upstream: "docker.io", Repository: "x"}
-	c.index.NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
+	c.Index().NoteMembership(k.MembershipKey("blobs", digest.FromString("x")), index.Membership{Time: time.Now()})
 	settle(t, "trouble", func() bool { return c.Stats().Trouble != "" })
 	bad.Store(false)
 	settle(t, "all", func() bool { return c.Stats().Trouble == "" })
@@ -689,18 +685,19 @@ func TestTroubleEndsByItself(t *testing.T) {
 // breakIndex writes over the index of a running cache, and has it find out.
 func breakIndex(t *testing.T, c *Cache) {
 	t.Helper()
-	path := filepath.Join(c.opts.Dir, indexName)
-	info, err := os.Stat(path)
-	if err == nil {
+	path := filepath.Join(c.store.Dir(), "index.db")
+	err := c.Index().Sync()
+	info, serr := os.Stat(path)
+	if err = errors.Join(err, serr); err == nil {
 		err = os.WriteFile(path, make([]byte, info.Size()), 0o600)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.index.Sync(); err != nil {
+	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(filepath.Join(c.opts.Dir, brokenName)); err != nil {
+	if _, err := os.Stat(filepath.Join(c.store.Dir(), "index.db.broken")); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -743,7 +740,7 @@ func TestVerifyWithoutDescriptorsDropsNothing(t *testing.T) {
 	defer c.Close()
 	req := storedBy(t, c, &origin{body: randomBytes(3_000_000)})
 	short.Store(true)
-	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); !errors.Is(err, syscall.EMFILE) || len(v.Bad) > 0 {
+	if v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {}); !errors.Is(err, syscall.EMFILE) || len(v.Bad) > 0 {
 		t.Errorf("%+v: %v", v, err)
 	}
 	short.Store(false)

@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"tarn/blobstore"
+	"tarn/cache/store"
+	"tarn/images"
 	"tarn/index"
 	"tarn/internal/manifest"
 
@@ -126,7 +128,7 @@ func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
 	if most > bound {
 		t.Error("that is over the bound")
 	}
-	if info, err := os.Stat(filepath.Join(dir, indexName)); err != nil || info.Size() < manifests/4*children*71 {
+	if info, err := os.Stat(filepath.Join(dir, "index.db")); err != nil || info.Size() < manifests/4*children*71 {
 		t.Errorf("the index has not grown by what the test is about: %v, %v", info.Size(), err)
 	}
 	if err := landed(c); err != nil {
@@ -146,7 +148,7 @@ func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
 	var last string
 	for i := range tags {
 		last = fmt.Sprintf("tag%0100d", i)
-		c.index.NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
+		c.Index().NoteTag(appKey.TagKey(last), index.Tag{Digest: b.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
 	}
 	for c.Stats().Evicted.Objects == 0 { // the first of them takes the tags along
 		if _, err := readAll(c, parallelRequest(&origin{body: randomBytes(64 << 10)}, "one")); err != nil {
@@ -156,7 +158,7 @@ func TestAListThatGrowsMakesRoomFirst(t *testing.T) {
 	stop := watch(dir)
 	pullImage(t, c, "", 0, b.own()...)
 	settle(t, "the list", func() bool {
-		list, err := os.ReadFile(filepath.Join(dir, listName))
+		list, err := os.ReadFile(filepath.Join(dir, store.ListName))
 		return err == nil && bytes.Contains(list, []byte(last))
 	})
 	most := stop()
@@ -318,7 +320,7 @@ func TestWhatIsOpenStaysAndCountsToTheEnd(t *testing.T) {
 	}
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 	used := c.Stats().UsedBytes
-	c.findings <- finding{digest: digest.FromBytes(first), info: look(t, c, first)} // it is not sound
+	c.store.Hashed(digest.FromBytes(first), look(t, c, first), false)
 	settle(t, "the dropped", func() bool { return !stored(first) })
 	if now := c.Stats().UsedBytes; now < used {
 		t.Errorf("%d bytes fewer count while it is read", used-now)
@@ -567,7 +569,7 @@ func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 // end.
 func mustBeHeld(t *testing.T, c *Cache, o *Object, body []byte) {
 	t.Helper()
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+	if err := c.store.Evict(1 << 40); err != nil {
 		t.Fatal(err)
 	}
 	if !c.has(body) {
@@ -578,7 +580,7 @@ func mustBeHeld(t *testing.T, c *Cache, o *Object, body []byte) {
 	if err != nil || !bytes.Equal(got, body) {
 		t.Errorf("%d bytes: %v", len(got), err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+	if err := c.store.Evict(1 << 40); err != nil {
 		t.Fatal(err)
 	}
 	if err := landed(c); err != nil || c.has(body) {
@@ -595,7 +597,7 @@ func TestAStrayThatIsReadIsHeld(t *testing.T) {
 	c := openChaos(t, dir, 8<<20)
 	pullImage(t, c, "", 0, body)
 	c.Close()
-	if err := os.Truncate(filepath.Join(dir, indexName), 3000); err != nil {
+	if err := os.Truncate(filepath.Join(dir, "index.db"), 3000); err != nil {
 		t.Fatal(err)
 	}
 	var adopter atomic.Bool
@@ -625,17 +627,17 @@ func TestWhatIsReadWhileTheIndexBreaksIsHeld(t *testing.T) {
 	c := openChaos(t, dir, 16<<20)
 	defer c.Close()
 	var o *Object
-	if err := c.inCommitter(func() (err error) {
+	if err := c.store.Do(func() (err error) {
 		if o, err = c.Open(t.Context(), parallelRequest(&origin{body: body}, "one")); err != nil {
 			return err
 		}
 		o.Wait() // verified, and waits for the committer
-		return os.Truncate(filepath.Join(dir, indexName), 3000)
+		return os.Truncate(filepath.Join(dir, "index.db"), 3000)
 	}); err != nil {
 		t.Fatal(err)
 	}
 	settle(t, "the adopter", func() bool {
-		_, err := os.Stat(filepath.Join(dir, brokenName))
+		_, err := os.Stat(filepath.Join(dir, "index.db.broken"))
 		s := c.Stats()
 		return err == nil && c.has(body) && s.Adopting == 0 && s.Flights == 0
 	})
@@ -652,13 +654,11 @@ func TestWhatIsPinnedSinceATagMovedStays(t *testing.T) {
 	two := buildImage(one.base, 600_000)
 	pullImage(t, c, "v1", 1, one.own()...)
 	pullImage(t, c, "v2", 2, two.own()...)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.inCommitter(func() error {
-		c.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: two.indexDigest, Sequence: 3, Confirmed: time.Now()})
-		return c.evict(1 << 40)
-	}); err != nil {
+	c.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: two.indexDigest, Sequence: 3, Confirmed: time.Now()})
+	if err := c.store.Evict(1 << 40); err != nil {
 		t.Fatal(err)
 	}
 	for i, b := range two.own() {
@@ -685,7 +685,7 @@ func TestWhatIsEvictedIsNotServedFromMemory(t *testing.T) {
 	defer c.Close()
 	for _, evict := range []func(digest.Digest) error{
 		func(d digest.Digest) error { return evictOne(c, d) },
-		func(digest.Digest) error { return c.inCommitter(func() error { return c.evict(1 << 40) }) },
+		func(digest.Digest) error { return c.store.Evict(1 << 40) },
 	} {
 		body := randomBytes(500)
 		pullImage(t, c, "", 0, body)
@@ -747,16 +747,16 @@ func TestWhateverFailsIsAccountedFor(t *testing.T) {
 				r := rand.New(rand.NewPCG(seed, who+10))
 				for range 40 {
 					b := bodies[r.IntN(len(bodies))]
-					p := Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(b)}
+					p := images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(b)}
 					switch r.IntN(9) {
 					case 0:
 						evictOne(c, p.Digest)
 					case 1:
-						c.Verify(t.Context(), 0, func(Verification) {})
+						c.store.Verify(t.Context(), 0, func(store.Verification) {})
 					case 2:
-						c.Pin(p)
+						c.images.Pin(p)
 					case 3:
-						c.Unpin(p)
+						c.images.Unpin(p)
 					default:
 						got, err := readAll(c, parallelRequest(&origin{body: b}, fmt.Sprint(who)))
 						if err == nil && !bytes.Equal(got, b) {
@@ -768,26 +768,24 @@ func TestWhateverFailsIsAccountedFor(t *testing.T) {
 		}
 		busy.Wait()
 		failing.Store(false)
-		for _, p := range c.Pins() {
-			if err := c.Unpin(p); err != nil {
+		for _, p := range c.images.Pins() {
+			if err := c.images.Unpin(p); err != nil {
 				t.Error(err)
 			}
 		}
-		c.inCommitter(func() error { c.retryRemovals(); c.dropBad(); return nil })
+		c.store.Housekeep()
 		if err := landed(c); err != nil {
 			t.Errorf("seed %d: %v", seed, err)
 		}
-		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		if err := c.store.Evict(1 << 40); err != nil {
 			t.Error(err)
 		}
 		if err := landed(c); err != nil {
 			t.Errorf("seed %d, with everything evicted: %v", seed, err)
 		}
-		c.mu.Lock()
-		used := c.used
-		c.mu.Unlock()
-		if used != 0 || c.mayGo() != 0 {
-			t.Errorf("seed %d: %d bytes are left, of which %d may go", seed, used, c.mayGo())
+		used := c.store.Stats().BlobBytes
+		if used != 0 || c.store.Evictable() != 0 {
+			t.Errorf("seed %d: %d bytes are left, of which %d may go", seed, used, c.store.Evictable())
 		}
 		c.Close()
 	}
@@ -799,11 +797,11 @@ func mustCountRight(t *testing.T, c *Cache) {
 	if err := landed(c); err != nil {
 		t.Error(err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+	if err := c.store.Evict(1 << 40); err != nil {
 		t.Error(err)
 	}
-	if err := landed(c); err != nil || c.used != 0 {
-		t.Errorf("%d bytes count of nothing: %v", c.used, err)
+	if err := landed(c); err != nil || c.store.Stats().BlobBytes != 0 {
+		t.Errorf("%d bytes count of nothing: %v", c.store.Stats().BlobBytes, err)
 	}
 }
 
@@ -829,17 +827,13 @@ func TestWhatIsHashedCountsToTheEnd(t *testing.T) {
 	c := openChaos(t, t.TempDir(), 64<<20)
 	defer c.Close()
 	storedBy(t, c, &origin{body: randomBytes(size)})
-	used := func() int64 {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return c.used
-	}
+	used := func() int64 { return c.store.Stats().BlobBytes }
 	before := used()
-	_, err := c.Verify(t.Context(), 0, func(v Verification) {
+	_, err := c.store.Verify(t.Context(), 0, func(v store.Verification) {
 		if v.Bytes != 1<<20 {
 			return
 		}
-		if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+		if err := c.store.Evict(1 << 40); err != nil {
 			t.Error(err)
 		}
 		if n := used(); n != before {
@@ -849,7 +843,7 @@ func TestWhatIsHashedCountsToTheEnd(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || used() != 0 {
+	if err := c.store.Evict(1 << 40); err != nil || used() != 0 {
 		t.Errorf("%d bytes count in the end: %v", used(), err)
 	}
 }
@@ -873,27 +867,27 @@ func TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage(t *testing.T) {
 	for i := range 1500 {
 		c.NoteTag(appKey.TagKey(fmt.Sprintf("t%0100d", i)), index.Tag{Digest: small.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
 	}
-	if err := c.index.Sync(); err != nil {
+	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.inCommitter(func() error {
-		c.measureOverhead()
-		c.mu.Lock()
-		room := (bound - c.used - c.overhead - c.claimed) / fsBlock * fsBlock
-		c.claim(ListedDomain, room) // a download has the rest
-		c.mu.Unlock()
-		c.followTags()
-		c.layOut()
-		c.unreserve(ListedDomain, room)
+	if err := c.store.Do(func() error {
+		s, list := c.Stats(), c.images.Hooks()
+		room := s.MaxBytes - s.UsedBytes - s.PendingBytes - 4096
+		if err := c.store.ReserveFree(ListedDomain, room); err != nil { // a download has the rest
+			return err
+		}
+		list.Follow()
+		list.Tick()
+		c.store.Unreserve(ListedDomain, room)
 		if c.has(first) {
 			t.Error("it was not put to the test")
 		}
-		c.layOut() // the next turn
+		list.Tick() // the next turn
 		return nil
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if list, err := os.ReadFile(filepath.Join(c.opts.Dir, listName)); err != nil || bytes.Contains(list, []byte(":first")) || !bytes.Contains(list, []byte(":small")) {
+	if list, err := os.ReadFile(filepath.Join(c.store.Dir(), store.ListName)); err != nil || bytes.Contains(list, []byte(":first")) || !bytes.Contains(list, []byte(":small")) {
 		t.Errorf("it names what is not here, or not what is: %v", err)
 	}
 }
@@ -903,7 +897,7 @@ func TestEverythingInTheDirectoryCounts(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	openChaos(t, dir, 1<<30).Close() // so that it is tarn's
-	for name, size := range map[string]int{brokenName: 1 << 20, "foreign.bin": 300_000, pinsName + brokenSuffix: 10_000} {
+	for name, size := range map[string]int{"index.db.broken": 1 << 20, "foreign.bin": 300_000, store.PinsName + ".broken": 10_000} {
 		if err := os.WriteFile(filepath.Join(dir, name), randomBytes(size), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -915,7 +909,7 @@ func TestEverythingInTheDirectoryCounts(t *testing.T) {
 	for i := range 3000 { // a list of a MB
 		c.NoteTag(appKey.TagKey(fmt.Sprintf("t%0100d", i)), index.Tag{Digest: small.indexDigest, Sequence: uint64(i + 2), Confirmed: time.Now()})
 	}
-	if err := c.inCommitter(func() error { c.followTags(); c.layOut(); return nil }); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	// Between two looks, what grows has been made room for.
@@ -957,7 +951,7 @@ func TestPartsOfADownloadAreOneUse(t *testing.T) {
 	defer c.Close()
 	req := storedBy(t, c, &origin{body: randomBytes(1 << 20)})
 	uses := func() int {
-		u, _ := c.index.Use(req.Digest)
+		u, _ := c.Index().Use(req.Digest)
 		return u.Uses
 	}
 	before := uses()
@@ -969,44 +963,5 @@ func TestPartsOfADownloadAreOneUse(t *testing.T) {
 	}
 	if n := uses() - before; n != 1 {
 		t.Errorf("that were %d uses", n)
-	}
-}
-
-// TestWhatIsWrittenIsNotFreeOnce, and not once more because it was claimed; what is claimed
-// meanwhile and what the index may grow by is to be written yet.
-func TestWhatIsWrittenIsNotFreeOnce(t *testing.T) {
-	t.Parallel()
-	const much = 1 << 40 // more than other tests write meanwhile
-	c, err := New(Options{Dir: t.TempDir(), MaxSize: 1 << 50, MinFree: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	claim := func(n int64) {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.claim(ListedDomain, n)
-	}
-	claim(much)
-	for _, step := range []struct {
-		what    string
-		pending func() int64
-		short   bool
-	}{
-		{"nothing is written yet", func() int64 { return 0 }, true},
-		{"all is written", func() int64 { return much }, false},
-		{"more is claimed meanwhile", func() int64 { claim(much); return much }, true},
-		{"that is given back", func() int64 { claim(-much); return 2 * much }, false},
-	} {
-		if short, _, err := c.tryWith(ListedDomain, 0, step.pending); short > 0 != step.short || errors.Is(err, errMinFree) != step.short {
-			t.Errorf("%s: %d bytes short: %v", step.what, short, err)
-		}
-	}
-	claim(-much)
-	c.mu.Lock()
-	c.ahead += much
-	c.mu.Unlock()
-	if short, _, err := c.tryReserve(ListedDomain, 0); short <= 0 || !errors.Is(err, errMinFree) {
-		t.Errorf("the index: %d bytes short: %v", short, err)
 	}
 }

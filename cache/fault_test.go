@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"tarn/blobstore"
+	"tarn/cache/store"
+	"tarn/images"
 	"tarn/index"
 	"tarn/internal/fault"
 
@@ -46,7 +48,7 @@ var scripts = []script{
 	{"recover", nil, leaveBehind, func(dir string, steps fault.Steps, mend func() bool) error { return pullAll(dir, steps, mend, false) }},
 	{"recover without an index", nil, func(t *testing.T, dir string) {
 		leaveBehind(t, dir)
-		if err := os.Truncate(filepath.Join(dir, indexName), 3000); err != nil {
+		if err := os.Truncate(filepath.Join(dir, "index.db"), 3000); err != nil {
 			t.Fatal(err)
 		}
 	}, func(dir string, steps fault.Steps, mend func() bool) error { return pullAll(dir, steps, mend, false) }},
@@ -62,8 +64,8 @@ func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
 		return fmt.Errorf("%w: %w", errNoStart, err)
 	}
 	defer func() { c.Close() }()
-	one, two := Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(images()[0])}, Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(images()[1])}
-	for _, body := range images()[:2] {
+	one, two := images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(pulledBodies()[0])}, images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(pulledBodies()[1])}
+	for _, body := range pulledBodies()[:2] {
 		if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
 			return fmt.Errorf("%d bytes: %w", len(got), err)
 		}
@@ -71,12 +73,12 @@ func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
 	if err := rest(c, func() bool { return c.Stats().Flights == 0 }); err != nil {
 		return err
 	}
-	_, err1 := c.Pin(one)
-	_, err2 := c.Pin(two)
-	err3 := c.Unpin(one)
-	told := c.Pins()
+	_, err1 := c.images.Pin(one)
+	_, err2 := c.images.Pin(two)
+	err3 := c.images.Unpin(one)
+	told := c.images.Pins()
 	mend()
-	c.retryRemovals()
+	c.store.Housekeep()
 	if err := landed(c); err != nil {
 		return err
 	}
@@ -89,10 +91,10 @@ func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
 	}
 	c = next
 	// One that failed may have taken effect.
-	if now := c.Pins(); err1 == nil && err2 == nil && err3 == nil && !slices.EqualFunc(now, told, Pin.same) {
+	if now := c.images.Pins(); err1 == nil && err2 == nil && err3 == nil && !slices.EqualFunc(now, told, samePin) {
 		return fmt.Errorf("pinned is %v, and was said to be %v", now, told)
 	}
-	if steps == nil && (len(told) != 1 || !told[0].same(two)) {
+	if steps == nil && (len(told) != 1 || !samePin(told[0], two)) {
 		return fmt.Errorf("pinned is %v", told)
 	}
 	return nil
@@ -100,7 +102,7 @@ func pinAndUnpin(dir string, steps fault.Steps, mend func() bool) error {
 
 // pullIntoLittleRoom has room for one of the large images at a time.
 func pullIntoLittleRoom(dir string, steps fault.Steps, mend func() bool) error {
-	bodies := images()
+	bodies := pulledBodies()
 	c, err := New(Options{Dir: dir, MaxSize: int64(len(bodies[2])) + 2<<20, Steps: steps})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNoStart, err)
@@ -117,13 +119,13 @@ func pullIntoLittleRoom(dir string, steps fault.Steps, mend func() bool) error {
 	if !mend() && steps == nil && c.Stats().Evicted.Objects < 2 {
 		return fmt.Errorf("nothing was evicted: %+v", c.Stats())
 	}
-	c.retryRemovals()
+	c.store.Housekeep()
 	return landed(c)
 }
 
-// images are the objects of the scripts, the same in each process: held back
+// pulledBodies are the objects of the scripts, the same in each process: held back
 // altogether, in one piece, noted in a journal, and that which breaks off.
-var images = sync.OnceValue(func() (bodies [][]byte) {
+var pulledBodies = sync.OnceValue(func() (bodies [][]byte) {
 	for i, size := range []int{3000, 200_000, 2*minSegment + 1_500_000, 2*minSegment + 1_000_000} {
 		body := make([]byte, size)
 		rand.NewChaCha8([32]byte{byte(i), 7}).Read(body)
@@ -142,7 +144,7 @@ func pullAll(dir string, steps fault.Steps, mend func() bool, broken bool) error
 		return fmt.Errorf("%w: %w", errNoStart, err)
 	}
 	defer c.Close()
-	for i, body := range images() {
+	for i, body := range pulledBodies() {
 		o := &origin{body: body}
 		if i == breaksOff && broken {
 			o.answer = func(n int, off, _ int64) (io.ReadCloser, Info, error) {
@@ -162,10 +164,12 @@ func pullAll(dir string, steps fault.Steps, mend func() bool, broken bool) error
 		return err
 	}
 	if mend() {
-		c.retryRemovals() // sooner than by itself
+		c.store.Housekeep() // sooner than by itself
 	}
 	return landed(c)
 }
+
+func samePin(a, b images.Pin) bool { return a.String() == b.String() }
 
 // errNoStart: a process whose disk fails as it starts may end with an error,
 // and is started again.
@@ -176,9 +180,8 @@ var errNoStart = errors.New("no start")
 // read again.
 func landed(c *Cache) error {
 	if err := rest(c, func() bool {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return len(c.flights)+c.adopt+len(c.removals) == 0
+		s := c.store.Stats()
+		return c.Stats().Flights+s.Adopting+s.Removing == 0
 	}); err != nil {
 		return err
 	}
@@ -186,10 +189,10 @@ func landed(c *Cache) error {
 	for range 100 {
 		before := c.Stats().UsedBytes
 		var err error
-		if blobs, pending, err = taken(c.opts.Dir); err != nil {
+		if blobs, pending, err = taken(c.store.Dir()); err != nil {
 			return err
 		}
-		c.index.Objects(func(d digest.Digest, row index.Object) {
+		c.Index().Objects(func(d digest.Digest, row index.Object) {
 			if _, err := os.Stat(c.store.Path(d)); err != nil {
 				blobs += row.Alloc // it counts until somebody finds out
 			}
@@ -202,10 +205,10 @@ func landed(c *Cache) error {
 	defer c.mu.Unlock()
 	var claims int64
 	for _, p := range c.parked {
-		claims += roundUp(p.claim)
+		claims += store.OnDisk(p.claim)
 	}
-	if c.used != blobs || c.claimed != claims || pending > claims {
-		return fmt.Errorf("%d bytes of blobs count as %d, %d pending as %d, of which %d are parked", blobs, c.used, pending, c.claimed, claims)
+	if s := c.store.Stats(); s.BlobBytes != blobs || s.PendingBytes != claims || pending > claims {
+		return fmt.Errorf("%d bytes of blobs count as %d, %d pending as %d, of which %d are parked", blobs, s.BlobBytes, pending, s.PendingBytes, claims)
 	}
 	return nil
 }
@@ -269,7 +272,7 @@ func leaveBehind(t *testing.T, dir string) {
 	}
 	defer j.Close()
 	fmt.Fprint(j, "12345678 torn")
-	if err := os.Remove(path(images()[0])); err != nil { // a row without a file
+	if err := os.Remove(path(pulledBodies()[0])); err != nil { // a row without a file
 		t.Fatal(err)
 	}
 	write(path([]byte("stray")), []byte("stray"))
@@ -284,7 +287,7 @@ const journalSuffix = ".journal"
 func allWhole(t *testing.T, dir string) (whole map[digest.Digest]bool) {
 	t.Helper()
 	whole = make(map[digest.Digest]bool)
-	for _, body := range images() {
+	for _, body := range pulledBodies() {
 		d := digest.FromBytes(body)
 		got, err := os.ReadFile(filepath.Join(dir, "blobs", "sha256", d.Encoded()))
 		if err == nil && !bytes.Equal(got, body) {
@@ -308,7 +311,7 @@ func again(t *testing.T, dir string) {
 	if took := time.Since(started); took > 10*time.Second {
 		t.Errorf("ready after %v", took)
 	}
-	for i, body := range images() {
+	for i, body := range pulledBodies() {
 		o := &origin{body: body}
 		got, err := readAll(c, parallelRequest(o, "two"))
 		if err != nil || !bytes.Equal(got, body) {
@@ -321,10 +324,10 @@ func again(t *testing.T, dir string) {
 	if err := landed(c); err != nil {
 		t.Error(err)
 	}
-	if err := c.index.Sync(); err != nil {
+	if err := c.Index().Sync(); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, pinsName+brokenSuffix)); err == nil {
+	if _, err := os.Stat(filepath.Join(dir, store.PinsName+".broken")); err == nil {
 		t.Error("the pins were broken")
 	}
 	for d, row := range rowsOf(t, c) {
@@ -337,9 +340,9 @@ func again(t *testing.T, dir string) {
 func rowsOf(t *testing.T, c *Cache) map[digest.Digest]int64 {
 	t.Helper()
 	rows := make(map[digest.Digest]int64)
-	for _, body := range images() {
+	for _, body := range pulledBodies() {
 		d := digest.FromBytes(body)
-		row, ok := c.index.Row(d)
+		row, ok := c.Index().Row(d)
 		if !ok {
 			t.Errorf("no row of %s", d)
 		}

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"tarn/cache/store"
 	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
@@ -212,7 +213,7 @@ func (f *flight) fill(first *answer) {
 		f.cache.noteMixed(f.key)
 		f.end(failed, wrong)
 	case disk != nil:
-		f.cache.noteTrouble(disk)
+		f.cache.store.NoteTrouble(disk)
 		f.standApart(f.hash, nil)
 	default:
 		f.park()
@@ -596,7 +597,7 @@ func (f *flight) took(w *worker, piece []byte) {
 // body without a length, ever needs more of it.
 func (f *flight) write(piece []byte, at int64) error {
 	if at+int64(len(piece)) > f.claim {
-		if err := f.cache.reserve(f.key.Domain, unknownStep); err != nil {
+		if err := f.cache.store.Reserve(f.key.Domain, unknownStep); err != nil {
 			return err
 		}
 		f.mu.Lock()
@@ -665,7 +666,7 @@ func (f *flight) land() {
 		return
 	}
 	c := f.cache
-	c.noteTrouble(nil)
+	c.store.NoteTrouble(nil)
 	f.mu.Lock()
 	tickets := slices.Clone(f.tickets)
 	f.mu.Unlock()
@@ -679,7 +680,20 @@ func (f *flight) land() {
 	f.tickets = nil // they may hold what they have brought
 	f.changed.Broadcast()
 	f.mu.Unlock()
-	c.verified <- f // with the table's reference
+	c.store.Land(store.Landing{
+		Domain: f.key.Domain, Digest: f.key.Digest, Pending: f.pending, Size: f.size, Claim: f.claim, Children: f.children, Done: f.committed,
+	})
+}
+
+// committed takes over what the committer says of a flight that has landed: who holds
+// the file, and what is claimed still. Nobody else looks at that before the table's
+// reference is back.
+func (f *flight) committed(held store.Lease, claim int64) {
+	f.held, f.claim = held, claim
+	f.leaveTable()
+	if p := f.cache.takeParked(f.key); p != nil {
+		f.cache.discard(f.key, p)
+	}
 }
 
 func (f *flight) verify() error {
@@ -696,7 +710,7 @@ func (f *flight) verify() error {
 	if _, err := f.pending.File.ReadAt(body, 0); err != nil {
 		return err
 	}
-	f.children = childrenOf(body) // a manifest may have been asked for as a blob
+	f.children = manifest.Children(body) // a manifest may have been asked for as a blob
 	if f.check == nil {
 		return nil
 	}

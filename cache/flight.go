@@ -7,11 +7,13 @@ import (
 	"errors"
 	"hash"
 	"maps"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
 
 	"tarn/blobstore"
+	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -67,7 +69,7 @@ type flight struct {
 	most     int          // how many answers may be open at the source at once
 	check    func([]byte) error
 	children []digest.Digest // of a manifest that was checked
-	held     lease           // its file under blobs/, once it has one
+	held     store.Lease     // its file under blobs/, once it has one
 
 	// mu guards what follows. The cache's mutex is never taken under it.
 	mu       sync.Mutex
@@ -117,18 +119,37 @@ const (
 // errStoredMeanwhile sends Open back to the store.
 var errStoredMeanwhile = errors.New("stored meanwhile")
 
-// ErrClosed: the cache is being closed.
-var ErrClosed = errors.New("cache is closed")
+// maxFlights bounds the descriptors of what waits to be committed: a disk that
+// is slower than the link must not use them up.
+// What registries that are not listed send may be a part of them, one in
+// store.StrangersShare.
+const maxFlights = 2048
+
+var errTooMany = errors.New("too many objects wait for the disk")
+
+// unknownStep is reserved at a time for a body without a length.
+const unknownStep = 64 << 20
+
+// claimFor is the room that an object of this size takes while it is pending.
+func claimFor(size int64) int64 {
+	switch {
+	case size < 0:
+		return unknownStep
+	case size > tailHold && size < math.MaxInt64-journalRoom: // what it leaves has a journal
+		return size + journalRoom
+	}
+	return size
+}
 
 // join returns the flight of the key with a reference for the caller, and
 // whether the caller's Fetch is the one that it flies on.
 //
 // A stored file that is suspect is the source of the flight, and nothing is
 // fetched.
-func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error) {
+func (c *Cache) join(req Request, s *store.File) (f *flight, leader bool, err error) {
 	defer func() {
 		if s != nil && !leader {
-			c.forgo(s)
+			s.Close()
 		}
 	}()
 	c.mu.Lock()
@@ -152,9 +173,9 @@ func (c *Cache) join(req Request, s *suspect) (f *flight, leader bool, err error
 		f.partial = *p
 	}
 	if s != nil {
-		f.stored, f.answered, f.size, f.filled = true, true, s.row.Size, spans{{0, s.row.Size}}
-		f.hash, f.held = req.Digest.Algorithm().Hash(), s.held
-		f.pending = &blobstore.Pending{File: s.file, Digest: req.Digest} // it has a place already
+		f.stored, f.answered, f.size, f.filled = true, true, s.Size, spans{{0, s.Size}}
+		f.hash, f.held = req.Digest.Algorithm().Hash(), s.Lease()
+		f.pending = &blobstore.Pending{File: s.File, Digest: req.Digest} // it has a place already
 	}
 	if !req.Authorised {
 		f.asker = req.Reader
@@ -249,10 +270,10 @@ func (f *flight) release() {
 			f.cache.giveUp(f.key.Domain, f.pending, f.claim, unverified) // after a commit there is nothing
 		}
 		f.pending.Close()
-		f.cache.letGo(f.held)
+		f.cache.store.Release(f.held)
 		return
 	}
-	f.cache.unreserve(f.key.Domain, f.claim)
+	f.cache.store.Unreserve(f.key.Domain, f.claim)
 }
 
 // run is the life of a flight.
@@ -261,17 +282,10 @@ func (f *flight) run(lead Request) {
 	defer c.flying.Done()
 	// Look again: between the caller's look at the store and its joining, an
 	// earlier flight may have been committed.
-	if row, held := c.holdStored(f.key); held != nil {
-		file, info, err := c.openFile(f.key.Digest, row)
-		c.letGo(held)
-		if err == nil {
-			file.Close()
-		}
-		if err == nil && !c.isBad(f.key.Digest, info) {
-			f.dropPartial()
-			f.end(gone, nil)
-			return
-		}
+	if c.store.Stored(f.key.Domain, f.key.Digest) {
+		f.dropPartial()
+		f.end(gone, nil)
+		return
 	}
 	a, err := f.ask(lead)
 	if err != nil {
@@ -287,7 +301,7 @@ func (f *flight) run(lead Request) {
 	}
 	f.doubtful = a.Doubtful
 	if err := f.begin(a.Info); err != nil {
-		c.noteTrouble(err)
+		c.store.NoteTrouble(err)
 		f.standApart(f.key.Digest.Algorithm().Hash(), a)
 		return
 	}
@@ -317,7 +331,7 @@ func (f *flight) create(info Info) error {
 	c.mu.Lock()
 	flights, most := len(c.flights), maxFlights
 	if f.key.Domain != ListedDomain {
-		flights, most = 0, maxFlights/strangersShare
+		flights, most = 0, maxFlights/store.StrangersShare
 		for k := range c.flights {
 			if k.Domain != ListedDomain {
 				flights++
@@ -332,7 +346,7 @@ func (f *flight) create(info Info) error {
 		return errTooMany
 	}
 	claim := claimFor(info.Size)
-	if err := c.reserve(f.key.Domain, claim); err != nil {
+	if err := c.store.Reserve(f.key.Domain, claim); err != nil {
 		f.mu.Lock()
 		f.size = info.Size
 		f.mu.Unlock()

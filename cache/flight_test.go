@@ -371,7 +371,7 @@ func TestFlightInterleavings(t *testing.T) {
 			mustOpen(t, ch2)
 			waitStored(t, c, key)
 			waitStored(t, c, req.Key)
-			files, _ := filepath.Glob(filepath.Join(c.opts.Dir, "blobs/sha256/*"))
+			files, _ := filepath.Glob(filepath.Join(c.store.Dir(), "blobs/sha256/*"))
 			if len(files) != 1 {
 				t.Fatalf("files: %v", files)
 			}
@@ -507,7 +507,7 @@ func TestTheBoundHoldsWithReservations(t *testing.T) {
 		stored++
 		waitStored(t, c, Key{domain, digest.FromBytes(body)})
 		var used int64
-		filepath.Walk(c.opts.Dir, func(_ string, info os.FileInfo, _ error) error {
+		filepath.Walk(c.store.Dir(), func(_ string, info os.FileInfo, _ error) error {
 			if info != nil && info.Mode().IsRegular() {
 				used += info.Size()
 			}

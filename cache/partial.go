@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"tarn/blobstore"
+	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -228,7 +230,7 @@ func (f *flight) park() {
 	}
 	if f.filled.total() > f.noted {
 		if err := f.note(f.key, f.filled, f.filled.total(), true); err != nil {
-			c.noteTrouble(err)
+			c.store.NoteTrouble(err)
 			return
 		}
 	}
@@ -248,7 +250,7 @@ func (f *flight) park() {
 	}
 	// Of a flight that was superseded, it may be late: another one has stored
 	// the object. Its commit looks here after its row is written.
-	if _, stored := c.index.Object(f.key.Domain, f.key.Digest); stored {
+	if _, stored := c.Has(f.key); stored {
 		if late := c.takeParked(f.key); late != nil {
 			c.discard(f.key, late)
 		}
@@ -279,7 +281,7 @@ func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
 		if strangersOnly && k.Domain == ListedDomain {
 			continue
 		}
-		short -= roundUp(p.claim)
+		short -= store.OnDisk(p.claim)
 		if oldest == nil || p.parked.Before(oldest.parked) {
 			key, oldest = k, p
 		}
@@ -309,56 +311,10 @@ func (c *Cache) discard(k Key, p *partial) {
 func (c *Cache) giveUp(domain string, p *blobstore.Pending, claim int64, fed bool) {
 	if fed && p.Empty() {
 		time.AfterFunc(taintFor, func() { p.Discard() })
-		c.unreserve(domain, claim)
+		c.store.Unreserve(domain, claim)
 		return
 	}
-	r := removal{domain, p, claim}
-	if err := r.try(c); err != nil {
-		c.noteTrouble(err)
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.removals = append(c.removals, r)
-	}
-}
-
-// giveUpLeft deletes what an earlier process left. Until it is gone it counts.
-func (c *Cache) giveUpLeft(domain string, p *blobstore.Pending) {
-	var claim int64
-	if info, err := p.File.Stat(); err == nil {
-		claim = blobstore.Allocated(info)
-	}
-	c.mu.Lock()
-	c.claim(domain, roundUp(claim))
-	c.mu.Unlock()
-	c.giveUp(domain, p, claim, false)
-	p.Close()
-}
-
-// removal is a pending file that the disk did not let go of.
-type removal struct {
-	domain  string
-	pending *blobstore.Pending
-	claim   int64 // its bytes count until it is gone
-}
-
-func (r removal) try(c *Cache) error {
-	err := r.pending.Discard()
-	if err == nil {
-		c.unreserve(r.domain, r.claim)
-	}
-	return err
-}
-
-// retryRemovals runs in the committer.
-func (c *Cache) retryRemovals() {
-	c.mu.Lock()
-	due := c.removals
-	c.removals = nil
-	c.mu.Unlock()
-	due = slices.DeleteFunc(due, func(r removal) bool { return r.try(c) == nil })
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.removals = append(c.removals, due...)
+	c.store.Discard(domain, p, claim)
 }
 
 // dropPartial gives up what an earlier flight left.
@@ -375,10 +331,40 @@ func (f *flight) dropPartial() {
 // closeParked leaves the parked files to the next process.
 func (c *Cache) closeParked() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	for k, p := range c.parked {
-		p.pending.Close()
-		c.claim(k.Domain, -roundUp(p.claim))
-	}
+	parked := maps.Clone(c.parked)
 	clear(c.parked)
+	c.mu.Unlock()
+	for k, p := range parked {
+		p.pending.Close()
+		c.store.Unreserve(k.Domain, p.claim)
+	}
+}
+
+// restoreAll parks what the flights of an earlier process left, as far as there
+// is room, and returns how many files that is.
+func (c *Cache) restoreAll(left []*blobstore.Pending) int {
+	for _, l := range left {
+		k, p, known, err := restore(l)
+		if _, stored := c.Has(k); err == nil && stored {
+			err = errors.New("the object is stored")
+		}
+		if err == nil && (c.parked[k] != nil || len(c.parked) >= maxParked) {
+			err = errors.New("there are others")
+		}
+		if err == nil {
+			p.claim = claimFor(p.size)
+			err = c.store.ReserveFree(k.Domain, p.claim)
+		}
+		if err != nil {
+			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
+			c.taint.addLeft(Key{Digest: l.Digest})
+			c.store.DiscardLeft(k.Domain, l)
+			continue
+		}
+		if !known {
+			c.taint.addLeft(Key{Digest: l.Digest})
+		}
+		c.parked[k] = &p
+	}
+	return len(c.parked)
 }

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"tarn/cache/store"
+	"tarn/images"
 	"tarn/index"
 	"tarn/internal/manifest"
 	"tarn/internal/regular"
@@ -38,7 +40,7 @@ func TestAPinReadsItsManifestsOnce(t *testing.T) {
 		return do()
 	})
 	defer c.Close()
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
 	m := v1.Manifest{MediaType: v1.MediaTypeImageManifest}
@@ -52,7 +54,7 @@ func TestAPinReadsItsManifestsOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 1, manifest)
-	if err := c.inCommitter(func() error { return nil }); err != nil {
+	if err := c.store.Do(func() error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	before := opened.Load()
@@ -60,7 +62,7 @@ func TestAPinReadsItsManifestsOnce(t *testing.T) {
 	if n := opened.Load() - before; n > 4 {
 		t.Errorf("%d files were opened to store %d", n, len(layers))
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil {
+	if err := c.store.Evict(1 << 40); err != nil {
 		t.Fatal(err)
 	}
 	for i, l := range layers {
@@ -89,11 +91,11 @@ func TestAPinOfImpossibleSizesIsRefused(t *testing.T) {
 		}
 		tag := fmt.Sprint("v", i)
 		pullImage(t, c, tag, uint64(i+1), body)
-		if _, err := c.Pin(Pin{Upstream: appKey.Upstream, Repository: appKey.Repository, Tag: tag}); !errors.Is(err, ErrPinsTooLarge) {
+		if _, err := c.images.Pin(images.Pin{Upstream: appKey.Upstream, Repository: appKey.Repository, Tag: tag}); !errors.Is(err, images.ErrPinsTooLarge) {
 			t.Errorf("%d: pinned: %v", i, err)
 		}
 	}
-	images := c.Images()
+	images := c.images.List()
 	if len(images) != 3 {
 		t.Fatal(len(images))
 	}
@@ -160,7 +162,7 @@ func pullImage(t *testing.T, c *Cache, tag string, sequence uint64, bodies ...[]
 }
 
 func evictOne(c *Cache, d digest.Digest) error {
-	_, err := c.EvictImage(appKey, "", d)
+	_, err := c.images.Evict(appKey, "", d)
 	return err
 }
 
@@ -184,8 +186,8 @@ func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
 	c := openChaos(t, dir, 8<<20)
 	defer func() { c.Close() }()
 	one := buildImage(randomBytes(300_000), 700_000)
-	pin := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}
-	if tree, err := c.Pin(pin); err != nil || tree.Total != 0 {
+	pin := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}
+	if tree, err := c.images.Pin(pin); err != nil || tree.Total != 0 {
 		t.Fatalf("%+v: %v", tree, err)
 	}
 	mustKeep := func(what string, bodies ...[]byte) {
@@ -203,7 +205,7 @@ func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
 	if c.has(one.otherLayer) {
 		t.Error("another platform's layer is kept")
 	}
-	if images := c.Images(); len(images) != 1 || !images[0].Pinned || images[0].Used.IsZero() || images[0].HereBytes != images[0].TotalBytes-int64(len(one.otherLayer)) || !slices.Contains(images[0].Platforms, "linux/amd64") {
+	if images := c.images.List(); len(images) != 1 || !images[0].Pinned || images[0].Used.IsZero() || images[0].HereBytes != images[0].TotalBytes-int64(len(one.otherLayer)) || !slices.Contains(images[0].Platforms, "linux/amd64") {
 		t.Errorf("%+v", images)
 	}
 
@@ -220,7 +222,7 @@ func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
 	press(t, c, 10)
 	mustKeep("after a restart", one.own()...)
 	reopen(func() {
-		if err := os.Truncate(filepath.Join(dir, indexName), 3000); err != nil {
+		if err := os.Truncate(filepath.Join(dir, "index.db"), 3000); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -234,10 +236,10 @@ func TestAPinKeepsAnImageThroughEverything(t *testing.T) {
 	if c.has(one.layer) {
 		t.Error("what the tag meant before is kept")
 	}
-	if err := c.Unpin(pin); err != nil {
+	if err := c.images.Unpin(pin); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Unpin(pin); !errors.Is(err, ErrNotPinned) {
+	if err := c.images.Unpin(pin); !errors.Is(err, images.ErrNotPinned) {
 		t.Error(err)
 	}
 	press(t, c, 20)
@@ -257,22 +259,22 @@ func TestPinsThatWouldNotFitAreRefused(t *testing.T) {
 	// Of the large one, the manifests say what it has; the layers are not here.
 	pullImage(t, c, "small", 1, small.own()...)
 	pullImage(t, c, "large", 1, large.index, large.manifest, large.other)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "small"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "small"}); err != nil {
 		t.Fatal(err)
 	}
-	all := Pin{Upstream: "lab.test", Repository: "app", Tag: "large"}
-	if _, err := c.Pin(all); !errors.Is(err, ErrPinsTooLarge) {
+	all := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "large"}
+	if _, err := c.images.Pin(all); !errors.Is(err, images.ErrPinsTooLarge) {
 		t.Errorf("%v", err)
 	}
-	if pins := c.Pins(); len(pins) != 1 {
+	if pins := c.images.Pins(); len(pins) != 1 {
 		t.Errorf("%v", pins)
 	}
 	all.Platforms = []string{"linux/arm64"}
-	if tree, err := c.Pin(all); err != nil || tree.Total < 4<<20 || tree.Here > 10_000 {
+	if tree, err := c.images.Pin(all); err != nil || tree.Total < 4<<20 || tree.Here > 10_000 {
 		t.Errorf("%+v: %v", tree, err)
 	}
 	// Under another name it is the same bytes.
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: large.indexDigest, Platforms: []string{"linux/arm64"}}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: large.indexDigest, Platforms: []string{"linux/arm64"}}); err != nil {
 		t.Error(err)
 	}
 }
@@ -285,13 +287,13 @@ func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
 	two := buildImage(one.base, 600_000)
 	pullImage(t, c, "v1", 1, one.own()...)
 	pullImage(t, c, "v2", 1, two.own()...)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.EvictImage(appKey, "v1", ""); !errors.Is(err, ErrPinned) {
+	if _, err := c.images.Evict(appKey, "v1", ""); !errors.Is(err, images.ErrPinned) {
 		t.Error(err)
 	}
-	if err := c.Unpin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if err := c.images.Unpin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
 	reading, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, one.layerDigest}, Reader: "two", Authorised: true})
@@ -299,7 +301,7 @@ func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
 		t.Fatal(err)
 	}
 	used := c.Stats().UsedBytes
-	e, err := c.EvictImage(appKey, "v1", "")
+	e, err := c.images.Evict(appKey, "v1", "")
 	if err != nil || e.Objects != 4 {
 		t.Errorf("%+v: %v", e, err)
 	}
@@ -320,7 +322,7 @@ func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
 			t.Error("something of another image is gone")
 		}
 	}
-	if _, err := c.EvictImage(appKey, "v1", ""); !errors.Is(err, ErrNotStored) {
+	if _, err := c.images.Evict(appKey, "v1", ""); !errors.Is(err, images.ErrNotStored) {
 		t.Error(err)
 	}
 	pullImage(t, c, "v1", 2, one.own()...) // and all is as before
@@ -345,7 +347,7 @@ func TestVerifyFindsWhatIsBadAndWhatIsMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	reports := 0
-	v, err := c.Verify(t.Context(), 0, func(Verification) { reports++ })
+	v, err := c.store.Verify(t.Context(), 0, func(store.Verification) { reports++ })
 	if err != nil || !slices.Equal(v.Bad, []digest.Digest{digest.FromBytes(bodies[3])}) || !slices.Equal(v.Missing, []digest.Digest{digest.FromBytes(bodies[4])}) || v.Files != 10 || reports < 10 {
 		t.Errorf("%+v, %d reports: %v", v, reports, err)
 	}
@@ -354,7 +356,7 @@ func TestVerifyFindsWhatIsBadAndWhatIsMissing(t *testing.T) {
 			t.Errorf("%d is there: %v", i, c.has(body))
 		}
 	}
-	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 || v.Files != 8 {
+	if v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 || v.Files != 8 {
 		t.Errorf("%+v: %v", v, err)
 	}
 	if err := landed(c); err != nil {
@@ -367,7 +369,7 @@ func TestVerifyFindsWhatIsBadAndWhatIsMissing(t *testing.T) {
 func TestDamagedPinsAreKept(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	path := filepath.Join(dir, pinsName)
+	path := filepath.Join(dir, store.PinsName)
 	d := digest.FromString("x")
 	sound := `{"upstream":"lab.test","repository":"app","tag":"v1","platforms":["linux/amd64"]}`
 	var damaged []string
@@ -395,13 +397,13 @@ func TestDamagedPinsAreKept(t *testing.T) {
 		}
 		for range 2 { // the second one finds what the first one wrote
 			ca := openChaos(t, dir, 1<<30)
-			if n := len(ca.Pins()); n != c.pinned {
+			if n := len(ca.images.Pins()); n != c.pinned {
 				t.Errorf("%s: %d pins, not %d", c.text, n, c.pinned)
 			}
 			ca.Close()
 		}
 	}
-	kept, err := filepath.Glob(path + brokenSuffix + "*")
+	kept, err := filepath.Glob(path + ".broken" + "*")
 	if err != nil || len(kept) != len(damaged) {
 		t.Errorf("%d files are kept of %d: %v", len(kept), len(damaged), err)
 	}
@@ -417,23 +419,23 @@ func TestDamagedPinsAreKept(t *testing.T) {
 func TestPinsThatCannotBeReadStay(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	path := filepath.Join(dir, pinsName)
+	path := filepath.Join(dir, store.PinsName)
 	if err := os.Mkdir(path, 0o700); err != nil { // which no read gets anything of
 		t.Fatal(err)
 	}
 	c := openChaos(t, dir, 1<<30)
 	defer c.Close()
-	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
-	if _, err := c.Pin(p); !errors.Is(err, regular.ErrNot) || !strings.Contains(err.Error(), "restart") {
+	p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+	if _, err := c.images.Pin(p); !errors.Is(err, regular.ErrNot) || !strings.Contains(err.Error(), "restart") {
 		t.Error(err)
 	}
-	if n := len(c.Pins()); n != 0 {
+	if n := len(c.images.Pins()); n != 0 {
 		t.Errorf("%d pins are held that are written nowhere", n)
 	}
-	if err := c.Unpin(p); !errors.Is(err, regular.ErrNot) {
+	if err := c.images.Unpin(p); !errors.Is(err, regular.ErrNot) {
 		t.Error(err)
 	}
-	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), brokenSuffix) }) {
+	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), ".broken") }) {
 		t.Errorf("%v: %v", entries, err)
 	}
 }
@@ -442,14 +444,14 @@ func TestWhatIsNoPinIsRefused(t *testing.T) {
 	t.Parallel()
 	c := openChaos(t, t.TempDir(), 1<<30)
 	defer c.Close()
-	for _, p := range []Pin{
+	for _, p := range []images.Pin{
 		{}, {Upstream: "lab.test", Repository: "app"}, {Upstream: "lab.test", Tag: "v1"},
 		{Upstream: "lab.test", Repository: "app", Digest: "sha256:zz"},
 		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"amd64"}},
 		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/arm64/v8/x"}},
 		{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/"}},
 	} {
-		if _, err := c.Pin(p); !errors.Is(err, ErrNoPin) || len(c.Pins()) > 0 {
+		if _, err := c.images.Pin(p); !errors.Is(err, images.ErrNoPin) || len(c.images.Pins()) > 0 {
 			t.Errorf("%+v: %v", p, err)
 		}
 	}
@@ -468,7 +470,7 @@ func TestNamesOfPlatformsArePrintable(t *testing.T) {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 1, ix, b.manifest)
-	images := c.Images()
+	images := c.images.List()
 	if len(images) != 1 || !slices.Equal(images[0].Platforms, []string{"linux/?[2J?fake/?"}) {
 		t.Errorf("%+v", images)
 	}
@@ -500,7 +502,7 @@ func TestTheDirectoryIsAnImageLayout(t *testing.T) {
 	pullImage(t, c, "v1", 1, one.own()...)
 	c.NoteTag(appKey.TagKey("v2"), index.Tag{Digest: one.indexDigest, Sequence: 1, Confirmed: time.Now()})
 	settle(t, "the list", listed(map[string]digest.Digest{"lab.test/app:v1": one.indexDigest, "lab.test/app:v2": one.indexDigest}))
-	if _, err := c.EvictImage(appKey, "v1", ""); err != nil {
+	if _, err := c.images.Evict(appKey, "v1", ""); err != nil {
 		t.Fatal(err)
 	}
 	settle(t, "the list without it", listed(nil))
@@ -518,9 +520,9 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 	c := openChaos(t, t.TempDir(), 4<<20)
 	defer c.Close()
 	base := randomBytes(300_000)
-	images := make([]built, 6)
-	for i := range images {
-		images[i] = buildImage(base, 700_000+i)
+	all := make([]built, 6)
+	for i := range all {
+		all[i] = buildImage(base, 700_000+i)
 	}
 	var sequence atomic.Uint64
 	var busy sync.WaitGroup
@@ -537,7 +539,7 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 	}
 	tag := func(r *rand.Rand) string { return fmt.Sprint("v", r.IntN(3)) }
 	many(4, func(r *rand.Rand) {
-		i := images[r.IntN(len(images))]
+		i := all[r.IntN(len(all))]
 		key, n := appKey.TagKey(tag(r)), index.Tag{Digest: i.indexDigest, Sequence: sequence.Add(1), Confirmed: time.Now()}
 		c.NoteTag(key, n)
 		for _, body := range i.own() {
@@ -552,30 +554,30 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 		}
 	})
 	many(1, func(r *rand.Rand) {
-		p := Pin{Upstream: "lab.test", Repository: "app", Tag: tag(r), Platforms: []string{"linux/amd64"}}
-		if _, err := c.Pin(p); err != nil && !errors.Is(err, ErrPinsTooLarge) {
+		p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: tag(r), Platforms: []string{"linux/amd64"}}
+		if _, err := c.images.Pin(p); err != nil && !errors.Is(err, images.ErrPinsTooLarge) {
 			t.Error(err)
 		}
 		p.Tag = tag(r)
-		if err := c.Unpin(p); err != nil && !errors.Is(err, ErrNotPinned) {
+		if err := c.images.Unpin(p); err != nil && !errors.Is(err, images.ErrNotPinned) {
 			t.Error(err)
 		}
 	})
 	many(1, func(r *rand.Rand) {
-		if _, err := c.EvictImage(appKey, tag(r), ""); err != nil && !errors.Is(err, ErrNotStored) && !errors.Is(err, ErrPinned) {
+		if _, err := c.images.Evict(appKey, tag(r), ""); err != nil && !errors.Is(err, images.ErrNotStored) && !errors.Is(err, images.ErrPinned) {
 			t.Error(err)
 		}
-		c.Images()
+		c.images.List()
 	})
 	many(1, func(*rand.Rand) {
-		if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 {
+		if v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {}); err != nil || len(v.Bad)+len(v.Missing) > 0 {
 			t.Errorf("%+v: %v", v, err)
 		}
 	})
 	busy.Wait()
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
-	for _, p := range c.Pins() {
-		if err := c.Unpin(p); err != nil {
+	for _, p := range c.images.Pins() {
+		if err := c.images.Unpin(p); err != nil {
 			t.Error(err)
 		}
 	}
@@ -583,8 +585,8 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 	var rows int64
-	c.index.Objects(func(_ digest.Digest, o index.Object) { rows += o.Alloc })
-	settle(t, "all holds", func() bool { return c.mayGo() == rows })
+	c.Index().Objects(func(_ digest.Digest, o index.Object) { rows += o.Alloc })
+	settle(t, "all holds", func() bool { return c.store.Evictable() == rows })
 	if s := c.Stats(); s.UsedBytes+s.PendingBytes > s.MaxBytes || s.Trouble != "" && !strings.Contains(s.Trouble, "no room") {
 		t.Errorf("%+v", s)
 	}
@@ -599,7 +601,7 @@ func TestAPinKeepsLayersThatWereThereFirst(t *testing.T) {
 	defer c.Close()
 	one := buildImage(randomBytes(300_000), 500_000)
 	outer := fmt.Appendf(nil, `{"schemaVersion": 2, "manifests": [{"digest": %q, "size": %d, "mediaType": "x/y"}]}`, one.indexDigest, len(one.index))
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(outer), Platforms: []string{"linux/amd64"}}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(outer), Platforms: []string{"linux/amd64"}}); err != nil {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "", 0, one.layer, one.base, one.config, one.manifest, one.index, outer)
@@ -624,13 +626,13 @@ func TestTheListFollowsATagThatAPinHasSeenFirst(t *testing.T) {
 	pullImage(t, c, "v1", 1, one.own()...)
 	listed := func(what string) func() bool {
 		return func() bool {
-			data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
+			data, err := os.ReadFile(filepath.Join(c.store.Dir(), store.ListName))
 			return err == nil && bytes.Contains(data, []byte(what))
 		}
 	}
 	settle(t, "the list", listed("lab.test/app:v1"))
 	c.NoteTag(appKey.TagKey("v2"), index.Tag{Digest: one.indexDigest, Sequence: 2, Confirmed: time.Now()})
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
 	settle(t, "the list with both", listed("lab.test/app:v2"))
@@ -644,13 +646,13 @@ func TestTheListSaysWhatEachRegistryCallsAnImage(t *testing.T) {
 	b := buildImage(randomBytes(1000), 1000)
 	foreign := index.RepositoryKey{Upstream: "a.test", Repository: "x"}
 	types := map[string]string{"a.test/x:v1": "application/vnd.other+json", "lab.test/app:v1": v1.MediaTypeImageIndex}
-	c.index.NoteMembership(foreign.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["a.test/x:v1"]})
-	c.index.NoteMembership(appKey.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["lab.test/app:v1"]})
+	c.Index().NoteMembership(foreign.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["a.test/x:v1"]})
+	c.Index().NoteMembership(appKey.MembershipKey("manifests", b.indexDigest), index.Membership{Time: time.Now(), MediaType: types["lab.test/app:v1"]})
 	pullImage(t, c, "v1", 1, b.own()...)
 	c.NoteTag(foreign.TagKey("v1"), index.Tag{Digest: b.indexDigest, Sequence: 1, Confirmed: time.Now()})
 	var list v1.Index
 	settle(t, "the list", func() bool {
-		data, err := os.ReadFile(filepath.Join(c.opts.Dir, listName))
+		data, err := os.ReadFile(filepath.Join(c.store.Dir(), store.ListName))
 		return err == nil && json.Unmarshal(data, &list) == nil && len(list.Manifests) == len(types)
 	})
 	for _, d := range list.Manifests {
@@ -676,15 +678,19 @@ func TestAPinHoldsWhileAManifestCannotBeRead(t *testing.T) {
 			defer c.Close()
 			one := buildImage(randomBytes(3000), 70_000)
 			pullImage(t, c, "v1", 1, one.own()...)
-			p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
-			if _, err := c.Pin(p); err != nil {
+			p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+			if _, err := c.images.Pin(p); err != nil {
+				t.Fatal(err)
+			}
+			other := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}
+			if _, err := c.images.Pin(other); err != nil {
 				t.Fatal(err)
 			}
 			failing.Store(true)
-			if err := c.inCommitter(func() error { c.repin(); return c.evict(1 << 40) }); err != nil {
+			if err := errors.Join(c.images.Unpin(other), c.store.Evict(1<<40)); err != nil { // all pins are looked at
 				t.Fatal(err)
 			}
-			if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); !errors.Is(err, cause) {
+			if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); !errors.Is(err, cause) {
 				t.Errorf("a pin of what cannot be read: %v", err)
 			}
 			failing.Store(false)
@@ -693,10 +699,10 @@ func TestAPinHoldsWhileAManifestCannotBeRead(t *testing.T) {
 					t.Errorf("object %d of a pinned image was evicted", i)
 				}
 			}
-			if err := c.Unpin(p); err != nil {
+			if err := c.images.Unpin(p); err != nil {
 				t.Error(err)
 			}
-			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+			if err := c.store.Evict(1 << 40); err != nil || c.has(one.layer) {
 				t.Errorf("it is held for ever: %v", err)
 			}
 		})
@@ -721,10 +727,10 @@ func TestAManifestThatCameAsABlobLeadsToItsLayers(t *testing.T) {
 			}
 			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 			pullImage(t, c, "v1", 1, one.own()...)
-			if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}); err != nil {
+			if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/amd64"}}); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || !c.has(one.layer) {
+			if err := c.store.Evict(1 << 40); err != nil || !c.has(one.layer) {
 				t.Errorf("a layer of what is pinned is gone: %v", err)
 			}
 		})
@@ -745,14 +751,14 @@ func TestAPinHoldsWhatComesBack(t *testing.T) {
 	defer c.Close()
 	body := randomBytes(100_000)
 	req := storedBy(t, c, &origin{body: body})
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: req.Digest}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: req.Digest}); err != nil {
 		t.Fatal(err)
 	}
 	if err := flip(c.store.Path(req.Digest), body, 100); err != nil {
 		t.Fatal(err)
 	}
 	failing.Store("remove blob")
-	if v, err := c.Verify(t.Context(), 0, func(Verification) {}); err != nil || len(v.Bad) != 1 {
+	if v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {}); err != nil || len(v.Bad) != 1 {
 		t.Fatal(v, err)
 	}
 	failing.Store("fsync directory")
@@ -765,7 +771,7 @@ func TestAPinHoldsWhatComesBack(t *testing.T) {
 	if err := landed(c); err != nil {
 		t.Error(err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || !c.has(body) {
+	if err := c.store.Evict(1 << 40); err != nil || !c.has(body) {
 		t.Errorf("what is pinned was evicted: %v", err)
 	}
 }
@@ -774,9 +780,10 @@ func TestAPinHoldsWhatComesBack(t *testing.T) {
 func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	path := filepath.Join(dir, pinsName)
-	for n := range maxBroken + 1 {
-		name := path + brokenSuffix
+	path := filepath.Join(dir, store.PinsName)
+	const kept = 100 // of damaged files
+	for n := range kept + 1 {
+		name := path + ".broken"
 		if n > 0 {
 			name = fmt.Sprintf("%s.%d", name, n)
 		}
@@ -790,12 +797,12 @@ func TestDamagedPinsThatCannotBeKeptAreNotWrittenOver(t *testing.T) {
 	}
 	c := openChaos(t, dir, 1<<30)
 	defer c.Close()
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}); !errors.Is(err, os.ErrExist) {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}); !errors.Is(err, os.ErrExist) {
 		t.Error(err)
 	}
-	c.index.NoteTag(appKey.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 1, Confirmed: time.Now()})
-	c.tagMoved.Store(true)
-	if err := c.inCommitter(func() error { c.followTags(); return nil }); err != nil {
+	c.Index().NoteTag(appKey.TagKey("v1"), index.Tag{Digest: digest.FromString("x"), Sequence: 1, Confirmed: time.Now()})
+	c.images.TagMoved()
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	if text, err := os.ReadFile(path); err != nil || !bytes.Equal(text, damaged) {
@@ -825,11 +832,11 @@ func TestEvictingManyLayersIsOneTransaction(t *testing.T) {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 1, append([][]byte{manifest}, layers...)...)
-	if err := c.index.Sync(); err != nil {
+	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
 	before := written.Load()
-	if e, err := c.EvictImage(appKey, "v1", ""); err != nil || e.Objects != 41 {
+	if e, err := c.images.Evict(appKey, "v1", ""); err != nil || e.Objects != 41 {
 		t.Errorf("%+v: %v", e, err)
 	}
 	if n := written.Load() - before; n > 2 { // a tick may come in between
@@ -845,13 +852,13 @@ func TestAnImageOfAnIndexIsEvictedWithIt(t *testing.T) {
 	one := buildImage(randomBytes(3000), 7000)
 	pullImage(t, c, "v1", 1, one.own()...)
 	c.NoteTag(appKey.TagKey("v1-amd64"), index.Tag{Digest: one.manifestDigest, Sequence: 2, Confirmed: time.Now()})
-	if e, err := c.EvictImage(appKey, "v1-amd64", ""); !errors.Is(err, ErrShared) || e.Objects != 0 || !c.has(one.manifest) {
+	if e, err := c.images.Evict(appKey, "v1-amd64", ""); !errors.Is(err, images.ErrShared) || e.Objects != 0 || !c.has(one.manifest) {
 		t.Errorf("%+v: %v", e, err)
 	}
-	if e, err := c.EvictImage(appKey, "v1", ""); err != nil || e.Objects != 1 || !c.has(one.layer) {
+	if e, err := c.images.Evict(appKey, "v1", ""); err != nil || e.Objects != 1 || !c.has(one.layer) {
 		t.Errorf("the index: %+v: %v", e, err)
 	}
-	if e, err := c.EvictImage(appKey, "v1-amd64", ""); err != nil || e.Objects != 4 {
+	if e, err := c.images.Evict(appKey, "v1-amd64", ""); err != nil || e.Objects != 4 {
 		t.Errorf("and then alone: %+v: %v", e, err)
 	}
 }
@@ -872,9 +879,12 @@ func TestV8IsWhatArm64Is(t *testing.T) {
 	pullImage(t, c, "plain", 1, plain)
 	for _, tag := range []string{"v8", "plain"} {
 		for _, platform := range []string{"linux/arm64", "linux/arm64/v8"} {
-			tree := c.tree(digest.FromBytes(map[string][]byte{"v8": one.index, "plain": plain}[tag]), []string{platform})
-			if _, ok := tree.sizes[one.otherLayerDigst]; !ok {
-				t.Errorf("%s is not %s", tag, platform)
+			p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: tag, Platforms: []string{platform}}
+			if tree, err := c.images.Pin(p); err != nil || tree.Here < int64(len(one.other)+len(one.otherLayer)) {
+				t.Errorf("%s is not %s: %+v, %v", tag, platform, tree, err)
+			}
+			if err := c.images.Unpin(p); err != nil {
+				t.Error(err)
 			}
 		}
 	}
@@ -888,7 +898,7 @@ func TestVerifyEndsWithTheCache(t *testing.T) {
 		storedBy(t, c, &origin{body: randomBytes(1 << 20)})
 	}
 	closed := make(chan error, 1)
-	v, err := c.Verify(t.Context(), 0, func(v Verification) {
+	v, err := c.store.Verify(t.Context(), 0, func(v store.Verification) {
 		if v.Files == 1 && v.Bytes == 1<<20 {
 			go func() { closed <- c.Close() }()
 			<-c.ctx.Done()
@@ -908,12 +918,12 @@ func TestPinsOverALowerBoundCanBeRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	c := openChaos(t, dir, 64<<20)
-	var pins []Pin
+	var pins []images.Pin
 	for i := range 4 {
 		tag := fmt.Sprint("v", i)
 		pullImage(t, c, tag, uint64(i+1), buildImage(randomBytes(900_000), 900_000).own()...)
-		pins = append(pins, Pin{Upstream: "lab.test", Repository: "app", Tag: tag})
-		if _, err := c.Pin(pins[i]); err != nil {
+		pins = append(pins, images.Pin{Upstream: "lab.test", Repository: "app", Tag: tag})
+		if _, err := c.images.Pin(pins[i]); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -922,16 +932,16 @@ func TestPinsOverALowerBoundCanBeRemoved(t *testing.T) {
 	c = openChaos(t, dir, bound)
 	defer c.Close()
 	settle(t, "trouble", func() bool { return strings.Contains(c.Stats().Trouble, "pinned") })
-	if list, err := os.ReadFile(filepath.Join(dir, listName)); err != nil || bytes.Count(list, []byte(":v")) != len(pins) {
+	if list, err := os.ReadFile(filepath.Join(dir, store.ListName)); err != nil || bytes.Count(list, []byte(":v")) != len(pins) {
 		t.Errorf("%s: %v", list, err)
 	}
 	for _, p := range pins {
-		if err := c.Unpin(p); err != nil {
+		if err := c.images.Unpin(p); err != nil {
 			t.Error(err)
 		}
 	}
 	settle(t, "the bound", func() bool { return directory(dir) <= bound })
-	if err := c.inCommitter(func() error { return nil }); err != nil { // files go before they are counted off
+	if err := c.store.Do(func() error { return nil }); err != nil { // files go before they are counted off
 		t.Error(err)
 	}
 	if err := landed(c); err != nil {
@@ -953,22 +963,22 @@ func TestUnpinningIsDoneWhenItCannotBeWritten(t *testing.T) {
 	defer c.Close()
 	one := buildImage(randomBytes(1000), 70_000)
 	pullImage(t, c, "v1", 1, one.own()...)
-	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
-	if _, err := c.Pin(p); err != nil {
+	p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}
+	if _, err := c.images.Pin(p); err != nil {
 		t.Fatal(err)
 	}
 	failing.Store(true)
-	if err := c.Unpin(p); !errors.Is(err, syscall.ENOSPC) || len(c.Pins()) != 0 {
-		t.Errorf("%v: %v", c.Pins(), err)
+	if err := c.images.Unpin(p); !errors.Is(err, syscall.ENOSPC) || len(c.images.Pins()) != 0 {
+		t.Errorf("%v: %v", c.images.Pins(), err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+	if err := c.store.Evict(1 << 40); err != nil || c.has(one.layer) {
 		t.Errorf("it is held still: %v", err)
 	}
 	failing.Store(false)
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if text, err := os.ReadFile(filepath.Join(dir, pinsName)); err != nil || string(text) != "[]" {
+	if text, err := os.ReadFile(filepath.Join(dir, store.PinsName)); err != nil || string(text) != "[]" {
 		t.Errorf("%s: %v", text, err)
 	}
 }
@@ -981,7 +991,7 @@ func TestRoomForDamagedPinsIsNotMadeOfPins(t *testing.T) {
 	c := openChaos(t, dir, 64<<20)
 	one := buildImage(randomBytes(300_000), 700_000)
 	pullImage(t, c, "v1", 1, one.own()...)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: one.indexDigest}); err != nil {
 		t.Fatal(err)
 	}
 	pullImage(t, c, "v1", 2, buildImage(randomBytes(300_000), 700_000).own()...)
@@ -990,7 +1000,7 @@ func TestRoomForDamagedPinsIsNotMadeOfPins(t *testing.T) {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, pinsName)
+	path := filepath.Join(dir, store.PinsName)
 	text, err := os.ReadFile(path)
 	if err == nil {
 		text = append(bytes.Replace(text, []byte("["), []byte(`[{"upstream": 1},`), 1), bytes.Repeat([]byte(" "), 100_000)...)
@@ -1006,8 +1016,8 @@ func TestRoomForDamagedPinsIsNotMadeOfPins(t *testing.T) {
 			t.Errorf("object %d of what is pinned was evicted", i)
 		}
 	}
-	if len(c.Pins()) != 1 || c.Stats().Evicted.Objects == 0 {
-		t.Errorf("%v, %+v", c.Pins(), c.Stats())
+	if len(c.images.Pins()) != 1 || c.Stats().Evicted.Objects == 0 {
+		t.Errorf("%v, %+v", c.images.Pins(), c.Stats())
 	}
 }
 
@@ -1020,17 +1030,17 @@ func TestAPinThatCannotBeReadHoldsNoOther(t *testing.T) {
 	pullImage(t, c, "v1", 1, one.own()...)
 	pullImage(t, c, "v2", 2, two.own()...)
 	for _, tag := range []string{"v1", "v2"} {
-		if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: tag}); err != nil {
+		if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: tag}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := flip(c.store.Path(two.indexDigest), two.index, 10); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Unpin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if err := c.images.Unpin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.inCommitter(func() error { return c.evict(1 << 40) }); err != nil || c.has(one.layer) {
+	if err := c.store.Evict(1 << 40); err != nil || c.has(one.layer) {
 		t.Errorf("what is not pinned is held: %v", err)
 	}
 	if !c.has(two.layer) {
@@ -1052,14 +1062,10 @@ func TestTheListNamesWhatCouldNotBeReadOnce(t *testing.T) {
 	})
 	defer c.Close()
 	named := func() (yes bool) {
-		if err := c.inCommitter(func() error {
-			c.followTags()
-			c.layOut()
-			return nil
-		}); err != nil {
+		if err := c.store.Housekeep(); err != nil {
 			t.Fatal(err)
 		}
-		list, err := os.ReadFile(filepath.Join(dir, listName))
+		list, err := os.ReadFile(filepath.Join(dir, store.ListName))
 		return err == nil && bytes.Contains(list, []byte("lab.test/app:v1"))
 	}
 	failing.Store(true)
@@ -1082,7 +1088,7 @@ func TestAnOrphanHoldsNoImage(t *testing.T) {
 	pullImage(t, c, "v1", 1, one.own()...)
 	pullImage(t, c, "v1-amd64", 2, one.manifest)
 	pullImage(t, c, "v1", 3, buildImage(one.base, 8000).own()...)
-	if e, err := c.EvictImage(appKey, "v1-amd64", ""); err != nil || e.Objects != 3 || c.has(one.layer) || !c.has(one.base) {
+	if e, err := c.images.Evict(appKey, "v1-amd64", ""); err != nil || e.Objects != 3 || c.has(one.layer) || !c.has(one.base) {
 		t.Errorf("%+v: %v", e, err)
 	}
 }
@@ -1109,7 +1115,7 @@ func TestAPinOfTooManyObjectsIsRefused(t *testing.T) {
 	alone := marshal(leadTo("alone", manifest.MaxDescriptors+1))
 	var parts [][]byte
 	var together v1.Index
-	for i := range maxTree/manifest.MaxDescriptors + 1 {
+	for i := range (1<<15)/manifest.MaxDescriptors + 1 {
 		parts = append(parts, marshal(leadTo(fmt.Sprint("part", i, "-"), manifest.MaxDescriptors)))
 		together.Manifests = append(together.Manifests, v1.Descriptor{Digest: digest.FromBytes(parts[i]), Size: int64(len(parts[i]))})
 	}
@@ -1118,11 +1124,11 @@ func TestAPinOfTooManyObjectsIsRefused(t *testing.T) {
 		"one manifest": {alone}, "a manifest within an index": {within, alone}, "many manifests": append([][]byte{marshal(together)}, parts...),
 	} {
 		pullImage(t, c, "", 0, bodies...)
-		if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(bodies[0])}); !errors.Is(err, ErrPinsTooLarge) || len(c.Pins()) != 0 {
+		if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(bodies[0])}); !errors.Is(err, images.ErrPinsTooLarge) || len(c.images.Pins()) != 0 {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(parts[0])}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromBytes(parts[0])}); err != nil {
 		t.Errorf("as many as there may be: %v", err)
 	}
 }
@@ -1142,7 +1148,7 @@ func TestALargeBlobThatIsNoManifestIsNotReadAsOne(t *testing.T) {
 			t.Fatal(err)
 		}
 		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
-		if got := c.index.ChildrenOf(digest.FromString(body)); len(got) != want {
+		if got := c.Index().ChildrenOf(digest.FromString(body)); len(got) != want {
 			t.Errorf("%.40s leads to %v", body, got)
 		}
 	}
@@ -1154,12 +1160,12 @@ func TestAPinOfNothingIsRefused(t *testing.T) {
 	c := openChaos(t, t.TempDir(), 1<<30)
 	defer c.Close()
 	pullImage(t, c, "v1", 1, buildImage(randomBytes(1000), 1000).own()...)
-	p := Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/s390x"}}
-	if _, err := c.Pin(p); !errors.Is(err, ErrNoPin) || !strings.Contains(err.Error(), "linux/arm64/v8, linux/amd64") || len(c.Pins()) != 0 {
+	p := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1", Platforms: []string{"linux/s390x"}}
+	if _, err := c.images.Pin(p); !errors.Is(err, images.ErrNoPin) || !strings.Contains(err.Error(), "linux/arm64/v8, linux/amd64") || len(c.images.Pins()) != 0 {
 		t.Error(err)
 	}
 	p.Platforms = append(p.Platforms, "linux/arm64")
-	if _, err := c.Pin(p); err != nil {
+	if _, err := c.images.Pin(p); err != nil {
 		t.Error(err)
 	}
 }
@@ -1172,7 +1178,7 @@ func TestWhatMustStayFreeIsNoRoomForPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromString("x")}); !errors.Is(err, ErrPinsTooLarge) {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Digest: digest.FromString("x")}); !errors.Is(err, images.ErrPinsTooLarge) {
 		t.Error(err)
 	}
 }
@@ -1190,16 +1196,16 @@ func TestTheDirectoryIsMarkedWhenTheDiskIsBack(t *testing.T) {
 		return do()
 	})
 	defer c.Close()
-	if err := c.inCommitter(func() error { return nil }); err != nil {
+	if err := c.store.Do(func() error { return nil }); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, layoutName)); err == nil {
+	if _, err := os.Stat(filepath.Join(dir, store.LayoutName)); err == nil {
 		t.Error("it was not put to the test")
 	}
 	failing.Store(false)
 	settle(t, "both files", func() bool {
-		_, err := os.Stat(filepath.Join(dir, layoutName))
-		_, lerr := os.Stat(filepath.Join(dir, listName))
+		_, err := os.Stat(filepath.Join(dir, store.LayoutName))
+		_, lerr := os.Stat(filepath.Join(dir, store.ListName))
 		return err == nil && lerr == nil
 	})
 }
@@ -1211,12 +1217,12 @@ func TestOneVerifyAtATime(t *testing.T) {
 	defer c.Close()
 	storedBy(t, c, &origin{body: randomBytes(1 << 20)})
 	once := sync.OnceFunc(func() {
-		if _, err := c.Verify(t.Context(), 0, func(Verification) {}); !errors.Is(err, ErrVerifying) {
+		if _, err := c.store.Verify(t.Context(), 0, func(store.Verification) {}); !errors.Is(err, store.ErrVerifying) {
 			t.Error(err)
 		}
 	})
 	for range 2 {
-		if v, err := c.Verify(t.Context(), 0, func(Verification) { once() }); err != nil || v.Files != 1 {
+		if v, err := c.store.Verify(t.Context(), 0, func(store.Verification) { once() }); err != nil || v.Files != 1 {
 			t.Errorf("%+v: %v", v, err)
 		}
 	}
@@ -1231,7 +1237,7 @@ func TestVerifyKeepsItsRate(t *testing.T) {
 		storedBy(t, c, &origin{body: randomBytes(1 << 20)})
 	}
 	begun := time.Now()
-	if _, err := c.Verify(t.Context(), 8<<20, func(Verification) {}); err != nil {
+	if _, err := c.store.Verify(t.Context(), 8<<20, func(store.Verification) {}); err != nil {
 		t.Fatal(err)
 	}
 	if took := time.Since(begun); took < 450*time.Millisecond {
@@ -1250,18 +1256,20 @@ func TestAnImageThatIsWrittenTwiceIsPinnedForBoth(t *testing.T) {
 		t.Fatal(err)
 	}
 	const entry = `{"upstream":"lab.test","repository":"app","tag":"v1","platforms":["linux/%s"]}`
-	if err := os.WriteFile(filepath.Join(dir, pinsName), fmt.Appendf(nil, "["+entry+","+entry+"]", "amd64", "arm64"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, store.PinsName), fmt.Appendf(nil, "["+entry+","+entry+"]", "amd64", "arm64"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c = openChaos(t, dir, 1<<30)
 	defer c.Close()
-	if err := evictOne(c, one.manifestDigest); !errors.Is(err, ErrPinned) || !strings.Contains(err.Error(), "as lab.test/app:v1") {
+	if err := evictOne(c, one.manifestDigest); !errors.Is(err, images.ErrPinned) || !strings.Contains(err.Error(), "as lab.test/app:v1") {
 		t.Error(err)
 	}
 	if err := flip(c.store.Path(one.indexDigest), one.index, 10); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.inCommitter(func() error { c.repin(); return c.evict(1 << 40) }); err != nil || !c.has(one.layer) || !c.has(one.otherLayer) {
+	other := images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v2"}
+	_, err := c.images.Pin(other)
+	if err := errors.Join(err, c.images.Unpin(other), c.store.Evict(1<<40)); err != nil || !c.has(one.layer) || !c.has(one.otherLayer) { // all pins are looked at
 		t.Errorf("a layer was evicted: %v", err)
 	}
 }
@@ -1288,16 +1296,16 @@ func TestAGoodManifestIsNotDropped(t *testing.T) {
 	})
 	defer c.Close()
 	pullImage(t, c, "v1", 1, one.own()...)
-	if err := c.inCommitter(func() error { c.layOut(); return nil }); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	if err := flip(c.store.Path(one.indexDigest), one.index, 10); err != nil {
 		t.Fatal(err)
 	}
 	armed.Store(true)
-	c.Images()
+	c.images.List()
 	for range 2 { // what it has told the committer is done by then
-		if err := c.inCommitter(func() error { c.dropBad(); return nil }); err != nil {
+		if err := c.store.Housekeep(); err != nil {
 			t.Fatal(err)
 		}
 	}

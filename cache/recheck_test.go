@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
+	"tarn/cache/store"
 	"testing"
 	"time"
 
@@ -115,7 +116,7 @@ func TestAFileThatOnlyLooksChangedIsServedAndBelievedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	asked := len(source.questions())
-	before, _ := c.index.Row(req.Digest)
+	before, _ := c.Index().Row(req.Digest)
 	for _, offset := range []int64{2_000_000, 0} {
 		ranged := req
 		ranged.Offset = offset
@@ -123,14 +124,14 @@ func TestAFileThatOnlyLooksChangedIsServedAndBelievedAgain(t *testing.T) {
 			t.Fatalf("%d bytes: %v", len(got), err)
 		}
 	}
-	settle(t, "the row", func() bool { row, _ := c.index.Row(req.Digest); return row.Inode != before.Inode })
+	settle(t, "the row", func() bool { row, _ := c.Index().Row(req.Digest); return row.Inode != before.Inode })
 	settle(t, "the flight", func() bool { return c.Stats().Flights == 0 })
 	o, err := c.Open(context.Background(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer o.Close()
-	if _, ok := o.Content.(*storedFile); !ok || o.Source != Hit {
+	if _, ok := o.Content.(*store.File); !ok || o.Source != Hit {
 		t.Errorf("%T, source %d", o.Content, o.Source)
 	}
 	if n := len(source.questions()); n != asked {
@@ -166,11 +167,11 @@ func TestScrubbingFindsWhatDecayed(t *testing.T) {
 		t.Fatal(err)
 	}
 	used := c.Stats().UsedBytes
-	c.scrubOnce(time.Now(), 0)
+	c.store.Scrub(time.Now(), 0)
 	if _, ok := c.Has(keys[1]); !ok {
 		t.Error("it was looked at too soon")
 	}
-	c.scrubOnce(time.Now().Add(scrubAfter), 0)
+	c.store.Scrub(time.Now().Add((7 * 24 * time.Hour)), 0)
 	for i, k := range keys {
 		if _, ok := c.Has(k); ok != (i != 1) {
 			t.Errorf("object %d is there: %v", i, ok)
@@ -209,7 +210,7 @@ func TestVerifyDoesNotMissWhatCameBack(t *testing.T) {
 		pullImage(t, c, "", 0, body)
 	}
 	before.Store(&comesBack)
-	v, err := c.Verify(t.Context(), 0, func(Verification) {})
+	v, err := c.store.Verify(t.Context(), 0, func(store.Verification) {})
 	if err != nil || len(v.Missing)+len(v.Bad) > 0 || !c.has(body) {
 		t.Errorf("%+v: %v", v, err)
 	}

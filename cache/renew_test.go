@@ -5,12 +5,12 @@ package cache
 import (
 	"bytes"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
 
+	"tarn/images"
 	"tarn/index"
 
 	"github.com/opencontainers/go-digest"
@@ -47,7 +47,10 @@ func TestAnIndexThatBreaksCostsNothing(t *testing.T) {
 				}
 			}
 			settle(t, "the commits", func() bool { return c.Stats().Flights == 0 })
-			path := filepath.Join(dir, indexName)
+			if err := c.Index().Sync(); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(dir, "index.db")
 			info, err := os.Stat(path)
 			if err != nil {
 				t.Fatal(err)
@@ -69,13 +72,13 @@ func TestAnIndexThatBreaksCostsNothing(t *testing.T) {
 			if n := asked("two"); n > 0 { // while it is broken
 				t.Errorf("%d questions for what was on the disk", n)
 			}
-			if err := c.index.Sync(); err != nil {
+			if err := c.Index().Sync(); err != nil {
 				t.Fatal(err)
 			}
 			if s := c.Stats(); s.Adopting > 0 || s.Trouble != "" {
 				t.Errorf("%+v", s)
 			}
-			if _, err := os.Stat(filepath.Join(dir, brokenName)); err != nil {
+			if _, err := os.Stat(filepath.Join(dir, "index.db.broken")); err != nil {
 				t.Error(err)
 			}
 			if err := landed(c); err != nil {
@@ -106,7 +109,7 @@ func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
 	}
 	settle(t, "the commit", func() bool { return c.Stats().Flights == 0 })
 	c.Close()
-	marker := filepath.Join(dir, indexName+".opening")
+	marker := filepath.Join(dir, "index.db"+".opening")
 	for n, aside := range []bool{false, false, true} {
 		if n > 0 {
 			if err := os.WriteFile(marker, bytes.Repeat([]byte("."), n), 0o600); err != nil {
@@ -114,7 +117,7 @@ func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
 			}
 		}
 		c := openChaos(t, dir, 1<<30)
-		if _, err := os.Stat(filepath.Join(dir, brokenName)); (err == nil) != aside {
+		if _, err := os.Stat(filepath.Join(dir, "index.db.broken")); (err == nil) != aside {
 			t.Errorf("after %d: set aside: %v", n, err == nil)
 		}
 		if _, err := os.Stat(marker); err == nil {
@@ -129,27 +132,27 @@ func TestAnIndexThatEndsTheProcessIsSetAside(t *testing.T) {
 // what was, and what is pinned is known from the start.
 func TestWithoutAnIndexManifestsAndPinsStay(t *testing.T) {
 	t.Parallel()
-	const images, bound = 8, 6 << 20
+	const many, bound = 8, 6 << 20
 	dir := t.TempDir()
 	c := openChaos(t, dir, 1<<30)
 	var all []built
-	for i := range images {
+	for i := range many {
 		all = append(all, buildImage(randomBytes(100_000), 900_000))
 		pullImage(t, c, fmt.Sprint("v", i), uint64(i+1), all[i].own()...)
 	}
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v0"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v0"}); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(filepath.Join(dir, indexName)); err != nil {
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
 	var opened atomic.Int64
 	goOn := make(chan struct{})
 	slow := func(name string, do func() error) error {
-		if name == "open blob" && opened.Add(1) == 3*images { // of five
+		if name == "open blob" && opened.Add(1) == 3*many { // of five
 			<-goOn
 		}
 		return do()
@@ -159,12 +162,12 @@ func TestWithoutAnIndexManifestsAndPinsStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	settle(t, "the middle", func() bool { return opened.Load() >= 3*images })
+	settle(t, "the middle", func() bool { return opened.Load() >= 3*many })
 	body := randomBytes(1 << 20)
 	if got, err := readAll(c, parallelRequest(&origin{body: body}, "one")); err != nil || !bytes.Equal(got, body) {
 		t.Errorf("%d bytes: %v", len(got), err)
 	}
-	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	if n := directory(dir); n > bound {
@@ -172,7 +175,7 @@ func TestWithoutAnIndexManifestsAndPinsStay(t *testing.T) {
 	}
 	close(goOn)
 	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
-	if err := c.inCommitter(func() error { c.keepBounds(); return nil }); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	for i, image := range all {
@@ -201,7 +204,7 @@ func TestAFullStoreIsRebuilt(t *testing.T) {
 	c := openChaos(t, dir, 1<<30)
 	one := buildImage(randomBytes(3000), 7000)
 	pullImage(t, c, "v1", 1, one.own()...)
-	if _, err := c.Pin(Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
+	if _, err := c.images.Pin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Close(); err != nil {
@@ -215,14 +218,14 @@ func TestAFullStoreIsRebuilt(t *testing.T) {
 	}
 	c = openChaos(t, dir, 1<<30)
 	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
-	if err := c.inCommitter(func() error { c.measureOverhead(); return nil }); err != nil {
+	if err := c.store.Housekeep(); err != nil {
 		t.Fatal(err)
 	}
 	full := c.Stats().UsedBytes
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, indexName)
+	path := filepath.Join(dir, "index.db")
 	info, err := os.Stat(path)
 	if err == nil {
 		err = os.WriteFile(path, make([]byte, info.Size()), 0o600)
@@ -234,8 +237,9 @@ func TestAFullStoreIsRebuilt(t *testing.T) {
 	defer c.Close()
 	settle(t, "the adopter", func() bool { return c.Stats().Adopting == 0 })
 	files, rows := 0, 0
-	err = c.store.Walk(func(digest.Digest, fs.DirEntry) error { files++; return nil })
-	c.index.Objects(func(digest.Digest, index.Object) { rows++ })
+	entries, err := os.ReadDir(filepath.Join(dir, "blobs", "sha256"))
+	files = len(entries)
+	c.Index().Objects(func(digest.Digest, index.Object) { rows++ })
 	if err != nil || rows != files || rows < 1000 {
 		t.Errorf("%d files have %d rows: %v", files, rows, err)
 	}

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"sync"
 	"time"
+
+	"tarn/cache/store"
 )
 
 // A reader who holds bytes that were never verified must not be given others of a
@@ -18,7 +20,7 @@ const (
 	taintFor = 60 * time.Second
 	// maxTaints bounds the memory, at some 200 bytes each; past it, all readers of
 	// ranges are refused until the oldest have gone. What registries that are not
-	// listed send has a bound of its own, one in strangersShare, and refuses nobody
+	// listed send has a bound of its own, one in store.StrangersShare, and refuses nobody
 	// else.
 	maxTaints = 1 << 17
 	// maxFed bounds the readers of one flight that are known by name. Past it anybody
@@ -61,7 +63,7 @@ type taint struct {
 func newTaints() *taints {
 	return &taints{
 		listed: taintRows{rows: make(map[taintKey]taint), most: maxTaints},
-		others: taintRows{rows: make(map[taintKey]taint), most: maxTaints / strangersShare},
+		others: taintRows{rows: make(map[taintKey]taint), most: maxTaints / store.StrangersShare},
 		left:   make(map[Key]time.Time),
 	}
 }

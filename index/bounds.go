@@ -152,7 +152,9 @@ func (ix *Index) Trim() (untagged []digest.Digest) {
 		if before == 0 {
 			continue
 		}
-		whose := func(k RepositoryKey) bool { return !strangersOnly || ix.isStranger(k) }
+		whose := func(k RepositoryKey) bool { // and no more than that, where many are as old
+			return (!strangersOnly || ix.isStranger(k)) && ix.over(strangersOnly, trimTo) != (extent{})
+		}
 		untagged = append(untagged, ix.forget(func(k MembershipKey, latest int64) bool {
 			return latest < before && whose(k.RepositoryKey)
 		}, func(k TagKey, t Tag) bool {
@@ -162,19 +164,22 @@ func (ix *Index) Trim() (untagged []digest.Digest) {
 	return untagged
 }
 
+// over is the excess of registries that are not listed, or of all. Called with the
+// lock.
+func (ix *Index) over(strangersOnly bool, eighths int64) extent {
+	all, theirs := ix.excess(ix.taken, ix.strangers, eighths)
+	if strangersOnly {
+		return theirs
+	}
+	return all
+}
+
 // overdue is the time before which rows are to go, those of registries that are
 // not listed or all, 0 when there is room enough.
 func (ix *Index) overdue(strangersOnly bool) (before int64) {
 	ix.mu.RLock()
 	defer ix.mu.RUnlock()
-	excess := func(eighths int64) extent {
-		all, theirs := ix.excess(ix.taken, ix.strangers, eighths)
-		if strangersOnly {
-			return theirs
-		}
-		return all
-	}
-	if excess(trimAt) == (extent{}) {
+	if ix.over(strangersOnly, trimAt) == (extent{}) {
 		return 0
 	}
 	type aged struct {
@@ -196,7 +201,7 @@ func (ix *Index) overdue(strangersOnly bool) (before int64) {
 		}
 	}
 	slices.SortFunc(rows, func(a, b aged) int { return cmp.Compare(a.time, b.time) })
-	left := excess(trimTo)
+	left := ix.over(strangersOnly, trimTo)
 	for _, r := range rows {
 		if left.memory <= 0 && left.file <= 0 {
 			break

@@ -171,3 +171,18 @@ func TestNoMediaTypeIsLongerThanOneCanBe(t *testing.T) {
 		}
 	}
 }
+
+// TestRowsOfOneMomentDoNotAllGo: only as many as room is made for.
+func TestRowsOfOneMomentDoNotAllGo(t *testing.T) {
+	t.Parallel()
+	const rows = 1000
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Rows: repositoryBytes + 100 + rows*membershipBytes})
+	k := RepositoryKey{"docker.io", "app"}
+	for i := range rows {
+		ix.NoteMembership(k.MembershipKey("blobs", digest.FromString(fmt.Sprint(i))), Membership{Time: at})
+	}
+	ix.Trim()
+	if n := ix.Counts().Memberships; n < rows*trimTo/8-50 || n > rows*trimTo/8+50 {
+		t.Errorf("%d of %d are left", n, rows)
+	}
+}

@@ -198,6 +198,14 @@ func (ix *Index) Use(d digest.Digest) (Use, bool) {
 	return o.use.unpack(), true
 }
 
+// Leads tells whether an object leads to others.
+func (ix *Index) Leads(d digest.Digest) bool {
+	ix.mu.RLock()
+	defer ix.mu.RUnlock()
+	o, ok := ix.objects.get(d)
+	return ok && len(o.children) > 0
+}
+
 // ChildrenOf returns what an object leads to.
 func (ix *Index) ChildrenOf(d digest.Digest) []digest.Digest {
 	ix.mu.RLock()

@@ -70,7 +70,7 @@ func (p *Proxy) prune() {
 		stale, membership = max(stale, r.StaleIfError), max(membership, r.MembershipTTL)
 	}
 	now := p.now()
-	p.cache.Prune(index.Pruning{
+	p.cache.Store().Prune(index.Pruning{
 		Memberships: now.Add(-max(stale, membership)), Tags: now.Add(-max(stale, tagsFor)),
 	})
 }

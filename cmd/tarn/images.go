@@ -24,7 +24,7 @@ import (
 	"time"
 
 	"tarn/admin"
-	"tarn/cache"
+	"tarn/images"
 
 	"github.com/docker/go-units"
 	"github.com/schollz/progressbar/v3"
@@ -244,7 +244,7 @@ by a digest, which may be cut short as the list does.`,
 			if len(args) > 0 {
 				path += "?" + url.Values{"image": args}.Encode()
 			}
-			var answer struct{ Images []cache.Image }
+			var answer struct{ Images []images.Image }
 			return d.do(cmd, "GET", path, nil, &answer, func(w io.Writer) {
 				tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 				defer tw.Flush()
@@ -296,7 +296,7 @@ Without an image, the pins are listed.`,
 }
 
 func (d *daemon) listPins(cmd *cobra.Command) error {
-	var answer struct{ Pins []cache.Pin }
+	var answer struct{ Pins []images.Pin }
 	return d.do(cmd, "GET", "/api/v1/pins", nil, &answer, func(w io.Writer) {
 		tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		defer tw.Flush()

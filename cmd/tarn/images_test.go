@@ -14,7 +14,7 @@ import (
 	"strings"
 	"testing"
 
-	"tarn/cache"
+	"tarn/images"
 	"tarn/internal/registrytest"
 
 	"github.com/opencontainers/go-digest"
@@ -61,18 +61,18 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 	p := run(t, dir, "--upstream", "lab.test="+r.URL, "--max-size", "16MiB")
 	p.pull("team/app", "v1", append(one.Layers, one.Config)...)
 	p.pull("team/app", "v2", append(two.Layers, two.Config)...)
-	all := func() (images []cache.Image) {
+	all := func() []images.Image {
 		t.Helper()
 		out, words, code := p.tell("images", "-o", "json")
-		var answer struct{ Images []cache.Image }
+		var answer struct{ Images []images.Image }
 		if err := json.Unmarshal([]byte(out), &answer); err != nil || code != 0 {
 			t.Fatalf("%d: %s %s: %v", code, out, words, err)
 		}
 		return answer.Images
 	}
 	p.until("both are listed whole", func() bool {
-		images := all()
-		return len(images) == 2 && images[0].HereBytes == images[0].TotalBytes && images[1].HereBytes == images[1].TotalBytes
+		found := all()
+		return len(found) == 2 && found[0].HereBytes == found[0].TotalBytes && found[1].HereBytes == found[1].TotalBytes
 	})
 	for i, image := range all() {
 		if image.Repository != "team/app" || image.Tag != []string{"v1", "v2"}[i] || image.Digest != []digest.Digest{one.Manifest, two.Manifest}[i] ||

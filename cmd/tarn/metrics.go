@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"tarn/cache"
+	"tarn/cache/store"
 	"tarn/upstream"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,7 +21,7 @@ func newRegistry() *prometheus.Registry {
 }
 
 // registerCache shows the cache's figures as metrics.
-func registerCache(registry *prometheus.Registry, store *cache.Cache) {
+func registerCache(registry *prometheus.Registry, c *cache.Cache) {
 	for name, g := range map[string]struct {
 		help  string
 		value func(cache.Stats) int64
@@ -31,17 +32,17 @@ func registerCache(registry *prometheus.Registry, store *cache.Cache) {
 		"tarn_cache_flights":       {"Downloads that are running.", func(s cache.Stats) int64 { return int64(s.Flights) }},
 	} {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: g.help},
-			func() float64 { return float64(g.value(store.Stats())) }))
+			func() float64 { return float64(g.value(c.Stats())) }))
 	}
-	for name, c := range map[string]struct {
+	for name, n := range map[string]struct {
 		help  string
-		value func(cache.Evicted) int64
+		value func(store.Evicted) int64
 	}{
-		"tarn_cache_evictions_total":     {"Objects that had to make room.", func(e cache.Evicted) int64 { return e.Objects }},
-		"tarn_cache_evicted_bytes_total": {"Bytes on disk of objects that had to make room.", func(e cache.Evicted) int64 { return e.Bytes }},
+		"tarn_cache_evictions_total":     {"Objects that had to make room.", func(e store.Evicted) int64 { return e.Objects }},
+		"tarn_cache_evicted_bytes_total": {"Bytes on disk of objects that had to make room.", func(e store.Evicted) int64 { return e.Bytes }},
 	} {
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: c.help},
-			func() float64 { return float64(c.value(store.Stats().Evicted)) }))
+		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: n.help},
+			func() float64 { return float64(n.value(c.Stats().Evicted)) }))
 	}
 }
 

@@ -295,3 +295,15 @@ func Looks(prefix []byte, size int64) bool {
 	}
 	return false
 }
+
+// Children are the digests of all that a body leads to, nil where it is no manifest.
+func Children(body []byte) (children []digest.Digest) {
+	m, err := Parse(body)
+	if err != nil {
+		return nil
+	}
+	for _, d := range m.Descriptors() {
+		children = append(children, d.Digest)
+	}
+	return children
+}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package store
 
 import (
 	"container/list"
@@ -14,13 +14,19 @@ import (
 // sending it.
 type hot struct {
 	mu      sync.Mutex
-	entries map[Key]*list.Element
+	entries map[hotKey]*list.Element
 	recent  list.List // of *hotEntry, the latest first
 	bytes   int
 }
 
+// hotKey is an object of a source domain.
+type hotKey struct {
+	domain string
+	digest digest.Digest
+}
+
 type hotEntry struct {
-	key  Key
+	key  hotKey
 	body []byte
 }
 
@@ -33,10 +39,10 @@ const (
 	hotOverhead = 300
 )
 
-func newHot() *hot { return &hot{entries: make(map[Key]*list.Element)} }
+func newHot() *hot { return &hot{entries: make(map[hotKey]*list.Element)} }
 
 // get returns the body, nil when it is not here. Nobody writes to it.
-func (h *hot) get(k Key) []byte {
+func (h *hot) get(k hotKey) []byte {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	e := h.entries[k]
@@ -47,7 +53,7 @@ func (h *hot) get(k Key) []byte {
 	return e.Value.(*hotEntry).body
 }
 
-func (h *hot) put(k Key, body []byte) {
+func (h *hot) put(k hotKey, body []byte) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.entries[k] != nil {
@@ -68,7 +74,7 @@ func (h *hot) drop(ds ...digest.Digest) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for k, e := range h.entries {
-		if those[k.Digest] {
+		if those[k.digest] {
 			h.remove(e)
 		}
 	}

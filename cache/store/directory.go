@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package store
 
 import (
 	"encoding/json"
@@ -21,12 +21,20 @@ const (
 	lockName    = "lock"
 	blobsName   = "blobs"
 	pendingName = "pending"
-	// maxLayout is what is read of an oci-layout file. Ours has 30 bytes.
-	maxLayout = 4096
+	indexName   = "index.db"
+	brokenName  = "index.db.broken"
+	probeName   = ".probe"
+	// PinsName, ListName and LayoutName are small files that others keep here, see
+	// WriteFile.
+	PinsName   = "pins.json"
+	ListName   = v1.ImageIndexFile
+	LayoutName = v1.ImageLayoutFile
+	// MaxLayout is what is read of an oci-layout file. Ours has 30 bytes.
+	MaxLayout = 4096
 )
 
 // ownNames are those that tarn's own files may have, with suffixes.
-var ownNames = []string{lockName, blobsName, pendingName, indexName, pinsName, listName, layoutName, "admin.sock", "stale.key", ".probe"}
+var ownNames = []string{lockName, blobsName, pendingName, indexName, PinsName, ListName, LayoutName, "admin.sock", "stale.key", probeName}
 
 // checkDir refuses a directory in which somebody else keeps something: tarn removes
 // from blobs/ and pending/ what it does not know. A directory is tarn's when it has
@@ -37,7 +45,7 @@ func checkDir(dir string) error {
 	if err != nil {
 		return fmt.Errorf("data directory: %w", bare(err))
 	}
-	if err := checkLayout(filepath.Join(dir, layoutName)); err != nil {
+	if err := checkLayout(filepath.Join(dir, LayoutName)); err != nil {
 		return err
 	}
 	has := func(name string) bool {
@@ -46,7 +54,7 @@ func checkDir(dir string) error {
 	if has(lockName) && (has(pendingName) || has(indexName)) {
 		return nil
 	}
-	if has(layoutName) {
+	if has(LayoutName) {
 		return fmt.Errorf("%w: it is an OCI image layout that tarn has not made", ErrForeign)
 	}
 	for _, e := range entries {
@@ -63,13 +71,13 @@ func checkDir(dir string) error {
 // checkLayout refuses a layout of another version than ours. One that says nothing is
 // what a power cut may leave, and written anew.
 func checkLayout(path string) error {
-	data, err := regular.Read(path, maxLayout)
+	data, err := regular.Read(path, MaxLayout)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	var layout v1.ImageLayout
 	if err == nil && json.Unmarshal(data, &layout) == nil && layout.Version != "" && layout.Version != v1.ImageLayoutVersion {
-		return fmt.Errorf("%w: its %s is of version %.40q, and this tarn knows %s", ErrForeign, layoutName, layout.Version, v1.ImageLayoutVersion)
+		return fmt.Errorf("%w: its %s is of version %.40q, and this tarn knows %s", ErrForeign, LayoutName, layout.Version, v1.ImageLayoutVersion)
 	}
 	return nil
 }

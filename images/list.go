@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package images
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"tarn/cache/store"
 	"tarn/index"
 	"tarn/internal/manifest"
 	"tarn/internal/regular"
@@ -37,17 +38,17 @@ type Image struct {
 	Pinned     bool          `json:"pinned"`
 }
 
-// Images returns the images of which at least the manifest that names them is
+// List returns the images of which at least the manifest that names them is
 // stored, by name.
-func (c *Cache) Images() (images []Image) {
-	pins := c.Pins()
+func (im *Images) List() (images []Image) {
+	pins := im.Pins()
 	add := func(k index.RepositoryKey, tag string, d digest.Digest, confirmed time.Time) {
-		if _, ok := c.index.Row(d); !ok {
+		if _, ok := im.store.Index().Row(d); !ok {
 			return
 		}
-		t := c.tree(d, nil)
+		t := im.tree(d, nil)
 		i := Image{Upstream: k.Upstream, Repository: k.Repository, Tag: tag, Digest: d, Platforms: append([]string{}, t.Platforms...), HereBytes: t.Here, TotalBytes: t.Total, Confirmed: confirmed}
-		u, _ := c.index.Use(d)
+		u, _ := im.store.Index().Use(d)
 		i.Used = u.Time
 		i.Pinned = slices.ContainsFunc(pins, func(p Pin) bool {
 			return p.key() == k && (p.Digest == d || p.Digest == "" && p.Tag == tag)
@@ -55,7 +56,7 @@ func (c *Cache) Images() (images []Image) {
 		images = append(images, i)
 	}
 	tags := make(map[index.TagKey]index.Tag)
-	c.index.Tags(func(k index.TagKey, t index.Tag) {
+	im.store.Index().Tags(func(k index.TagKey, t index.Tag) {
 		if t.Digest != "" {
 			tags[k] = t
 		}
@@ -74,34 +75,34 @@ func (c *Cache) Images() (images []Image) {
 	return images
 }
 
-// EvictImage removes what a tag means, or a digest, under whatever other names it is
+// Evict removes what a tag means, or a digest, under whatever other names it is
 // known, and all that nothing else that is stored leads to. Who reads
 // something of it reads on. It fails with ErrNotStored, with ErrPinned, and with ErrShared.
-func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (e Evicted, err error) {
-	err = c.inCommitter(func() error {
+func (im *Images) Evict(k index.RepositoryKey, tag string, d digest.Digest) (e store.Evicted, err error) {
+	err = im.store.Do(func() error {
 		if d == "" {
-			t, _ := c.index.Tag(k.TagKey(tag))
+			t, _ := im.store.Index().Tag(k.TagKey(tag))
 			d = t.Digest
 		}
-		if _, ok := c.index.Row(d); d == "" || !ok {
+		if _, ok := im.store.Index().Row(d); d == "" || !ok {
 			return ErrNotStored
 		}
-		c.repinIfDue()
-		if c.pins.wanted[d] {
-			return fmt.Errorf("%w, as %s: unpin that first", ErrPinned, c.pinnedAs(d))
+		im.follow()
+		if im.pins.wanted[d] {
+			return fmt.Errorf("%w, as %s: unpin that first", ErrPinned, im.pinnedAs(d))
 		}
-		mine := c.under([]digest.Digest{d}, nil)
+		mine := im.under([]digest.Digest{d}, nil)
 		var kept []digest.Digest // by what stays
-		c.index.Tags(func(_ index.TagKey, t index.Tag) {
+		im.store.Index().Tags(func(_ index.TagKey, t index.Tag) {
 			if t.Digest != d {
 				kept = append(kept, t.Digest)
 			}
 		})
 		var others []string // that lead to it
 		leads := make(map[digest.Digest][]digest.Digest)
-		c.index.Children(func(parent digest.Digest, children []digest.Digest) { leads[parent] = children })
+		im.store.Index().Children(func(parent digest.Digest, children []digest.Digest) { leads[parent] = children })
 		for parent, children := range leads {
-			if c.isLost(parent) || mine[parent] && !c.pins.wanted[parent] {
+			if im.store.IsLost(parent) || mine[parent] && !im.pins.wanted[parent] {
 				continue
 			}
 			kept = append(kept, children...)
@@ -113,23 +114,23 @@ func (c *Cache) EvictImage(k index.RepositoryKey, tag string, d digest.Digest) (
 			const named = 10 // there may be thousands
 			return fmt.Errorf("%w, %s: evict that", ErrShared, strings.Join(others[:min(len(others), named)], ", "))
 		}
-		stay := c.under(kept, mine) // what is kept keeps its own
-		var going []index.Stored
+		stay := im.under(kept, mine) // what is kept keeps its own
+		var going []digest.Digest
 		for d := range mine {
-			if row, ok := c.index.Row(d); ok && !stay[d] && !c.pins.wanted[d] {
-				going = append(going, index.Stored{Digest: d, Object: row})
+			if !stay[d] && !im.pins.wanted[d] {
+				going = append(going, d)
 			}
 		}
-		e, err = c.remove(going)
+		e, err = im.store.Remove(going)
 		return err
 	})
 	return e, err
 }
 
 // pinnedAs names the pins that lead to a digest.
-func (c *Cache) pinnedAs(d digest.Digest) string {
+func (im *Images) pinnedAs(d digest.Digest) string {
 	var names []string
-	for name, tree := range c.pins.trees {
+	for name, tree := range im.pins.trees {
 		if _, ok := tree[d]; ok {
 			names = append(names, name)
 		}
@@ -138,16 +139,8 @@ func (c *Cache) pinnedAs(d digest.Digest) string {
 	return strings.Join(names, ", ")
 }
 
-// isLost tells whether nothing leads to an object any more that has before.
-func (c *Cache) isLost(d digest.Digest) bool {
-	c.order.mu.Lock()
-	defer c.order.mu.Unlock()
-	rank, _ := c.order.queue.Rank(d)
-	return rank.Lost
-}
-
 // under returns what these lead to, and they themselves, of those within; nil is all.
-func (c *Cache) under(ds []digest.Digest, within map[digest.Digest]bool) map[digest.Digest]bool {
+func (im *Images) under(ds []digest.Digest, within map[digest.Digest]bool) map[digest.Digest]bool {
 	all := make(map[digest.Digest]bool)
 	for len(ds) > 0 {
 		last := len(ds) - 1
@@ -155,15 +148,13 @@ func (c *Cache) under(ds []digest.Digest, within map[digest.Digest]bool) map[dig
 		ds = ds[:last]
 		if !all[d] && (within == nil || within[d]) {
 			all[d] = true
-			ds = append(ds, c.index.ChildrenOf(d)...)
+			ds = append(ds, im.store.Index().ChildrenOf(d)...)
 		}
 	}
 	return all
 }
 
 const (
-	layoutName = v1.ImageLayoutFile
-	listName   = v1.ImageIndexFile
 	// maxList bounds index.json, in bytes: nobody reads an index that is larger. It
 	// is written anew with each change, and has room for 10,000 tags of usual names.
 	// What is beyond it is stored all the same, and not in the list.
@@ -190,16 +181,16 @@ type meaning struct {
 // layOut makes the directory an OCI image layout, whose list of images is at most
 // noteInterval behind (OCI image-spec "Image Layout"). A manifest in it may lead
 // to layers that are not here, as the specification allows.
-func (c *Cache) layOut() {
-	if !c.images.marked {
-		c.images.marked = c.markLayout()
+func (im *Images) layOut() {
+	if !im.list.marked {
+		im.list.marked = im.markLayout()
 	}
-	if !c.images.due {
+	if !im.list.due {
 		return
 	}
 	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
 	meant := make(map[string]meaning)
-	c.index.Tags(func(k index.TagKey, t index.Tag) {
+	im.store.Index().Tags(func(k index.TagKey, t index.Tag) {
 		if t.Digest != "" {
 			meant[k.Upstream+"/"+k.Repository+":"+k.Tag] = meaning{k.RepositoryKey, t.Digest}
 		}
@@ -209,30 +200,30 @@ func (c *Cache) layOut() {
 	left := maxList
 	names := slices.SortedFunc(maps.Keys(meant), func(a, b string) int {
 		listed := func(name string) int {
-			if c.listed(meant[name].in.Upstream) {
+			if im.store.Listed(meant[name].in.Upstream) {
 				return 0
 			}
 			return 1
 		}
 		return cmp.Or(listed(a)-listed(b), strings.Compare(a, b))
 	})
-	strangers := maxList / strangersShare
+	strangers := maxList / store.StrangersShare
 	for _, name := range names {
 		d := meant[name].d
-		row, ok := c.index.Row(d)
+		row, ok := im.store.Index().Row(d)
 		if !ok {
 			continue
 		}
 		said := meaning{meant[name].in, d}
 		if types[said] == "" {
-			types[said] = c.images.types[said]
+			types[said] = im.list.types[said]
 		}
-		if m, ok := c.index.Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && manifest.ValidMediaType(m.MediaType) && strings.HasSuffix(m.MediaType, "+json") {
+		if m, ok := im.store.Index().Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && manifest.ValidMediaType(m.MediaType) && strings.HasSuffix(m.MediaType, "+json") {
 			types[said] = m.MediaType // as its registry calls it, and not as any file
 		}
 		if types[said] == "" {
-			m, _, err := c.storedManifest(d)
-			unread = unread || err != nil && !errors.Is(err, ErrNotStored)
+			m, _, err := im.storedManifest(d)
+			unread = unread || err != nil && !errors.Is(err, store.ErrNotStored)
 			if err != nil || m.Descriptors() == nil {
 				continue
 			}
@@ -242,7 +233,7 @@ func (c *Cache) layOut() {
 		if left -= size; left < 0 {
 			break
 		}
-		if !c.listed(said.in.Upstream) {
+		if !im.store.Listed(said.in.Upstream) {
 			if strangers -= size; strangers < 0 {
 				break
 			}
@@ -252,33 +243,33 @@ func (c *Cache) layOut() {
 			Annotations: map[string]string{v1.AnnotationRefName: name},
 		})
 	}
-	c.images.types = types
+	im.list.types = types
 	data, err := json.MarshalIndent(ix, "", "  ")
-	c.images.due = unread // or what it names goes to make room for it
-	if err == nil && !bytes.Equal(data, c.images.written) {
-		err = c.writeFile("list", listName, data, false)
+	im.list.due = unread // or what it names goes to make room for it
+	if err == nil && !bytes.Equal(data, im.list.written) {
+		err = im.store.WriteFile("list", store.ListName, data, false)
 	}
-	if failing := err != nil; failing != c.images.failing {
-		if c.images.failing = failing; failing {
-			c.log.Sugar().Warnw("the list of images is not written", "file", listName, "cause", err.Error())
+	if failing := err != nil; failing != im.list.failing {
+		if im.list.failing = failing; failing {
+			im.log.Sugar().Warnw("the list of images is not written", "file", store.ListName, "cause", err.Error())
 		} else {
-			c.log.Sugar().Infow("the list of images is written again", "file", listName)
+			im.log.Sugar().Infow("the list of images is written again", "file", store.ListName)
 		}
 	}
 	if err != nil {
-		c.images.due = true
+		im.list.due = true
 		return
 	}
-	c.images.written = data
+	im.list.written = data
 }
 
 // markLayout writes what says that the directory is a layout, and tells whether it is
 // there. Without it, the directory is as good for everybody else, and the list, which is
 // written next, says why it is not.
-func (c *Cache) markLayout() bool {
+func (im *Images) markLayout() bool {
 	data, err := json.Marshal(v1.ImageLayout{Version: v1.ImageLayoutVersion})
-	if there, rerr := regular.Read(filepath.Join(c.opts.Dir, layoutName), maxLayout); rerr == nil && bytes.Equal(there, data) {
+	if there, rerr := regular.Read(filepath.Join(im.store.Dir(), store.LayoutName), store.MaxLayout); rerr == nil && bytes.Equal(there, data) {
 		return true
 	}
-	return err == nil && c.writeFile("layout", layoutName, data, false) == nil
+	return err == nil && im.store.WriteFile("layout", store.LayoutName, data, false) == nil
 }

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package images
+
+import (
+	"cmp"
+	"errors"
+	"math"
+	"slices"
+	"strings"
+
+	"tarn/blobstore"
+	"tarn/cache/store"
+	"tarn/internal/manifest"
+
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// What is read of a manifest here is for eviction, pins and lists; nobody is
+// served by it.
+
+// readManifest returns an empty one for anything else.
+func readManifest(body []byte) manifest.Manifest {
+	m, err := manifest.Parse(body)
+	if err != nil {
+		return manifest.Manifest{}
+	}
+	return m
+}
+
+// mediaTypeOf is what a manifest says of itself, or else what it looks like.
+func mediaTypeOf(m manifest.Manifest) string {
+	if len(m.Manifests) > 0 {
+		return cmp.Or(m.MediaType, v1.MediaTypeImageIndex)
+	}
+	return cmp.Or(m.MediaType, v1.MediaTypeImageManifest)
+}
+
+// storedManifest reads a manifest that is stored, or has no row yet. Anything else that
+// is stored leads nowhere. It fails with store.ErrNotStored, with store.ErrChanged, and
+// when the disk does not give it now.
+func (im *Images) storedManifest(d digest.Digest) (m manifest.Manifest, size int64, err error) {
+	row, known := im.store.Index().Row(d)
+	if known && !im.store.Index().Leads(d) {
+		return m, row.Size, nil
+	}
+	body, size, err := im.store.ReadAll(d, manifest.MaxSize)
+	if body == nil || !known && !manifest.Looks(body[:min(size, manifest.Prefix)], size) {
+		return m, size, err
+	}
+	return readManifest(body), size, nil
+}
+
+// leadsTooFar tells whether a manifest that is stored leads to more than is kept
+// account of.
+func (im *Images) leadsTooFar(d digest.Digest) bool {
+	body, _, err := im.store.ReadAll(d, manifest.MaxSize)
+	return err == nil && readManifest(body).Truncated
+}
+
+// Tree is an image as far as its manifests are here.
+type Tree struct {
+	// Here and Total are bytes: of what is stored, and of all of it. Of an index
+	// they count the manifests that are here, or all that were asked for.
+	Here, Total int64
+	// Platforms that there is something of.
+	Platforms []string
+	sizes     map[digest.Digest]int64
+	err       error           // a manifest that is here cannot be read
+	others    []string        // platforms of an index that has none of those asked for
+	barren    []digest.Digest // named as manifests, and here, and lead nowhere
+}
+
+// tree walks from a digest over the manifests that are here, to these platforms
+// of an index, or to all.
+func (im *Images) tree(root digest.Digest, platforms []string) (t Tree) {
+	t.sizes = make(map[digest.Digest]int64)
+	if blobstore.CheckDigest(root) != nil {
+		return t
+	}
+	none := true
+	leaf := func(child manifest.Descriptor) {
+		if _, seen := t.sizes[child.Digest]; seen || len(t.sizes) >= maxTree {
+			return
+		}
+		size := child.Size
+		if here, ok := im.store.IsHere(child.Digest); ok {
+			size = cmp.Or(here, size) // of a file without a row, it is not known
+			t.Here += size
+		}
+		t.sizes[child.Digest] = size
+		t.Total = addSizes(t.Total, size)
+	}
+	var walk func(d digest.Digest, size int64, platform *manifest.Platform)
+	walk = func(d digest.Digest, size int64, platform *manifest.Platform) {
+		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
+			return
+		}
+		m, stored, err := im.storedManifest(d)
+		ok := err == nil
+		switch {
+		case ok:
+			size = stored
+			t.Here += size
+		case !errors.Is(err, store.ErrNotStored):
+			t.err = err
+		}
+		t.sizes[d] = size
+		t.Total = addSizes(t.Total, size)
+		if ok && platform != nil && len(t.Platforms) < maxPlatforms {
+			t.Platforms = append(t.Platforms, platformName(*platform))
+		}
+		children := m.Descriptors()
+		if ok && children == nil {
+			t.barren = append(t.barren, d)
+		}
+		for _, child := range children {
+			if len(m.Manifests) == 0 { // nor read: of files without a row, nobody knows what they are
+				leaf(child)
+				continue
+			}
+			if child.Platform != nil && len(platforms) > 0 && !slices.ContainsFunc(platforms, func(p string) bool {
+				name, p := plainArm64(platformName(*child.Platform)), plainArm64(p)
+				return name == p || strings.HasPrefix(name, p+"/")
+			}) {
+				if d == root && child.Platform.OS != "unknown" { // as attestations have it
+					t.others = append(t.others, platformName(*child.Platform))
+				}
+				continue
+			}
+			none = false
+			if _, here := im.store.IsHere(child.Digest); here || len(platforms) > 0 {
+				walk(child.Digest, child.Size, child.Platform)
+			} else {
+				t.sizes[child.Digest] = child.Size // a pin keeps it when it comes
+			}
+		}
+		if platform == nil && m.Config.Digest != "" && d == root {
+			if p, ok := im.configPlatform(m.Config); ok {
+				t.Platforms = append(t.Platforms, platformName(p))
+			}
+		}
+	}
+	walk(root, 0, nil)
+	if !none {
+		t.others = nil
+	}
+	return t
+}
+
+// maxTree bounds what one image leads to: a manifest of the most descriptors is within
+// it, and an index may have as many such manifests.
+const maxTree = 1 << 15
+
+// plainArm64: v8 is what arm64 is without a variant.
+func plainArm64(platform string) string {
+	if name, ok := strings.CutSuffix(platform, "/v8"); ok && strings.HasSuffix(name, "/arm64") {
+		return name
+	}
+	return platform
+}
+
+// addSizes adds what a manifest may only claim.
+func addSizes(a, b int64) int64 {
+	if b > math.MaxInt64-a {
+		return math.MaxInt64
+	}
+	return a + b
+}
+
+// platformName is for people, too: what a manifest says is not for their terminal.
+func platformName(p manifest.Platform) string {
+	name := p.OS + "/" + p.Architecture
+	if p.Variant != "" {
+		name += "/" + p.Variant
+	}
+	return strings.Map(func(r rune) rune {
+		if r <= ' ' || r >= 0x7f {
+			return '?'
+		}
+		return r
+	}, name)
+}
+
+// configPlatform reads what an image's config says that it runs on.
+func (im *Images) configPlatform(config manifest.Descriptor) (p manifest.Platform, ok bool) {
+	if _, stored := im.store.Index().Row(config.Digest); !stored {
+		return p, false
+	}
+	body, _, err := im.store.ReadAll(config.Digest, manifest.MaxSize)
+	if err != nil || len(body) == 0 {
+		return p, false
+	}
+	p = manifest.ParsePlatform(body)
+	return p, p.OS != ""
+}
