@@ -70,9 +70,9 @@ var (
 	// ErrRange is what a Fetch wraps when the source answers with neither the
 	// bytes that were asked for nor the whole object.
 	ErrRange = errors.New("not the range that was asked for")
-	// ErrTainted: bytes of a broken flight were given to this reader a short
-	// while ago; what it wants now must not be joined to them.
-	ErrTainted = errors.New("an earlier part of this object may be wrong: read it from the start")
+	// ErrDropped: bytes of this object that somebody may have were dropped a short
+	// while ago; what is wanted now must not be joined to them. See dropped.go.
+	ErrDropped = errors.New("an earlier part of this object may be wrong: read it from the start")
 )
 
 // ListedDomain is the source domain that all listed upstreams share. It is no
@@ -125,8 +125,8 @@ func (i Info) sound() bool {
 // Request asks for an object.
 type Request struct {
 	Key
-	// Reader names who reads, such as repository and credential: bytes of
-	// two generations are never given to the same reader.
+	// Reader names who reads, such as repository and credential: only the answer to
+	// his own question is his, see Wait.
 	Reader string
 	// Source names who the Fetch asks. Several of one domain may be asked for
 	// the same object; the failures of one are nothing to who asks another.
@@ -182,16 +182,16 @@ type Options struct {
 
 // Cache is an open data directory. It is safe for concurrent use.
 type Cache struct {
-	opts   Options
-	log    *zap.Logger
-	lock   *os.File
-	store  *blobstore.Store
-	index  *index.Index
-	taint  *taints
-	hot    *hot
-	order  *order
-	pins   pins
-	images imageList
+	opts    Options
+	log     *zap.Logger
+	lock    *os.File
+	store   *blobstore.Store
+	index   *index.Index
+	dropped *dropped
+	hot     *hot
+	order   *order
+	pins    pins
+	images  imageList
 	// verifying: one at a time reads all that is stored.
 	verifying sync.Mutex
 	// tagMoved: a tag means something else than before, and neither the pins nor
@@ -265,7 +265,7 @@ func New(opts Options) (*Cache, error) {
 		opts:      opts,
 		log:       opts.Logger,
 		lock:      lock,
-		taint:     newTaints(),
+		dropped:   newDropped(),
 		hot:       newHot(),
 		order:     newOrder(),
 		verified:  make(chan *flight, maxBatch),
@@ -343,6 +343,7 @@ func (c *Cache) Close() error {
 	c.closeParked()
 	close(c.done)
 	<-c.committed
+	c.leaveDropped()
 	return errors.Join(c.index.Close(), c.store.Close(), c.lock.Close())
 }
 
@@ -435,10 +436,10 @@ func (o *Object) Interrupt() {
 // Open returns the object as soon as its size is known (or known to be
 // unknown); one that is small enough to be held back altogether, not before it
 // is verified. ctx bounds only that; reading ends with Interrupt. Errors:
-// ErrAuthorise, ErrTainted, ErrBroken, the context's, and those of the Fetch.
+// ErrAuthorise, ErrDropped, ErrBroken, the context's, and those of the Fetch.
 func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 	// Each round either ends or follows a refusal that was somebody else's.
-	for dropped := false; ; {
+	for changed := false; ; {
 		o, s, err := c.openStored(req)
 		if o != nil || err != nil {
 			return o, err
@@ -463,13 +464,13 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		}
 		o, err = f.open(ctx, req, leader)
 		switch {
-		case errors.Is(err, errChanged) && !dropped:
-			dropped = true // and now it is fetched
+		case errors.Is(err, errChanged) && !changed:
+			changed = true // and now it is fetched
 		case errors.Is(err, errStoredMeanwhile):
 			if !req.Authorised {
 				return nil, ErrAuthorise
 			}
-		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrTainted):
+		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrDropped):
 			return o, err
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), f.othersAffair(req):
 			// It was somebody else's affair.
@@ -552,8 +553,8 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 	switch {
 	case !req.Authorised:
 		err = ErrAuthorise
-	case req.Offset > 0 && c.taint.has(req.Key, req.Reader):
-		err = ErrTainted
+	case c.dropped.refuses(req.Key, req.Offset):
+		err = ErrDropped
 	}
 	if err != nil {
 		close()

@@ -79,24 +79,6 @@ func (c *Cache) forgo(s *suspect) {
 func (f *flight) recheck(s *suspect) {
 	c := f.cache
 	defer c.flying.Done()
-	if f.size > tailHold {
-		// Should this process end, the next one taints who was given something.
-		// A disk that refuses even that has no next one soon.
-		if name, err := c.store.Create(f.key.Digest); err == nil {
-			defer func() {
-				name.Close()
-				f.mu.Lock()
-				sound := f.state == verified
-				f.mu.Unlock()
-				switch {
-				case sound:
-					name.Discard()
-				case c.ctx.Err() == nil:
-					time.AfterFunc(taintFor, func() { name.Discard() })
-				}
-			}()
-		}
-	}
 	f.mu.Lock()
 	f.state = feeding
 	f.changed.Broadcast()
@@ -225,6 +207,9 @@ func (c *Cache) take(f finding) {
 	}
 	if !f.sound {
 		c.distrust(f.digest, f.info) // also where it cannot be removed
+		// Who has bytes of it is not known: it went out while it looked unchanged,
+		// and perhaps from an earlier process, which was killed.
+		c.dropped.add(Key{Digest: f.digest})
 	}
 	domain := ""
 	if !ok { // a stray that somebody asked for before its turn

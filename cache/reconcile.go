@@ -49,7 +49,7 @@ func (c *Cache) open() (strays []stray, err error) {
 		return nil, err
 	}
 	for _, d := range deleted {
-		c.taint.addLeft(Key{Digest: d})
+		c.dropped.add(Key{Digest: d})
 	}
 	if err := c.openIndex(); err != nil {
 		return nil, err
@@ -117,7 +117,7 @@ func bare(err error) error {
 // is room, and returns how many files that is.
 func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 	for _, l := range left {
-		k, p, known, err := restore(l)
+		k, p, closed, err := restore(l)
 		if _, stored := c.index.Object(k.Domain, k.Digest); err == nil && stored {
 			err = errors.New("the object is stored")
 		}
@@ -128,14 +128,19 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 			p.claim = claimFor(p.size)
 			_, _, err = c.reserveFree(k.Domain, p.claim)
 		}
+		if err == nil && closed {
+			if err = p.reopen(); err != nil {
+				c.unreserve(k.Domain, p.claim)
+			}
+		}
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
-			c.taint.addLeft(Key{Digest: l.Digest})
+			c.dropped.add(k)
 			c.giveUpLeft(k.Domain, l)
 			continue
 		}
-		if !known {
-			c.taint.addLeft(Key{Digest: l.Digest})
+		if !closed {
+			c.dropped.add(k)
 		}
 		c.parked[k] = &p
 	}
