@@ -393,25 +393,25 @@ func (f *flight) readable(pos int64) int64 {
 	case verified:
 		return f.size
 	case apart:
-		return f.heldBack(f.hashed)
+		return heldBack(f.hashed, f.size)
 	case feeding:
 		if pos > f.hashed {
-			return f.heldBack(f.filled.reach(pos))
+			return heldBack(f.filled.reach(pos), f.size)
 		}
 		// Who reads from the start is not given what was not hashed: when
 		// the disk fails, all that it has is known.
-		return f.heldBack(f.hashed)
+		return heldBack(f.hashed, f.size)
 	}
 	return 0
 }
 
-// heldBack is how much of the file up to end may leave before the digest
-// matched.
-func (f *flight) heldBack(end int64) int64 {
-	if f.size < 0 {
+// heldBack is up to where bytes of an object of this size may leave before the
+// digest matched, when all up to end are there. A size of -1 is not known yet.
+func heldBack(end, size int64) int64 {
+	if size < 0 {
 		return max(0, end-tailHold)
 	}
-	return max(0, min(end, f.size-tailHold))
+	return max(0, min(end, size-tailHold))
 }
 
 // answer waits for what the fetch is told, when it asks for this reader, and

@@ -278,7 +278,7 @@ func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (pa
 		return nil, err
 	}
 	own.take(rest, cancel)
-	if from := f.heldBack(f.hashed); from < f.hashed {
+	if from := heldBack(f.hashed, f.size); from < f.hashed {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, from, f.hashed-from); err != nil {
 			own.Close()

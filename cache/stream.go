@@ -98,13 +98,7 @@ func (s *stream) ready() int {
 	if s.verified {
 		return len(s.buf)
 	}
-	end := s.start + int64(len(s.buf))
-	if s.size >= 0 {
-		end = min(end, s.size-tailHold)
-	} else {
-		end -= tailHold
-	}
-	return int(max(0, end-s.start))
+	return int(max(0, heldBack(s.start+int64(len(s.buf)), s.size)-s.start))
 }
 
 func (s *stream) Read(p []byte) (int, error) {
