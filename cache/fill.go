@@ -410,7 +410,11 @@ func (f *flight) rest(about time.Duration) {
 		return
 	}
 	f.resting = true
-	time.AfterFunc(about/2+rand.N(about/2), func() {
+	f.working.Go(func() {
+		select {
+		case <-time.After(about/2 + rand.N(about/2)):
+		case <-f.ctx.Done():
+		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		f.resting = false
