@@ -145,6 +145,13 @@ var drops = map[string]drop{
 		}
 		return c
 	}},
+	"a parked file makes room after a clean stop": {true, func(t *testing.T, dir string, body, _ []byte) *Cache {
+		c := reopened(t, parked(t, dir, body))
+		if !c.dropParked(false, 0) {
+			t.Error("it is held")
+		}
+		return c
+	}},
 	"a parked file's object has another size": {true, func(t *testing.T, dir string, body, bad []byte) *Cache {
 		c := parked(t, dir, body)
 		readAll(c, lying(body, &origin{body: append(bytes.Clone(bad), 1)}))

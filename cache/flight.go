@@ -347,7 +347,7 @@ func (f *flight) end(state flightState, err error) {
 	f.state = ending
 	given := f.given
 	f.mu.Unlock()
-	if given && !f.stored { // a stored file is dropped by whom finds it changed, see take
+	if given && !f.stored { // of a stored file the committer sees to it, see take
 		f.cache.dropped.add(f.key)
 	}
 	f.leaveTable()

@@ -106,8 +106,12 @@ func (f *flight) recheck(s *suspect) {
 	}
 }
 
-// drop ends a flight whose file is not what it should be, after the file.
+// drop ends a flight whose file is not what it should be, after the file. Nobody is
+// fed any more before ranges are refused: see end.
 func (f *flight) drop(info fs.FileInfo, cause error) {
+	f.mu.Lock()
+	f.state = ending
+	f.mu.Unlock()
 	done := make(chan struct{})
 	if f.cache.tell(finding{digest: f.key.Digest, info: info, done: done}) {
 		<-done
