@@ -118,15 +118,6 @@ func (p *Pending) Discard() error {
 // Gone tells whether nothing is left to Discard.
 func (p *Pending) Gone() bool { return p.path == "" && (p.journal == nil || p.dropped) }
 
-// Empty gives the room back and leaves the name, for Left to find. It tells
-// whether there is one.
-func (p *Pending) Empty() bool {
-	if p.path == "" || p.steps.Do("empty pending", func() error { return p.File.Truncate(0) }) != nil {
-		return false
-	}
-	return p.dropJournal() == nil
-}
-
 func (p *Pending) dropJournal() error {
 	if p.journal != nil && !p.dropped {
 		if err := remove(p.steps, "remove journal", p.journal.Name()); err != nil {

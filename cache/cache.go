@@ -54,9 +54,9 @@ var (
 	// ErrRange is what a Fetch wraps when the source answers with neither the
 	// bytes that were asked for nor the whole object.
 	ErrRange = errors.New("not the range that was asked for")
-	// ErrTainted: bytes of a broken flight were given to this reader a short
-	// while ago; what it wants now must not be joined to them.
-	ErrTainted = errors.New("an earlier part of this object may be wrong: read it from the start")
+	// ErrDropped: bytes of this object that somebody may have were dropped a short
+	// while ago; what is wanted now must not be joined to them. See dropped.go.
+	ErrDropped = errors.New("an earlier part of this object may be wrong: read it from the start")
 )
 
 // ListedDomain is the source domain that all listed upstreams share.
@@ -108,8 +108,8 @@ func (i Info) sound() bool {
 // Request asks for an object.
 type Request struct {
 	Key
-	// Reader names who reads, such as repository and credential: bytes of
-	// two generations are never given to the same reader.
+	// Reader names who reads, such as repository and credential: only the answer to
+	// his own question is his, see Wait.
 	Reader string
 	// Source names who the Fetch asks. Several of one domain may be asked for
 	// the same object; the failures of one are nothing to who asks another.
@@ -151,10 +151,10 @@ type Options = store.Options
 
 // Cache is an open data directory. It is safe for concurrent use.
 type Cache struct {
-	store  *store.Store
-	images *images.Images
-	log    *zap.Logger
-	taint  *taints
+	store   *store.Store
+	images  *images.Images
+	log     *zap.Logger
+	dropped *dropped
 
 	ctx    context.Context // ends with Close: flights live on it, not on a request's
 	cancel context.CancelFunc
@@ -184,7 +184,7 @@ func New(opts Options) (*Cache, error) {
 		store:   st,
 		images:  images.New(st, opts.Logger),
 		log:     opts.Logger,
-		taint:   newTaints(),
+		dropped: newDropped(),
 		flights: make(map[Key]*flight),
 		parked:  make(map[Key]*partial),
 		passing: make(recent),
@@ -192,13 +192,16 @@ func New(opts Options) (*Cache, error) {
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	for _, d := range deleted {
-		c.taint.addLeft(Key{Digest: d})
+		c.dropped.add(Key{Digest: d})
 	}
 	if parked := c.restoreAll(left); parked+len(deleted)+len(left) > 0 {
 		c.log.Sugar().Infow("looked at what was pending", "kept", parked, "swept", len(deleted)+len(left)-parked)
 	}
 	hooks := c.images.Hooks()
 	hooks.Spare = c.dropParked
+	// Who has bytes of it is not known: it went out while it looked unchanged, and
+	// perhaps from an earlier process, which was killed.
+	hooks.Changed = func(d digest.Digest) { c.dropped.add(Key{Digest: d}) }
 	st.Start(hooks)
 	return c, nil
 }
@@ -216,6 +219,7 @@ func (c *Cache) Close() error {
 	c.cancel()
 	c.flying.Wait()
 	c.closeParked()
+	c.leaveDropped()
 	return c.store.Close()
 }
 
@@ -335,10 +339,10 @@ func (o *Object) Interrupt() {
 // Open returns the object as soon as its size is known (or known to be
 // unknown); one that is small enough to be held back altogether, not before it
 // is verified. ctx bounds only that; reading ends with Interrupt. Errors:
-// ErrAuthorise, ErrTainted, ErrBroken, the context's, and those of the Fetch.
+// ErrAuthorise, ErrDropped, ErrBroken, the context's, and those of the Fetch.
 func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 	// Each round either ends or follows a refusal that was somebody else's.
-	for dropped := false; ; {
+	for changed := false; ; {
 		o, s, err := c.openStored(req)
 		if o != nil || err != nil {
 			return o, err
@@ -363,13 +367,13 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		}
 		o, err = f.open(ctx, req, leader)
 		switch {
-		case errors.Is(err, errChanged) && !dropped:
-			dropped = true // and now it is fetched
+		case errors.Is(err, errChanged) && !changed:
+			changed = true // and now it is fetched
 		case errors.Is(err, errStoredMeanwhile):
 			if !req.Authorised {
 				return nil, ErrAuthorise
 			}
-		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrTainted):
+		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrDropped):
 			return o, err
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), f.othersAffair(req):
 			// It was somebody else's affair.
@@ -409,8 +413,8 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 	switch {
 	case !req.Authorised:
 		err = ErrAuthorise
-	case req.Offset > 0 && c.taint.has(req.Key, req.Reader):
-		err = ErrTainted
+	case c.dropped.refuses(req.Key, req.Offset):
+		err = ErrDropped
 	}
 	if err != nil {
 		close()

@@ -93,7 +93,7 @@ func (c *chaos) fetch(ctx context.Context, off, n int64) (io.ReadCloser, Info, e
 func (c *chaos) assemble(cache *Cache, reader string, from int64, patience int) error {
 	var have []byte
 	var last error
-	relayed := false // some of it is the source's own word
+	passed := false // some of it passed through, which he checks himself
 	for range patience {
 		at := from + int64(len(have))
 		err := func() error {
@@ -125,8 +125,14 @@ func (c *chaos) assemble(cache *Cache, reader string, from int64, patience int) 
 			if follows {
 				content = f.own
 			}
-			if _, yes := content.(*relay); yes {
-				relayed = true
+			switch content.(type) {
+			case *relay, *stream:
+				passed = true
+			}
+			if follows {
+				f.flight.mu.Lock()
+				passed = passed || f.flight.state == apart
+				f.flight.mu.Unlock()
 			}
 			if errors.Is(err, errInterrupted) {
 				return fmt.Errorf("hangs at byte %d", from+int64(len(have)))
@@ -138,14 +144,14 @@ func (c *chaos) assemble(cache *Cache, reader string, from int64, patience int) 
 			return fmt.Errorf("Open hangs: %w", err)
 		case err != nil && err.Error()[:min(5, len(err.Error()))] == "hangs":
 			return err
-		case errors.Is(err, ErrTainted):
-			have, relayed = have[:0], false // as it is told: from the start
+		case errors.Is(err, ErrDropped):
+			have, passed = have[:0], false // as it is told: from the start
 			if from > 0 {
 				return nil
 			}
 		}
 		if last = err; from+int64(len(have)) >= int64(len(c.body)) {
-			if !bytes.Equal(have, c.body[from:]) && !relayed { // else he finds it himself
+			if !bytes.Equal(have, c.body[from:]) && !passed { // else he finds it himself
 				return errors.New("wrong bytes, whole")
 			}
 			return nil

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"hash"
-	"maps"
 	"math"
 	"slices"
 	"sync"
@@ -43,17 +42,17 @@ import (
 //	filling   have every hashed byte, and what was written behind them where
 //	          it starts in the middle, but the last tailHold of the object
 //	verified  have every byte
-//	ending    wait: nobody is fed any more, the taints are being written
+//	ending    wait: nobody is fed any more
 //	apart     have what was hashed, then go on with a stream of its own
-//	failed    have nothing more. It is tainted if it had anything and the file
-//	          is not parked.
+//	failed    have nothing more. If any of them had anything and the file is not
+//	          parked, its bytes are dropped, see dropped.go.
 //	gone      look at the store again
 //
 // A flight leaves the cache's table when it fails, goes apart or is gone, and
-// after its commit; from then on nobody joins it. Its taints are written
-// before it leaves the table, so the next generation never meets a reader of
-// this one unmarked. A parked file is the next flight's beginning: the bytes
-// that its readers have are the ones that it goes on with.
+// after its commit; from then on nobody joins it. Ranges are refused before it
+// leaves the table, so nobody joins bytes of this generation to the next one's.
+// A parked file is the next flight's beginning: the bytes that its readers have
+// are the ones that it goes on with.
 type flight struct {
 	cache    *Cache
 	key      Key
@@ -220,9 +219,11 @@ func (f *flight) supersede(req Request) bool {
 	// It may hold what an earlier one left. Who has bytes of that must find
 	// nothing to join them to, before anybody can begin anew.
 	f.mu.Lock()
-	left := partial{fed: maps.Clone(f.fed), strangers: f.strangers}
+	given := f.given
 	f.mu.Unlock()
-	left.taintFed(f.key, c.taint)
+	if given {
+		c.dropped.add(f.key)
+	}
 	c.mu.Lock()
 	if yes = may(); yes {
 		delete(c.flights, f.key)
@@ -261,14 +262,7 @@ func (f *flight) release() {
 		return
 	}
 	if f.pending != nil {
-		f.mu.Lock()
-		unverified := len(f.fed) > 0 && f.state != verified
-		f.mu.Unlock()
-		// What was fed when the cache was closed is left to the next start,
-		// which taints it: the taints of this process end with it.
-		if !unverified || f.cache.ctx.Err() == nil {
-			f.cache.giveUp(f.key.Domain, f.pending, f.claim, unverified) // after a commit there is nothing
-		}
+		f.cache.store.Discard(f.key.Domain, f.pending, f.claim) // after a commit there is nothing
 		f.pending.Close()
 		f.cache.store.Release(f.held)
 		return
@@ -360,13 +354,16 @@ func (f *flight) create(info Info) error {
 }
 
 // end is for failed and gone. The order matters: first nobody is fed any more,
-// then the taints are written, then the table lets a new generation in, and
-// only then do the readers hear of it: who comes back at once starts anew.
+// then ranges are refused, then the table lets a new generation in, and only then
+// do the readers hear of it: who comes back at once starts anew.
 func (f *flight) end(state flightState, err error) {
 	f.mu.Lock()
 	f.state = ending
+	given := f.given
 	f.mu.Unlock()
-	f.taintFed(f.key, f.cache.taint)
+	if given && !f.stored { // of a stored file the committer sees to it, see take
+		f.cache.dropped.add(f.key)
+	}
 	f.leaveTable()
 	f.cancel()
 	f.mu.Lock()
@@ -381,7 +378,6 @@ func (f *flight) end(state flightState, err error) {
 func (f *flight) standApart(h hash.Hash, a *answer) {
 	f.mu.Lock()
 	f.state, f.prefix, f.first = apart, h, a
-	fed := maps.Clone(f.fed) // readers go on being fed
 	orphan := a != nil && f.noLeader
 	if orphan {
 		f.first = nil
@@ -390,15 +386,7 @@ func (f *flight) standApart(h hash.Hash, a *answer) {
 	if orphan {
 		a.body.Close()
 	}
-	// Who has a part of this generation must not find its end in the next one. Who
-	// is fed from now on sees to that when it closes.
-	for reader := range fed {
-		f.cache.taint.add(f.key, reader, false)
-	}
 	f.cache.notePassing(f.key)
-	if f.strangers {
-		f.cache.taint.addLeft(f.key)
-	}
 	f.wakeAll()
 	if a == nil || orphan {
 		f.cancel() // a leader's stream ends the flight's context itself
@@ -419,25 +407,25 @@ func (f *flight) readable(pos int64) int64 {
 	case verified:
 		return f.size
 	case apart:
-		return f.heldBack(f.hashed)
+		return heldBack(f.hashed, f.size)
 	case feeding:
 		if pos > f.hashed {
-			return f.heldBack(f.filled.reach(pos))
+			return heldBack(f.filled.reach(pos), f.size)
 		}
 		// Who reads from the start is not given what was not hashed: when
 		// the disk fails, all that it has is known.
-		return f.heldBack(f.hashed)
+		return heldBack(f.hashed, f.size)
 	}
 	return 0
 }
 
-// heldBack is how much of the file up to end may leave before the digest
-// matched.
-func (f *flight) heldBack(end int64) int64 {
-	if f.size < 0 {
+// heldBack is up to where bytes of an object of this size may leave before the
+// digest matched, when all up to end are there. A size of -1 is not known yet.
+func heldBack(end, size int64) int64 {
+	if size < 0 {
 		return max(0, end-tailHold)
 	}
-	return max(0, min(end, f.size-tailHold))
+	return max(0, min(end, size-tailHold))
 }
 
 // answer waits for what the fetch is told, when it asks for this reader, and
@@ -497,8 +485,8 @@ func (f *flight) open(ctx context.Context, req Request, leader bool) (*Object, e
 	case state == failed:
 	case state == apart:
 		return f.openApart(ctx, req, first)
-	case req.Offset > 0 && f.cache.taint.has(f.key, req.Reader):
-		err = ErrTainted
+	case f.cache.dropped.refuses(f.key, req.Offset):
+		err = ErrDropped
 	default:
 		source := Joined
 		switch {

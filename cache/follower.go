@@ -19,7 +19,7 @@ type follower struct {
 	req    Request
 
 	pos  int64
-	top  int64    // end of the bytes that it was given
+	gave bool     // it was given bytes
 	file *os.File // the flight's, with an offset of its own; see Section
 	own  passingBody
 	// Guarded by the flight's lock.
@@ -63,20 +63,13 @@ func (r *follower) wait() {
 }
 
 func (r *follower) close() {
-	f := r.flight
-	f.mu.Lock()
-	leftApart := r.top > 0 && r.own == nil && f.state == apart
-	f.mu.Unlock()
-	switch {
-	case r.own != nil:
+	if r.own != nil {
 		r.own.Close()
-	case leftApart:
-		f.cache.taint.add(f.key, r.req.Reader, false)
 	}
 	if r.file != nil {
 		r.file.Close()
 	}
-	f.release()
+	r.flight.release()
 }
 
 // Seek implements io.Seeker. The end is only known when the size is.
@@ -195,17 +188,10 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 		n, err, state = 0, r.stopped, failed
 	}
 	if n > 0 {
-		r.top = max(r.top, r.pos+n)
+		r.gave, f.given = true, true
 	}
 	if state == verified {
 		r.req.Fetch, r.req.Verified, r.req.Check = nil, nil, nil // they may hold what they have brought
-	}
-	if n > 0 && state != apart { // apart, it is tainted when it closes
-		if _, known := f.fed[r.req.Reader]; known || len(f.fed) < maxFed {
-			f.fed[r.req.Reader] = max(f.fed[r.req.Reader], r.top)
-		} else {
-			f.strangers = true
-		}
 	}
 	f.mu.Unlock()
 
@@ -244,8 +230,8 @@ func (r *follower) goOwn() error {
 	switch {
 	case err != nil:
 		cancel()
-		if r.top > 0 { // what it has will not be completed by this one
-			f.cache.taint.add(f.key, r.req.Reader, errors.Is(err, errWrong))
+		if r.gave && errors.Is(err, errWrong) { // what it has is, or what there is now
+			f.cache.dropped.add(f.key)
 		}
 	case stopped != nil:
 		own.interrupt()
@@ -254,8 +240,8 @@ func (r *follower) goOwn() error {
 }
 
 func (r *follower) ownRelay(ctx context.Context, cancel context.CancelFunc, size int64) (passingBody, error) {
-	if f := r.flight; r.pos > 0 && f.cache.taint.wrong(f.key, r.req.Reader) {
-		return nil, ErrTainted
+	if r.flight.cache.dropped.refuses(r.req.Key, r.pos) {
+		return nil, ErrDropped
 	}
 	return &relay{&steady{ctx: ctx, fetch: r.req.Fetch, size: size, pos: r.pos, want: r.pos, step: relayStep}, cancel}, nil
 }
@@ -292,14 +278,14 @@ func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (pa
 		return nil, err
 	}
 	own.take(rest, cancel)
-	if from := f.heldBack(f.hashed); from < f.hashed {
+	if from := heldBack(f.hashed, f.size); from < f.hashed {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, from, f.hashed-from); err != nil {
 			own.Close()
 			return nil, err
 		}
 	}
-	own.gave = r.top > 0
+	own.gave = r.gave
 	return own, nil
 }
 

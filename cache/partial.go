@@ -3,24 +3,20 @@
 package cache
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash"
-	"maps"
 	"os"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"tarn/blobstore"
 	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 )
 
 // partial is a pending file and what is known of it. It is a flight's, which
@@ -30,22 +26,16 @@ type partial struct {
 	size    int64              // of the object; -1: not known yet
 	claim   int64              // bytes reserved
 	filled  spans              // in the file
-	ghosts  spans              // in the file, but nobody knows from where; see restore
 	hashed  int64              // all before it went through the hash
 	hash    hash.Hash          // nil: before the first byte
-	// fed are the readers that were given bytes, up to where at most; of
-	// strangers, who read it in an earlier process, nothing is known.
-	fed       map[string]int64
-	strangers bool
-	synced    time.Time // when it was last made durable, or begun
-	noted     int64     // how many bytes the journal knows of
-	journal   int64     // how many bytes the journal has
-	parked    time.Time
+	given   bool               // somebody may have bytes of it, perhaps from an earlier process
+	synced  time.Time          // when it was last made durable, or begun
+	noted   int64              // how many bytes the journal knows of
+	journal int64              // how many bytes the journal has, or was to have
+	parked  time.Time
 }
 
-func newPartial() partial {
-	return partial{size: -1, synced: time.Now(), fed: make(map[string]int64)}
-}
+func newPartial() partial { return partial{size: -1, synced: time.Now()} }
 
 const (
 	// noteStep is how many bytes at most are fetched again after a crash, for
@@ -59,6 +49,9 @@ const (
 	maxNotes    = 128
 	journalRoom = 64 << 10
 	frameSize   = 10 // what the store adds to a record
+	// closeRoom is for the record that closes a journal, and the one that opens it
+	// again.
+	closeRoom = 256
 	// maxParked bounds the descriptors that parked files take.
 	maxParked = 256
 )
@@ -72,11 +65,14 @@ type header struct {
 
 // progress is each further one: all spans that were in the file when it was
 // written. Unless they were Synced, they are so only as long as the machine runs
-// that was then Booted.
+// that was then Booted. Where the last one is Closed, in this run of the machine,
+// the process was stopped and not killed, and the journal speaks of all bytes that
+// readers may have.
 type progress struct {
 	Filled [][2]int64
 	Synced bool   `json:",omitempty"`
 	Booted string `json:",omitempty"`
+	Closed string `json:",omitempty"`
 }
 
 // bootID names this run of the machine, "" where it has no name.
@@ -119,35 +115,45 @@ func (p *partial) record(v any) error {
 	return p.pending.Note(data)
 }
 
+// close ends the journal, where it speaks of all that is in the file.
+func (p *partial) close() error {
+	if p.journal+closeRoom > journalRoom { // it may not, or could not be opened again
+		return nil
+	}
+	return p.record(progress{Closed: bootID()})
+}
+
+// reopen has a journal that was closed say so no more: from now on the file may
+// have bytes that it does not speak of.
+func (p *partial) reopen() error { return p.record(progress{}) }
+
 // restore reads a journal. A wrong one costs a refetch and never a wrong byte:
-// all that is there is hashed again, and the last bytes are always fetched.
-//
-// Bytes that the journal does not speak of are fetched again. Somebody may have
-// had them, though: they are ghosts, and what comes in their place must be the
-// same. Where they cannot be told any more, known is false.
-func restore(left *blobstore.Pending) (k Key, p partial, known bool, err error) {
-	p = newPartial()
-	p.pending, p.strangers = left, true
+// all that is there is hashed again, and the last bytes are always fetched. Bytes
+// that the journal does not speak of are holes. After an error the key is the one
+// of which bytes are dropped.
+func restore(left *blobstore.Pending) (k Key, p partial, closed bool, err error) {
+	k, p = Key{Digest: left.Digest}, newPartial()
+	p.pending, p.given = left, true
 	var h header
 	if err := json.Unmarshal(left.Notes[0], &h); err != nil {
 		return k, p, false, fmt.Errorf("journal's header: %w", err)
 	}
-	k = Key{h.Domain, h.Digest}
 	if h.Digest != left.Digest || h.Domain == "" || h.Size <= tailHold {
 		return k, p, false, errors.New("journal is of another object")
 	}
+	k.Domain = h.Domain
 	info, err := left.File.Stat()
 	if err != nil {
 		return k, p, false, err
 	}
-	var pr, last progress
+	var pr progress
 	for i, n := range slices.Backward(left.Notes[1:]) {
 		pr = progress{}
 		if err := json.Unmarshal(n, &pr); err != nil {
 			return k, p, false, fmt.Errorf("journal's record: %w", err)
 		}
 		if i == len(left.Notes)-2 {
-			last = pr
+			closed = pr.Closed != "" && pr.Closed == bootID()
 		}
 		if pr.Synced || pr.Booted != "" && pr.Booted == bootID() {
 			break
@@ -168,64 +174,15 @@ func restore(left *blobstore.Pending) (k Key, p partial, known bool, err error) 
 	}
 	left.Notes = nil
 	p.size, p.noted = h.Size, p.filled.total()
-	if last.Booted == "" || last.Booted != bootID() {
-		return k, p, false, nil // what was in memory only is lost
-	}
-	return k, p, p.findGhosts() == nil, nil
+	return k, p, closed, nil
 }
 
-// findGhosts looks for what is in the file where the journal speaks of nothing.
-// A block's zeros next to bytes that were never written are not told from them.
-func (p *partial) findGhosts() error {
-	file, limit := p.pending.File, p.size-tailHold // what lies behind was given to nobody, or was right
-	block := int64(os.Getpagesize())
-	for at := int64(0); at < limit; {
-		start, err := file.Seek(at, unix.SEEK_DATA)
-		if errors.Is(err, syscall.ENXIO) {
-			return nil // no more
-		}
-		if err != nil {
-			return err
-		}
-		end, err := file.Seek(start, unix.SEEK_HOLE)
-		if err != nil {
-			return err
-		}
-		for start = max(start, at); start < min(end, limit); {
-			from, to := p.filled.gap(start, min(end, limit))
-			start = to
-			first, last := make([]byte, min(block, to-from)), make([]byte, min(block, to-from))
-			if _, err := file.ReadAt(first, from); err != nil {
-				return err
-			}
-			if _, err := file.ReadAt(last, to-int64(len(last))); err != nil {
-				return err
-			}
-			from += int64(len(first) - len(bytes.TrimLeft(first, "\x00")))
-			to -= int64(len(last) - len(bytes.TrimRight(last, "\x00")))
-			p.ghosts = p.ghosts.add(from, to)
-		}
-		at = end
-	}
-	return nil
-}
-
-// taintFed marks the readers that hold bytes of a file which nobody will go on
-// with.
-func (p *partial) taintFed(k Key, t *taints) {
-	for reader := range p.fed {
-		t.add(k, reader, true)
-	}
-	if p.strangers {
-		t.addLeft(k)
-	}
-}
-
-// park keeps the file for the next flight, if there is something in it. Nobody
-// works on it any more. What is not kept stays with the flight.
+// park keeps the file for the next flight, if there is something in it that a
+// reader may have. Nobody works on it any more. What is not kept stays with the
+// flight.
 func (f *flight) park() {
 	c := f.cache
-	if f.pending == nil || f.size < 0 || len(f.filled) == 0 {
+	if f.pending == nil || f.size <= tailHold || len(f.filled) == 0 {
 		return
 	}
 	if f.filled.total() > f.noted {
@@ -300,21 +257,11 @@ func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
 }
 
 func (c *Cache) discard(k Key, p *partial) {
-	p.taintFed(k, c.taint)
-	c.giveUp(k.Domain, p.pending, p.claim, len(p.fed) > 0 || p.strangers)
-	p.pending.Close()
-}
-
-// giveUp deletes a pending file and gives back what was claimed for it. Of one
-// whose bytes somebody has, the name is kept for as long as those readers are
-// tainted: a start meanwhile taints them again.
-func (c *Cache) giveUp(domain string, p *blobstore.Pending, claim int64, fed bool) {
-	if fed && p.Empty() {
-		time.AfterFunc(taintFor, func() { p.Discard() })
-		c.store.Unreserve(domain, claim)
-		return
+	if p.given {
+		c.dropped.add(k)
 	}
-	c.store.Discard(domain, p, claim)
+	c.store.Discard(k.Domain, p.pending, p.claim)
+	p.pending.Close()
 }
 
 // dropPartial gives up what an earlier flight left.
@@ -331,10 +278,13 @@ func (f *flight) dropPartial() {
 // closeParked leaves the parked files to the next process.
 func (c *Cache) closeParked() {
 	c.mu.Lock()
-	parked := maps.Clone(c.parked)
-	clear(c.parked)
+	parked := c.parked
+	c.parked = make(map[Key]*partial)
 	c.mu.Unlock()
 	for k, p := range parked {
+		if err := p.close(); err != nil {
+			c.store.NoteTrouble(err) // the next process refuses ranges
+		}
 		p.pending.Close()
 		c.store.Unreserve(k.Domain, p.claim)
 	}
@@ -344,7 +294,7 @@ func (c *Cache) closeParked() {
 // is room, and returns how many files that is.
 func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 	for _, l := range left {
-		k, p, known, err := restore(l)
+		k, p, closed, err := restore(l)
 		if _, stored := c.Has(k); err == nil && stored {
 			err = errors.New("the object is stored")
 		}
@@ -355,14 +305,19 @@ func (c *Cache) restoreAll(left []*blobstore.Pending) int {
 			p.claim = claimFor(p.size)
 			err = c.store.ReserveFree(k.Domain, p.claim)
 		}
+		if err == nil && closed {
+			if err = p.reopen(); err != nil {
+				c.store.Unreserve(k.Domain, p.claim)
+			}
+		}
 		if err != nil {
 			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
-			c.taint.addLeft(Key{Digest: l.Digest})
+			c.dropped.add(k)
 			c.store.DiscardLeft(k.Domain, l)
 			continue
 		}
-		if !known {
-			c.taint.addLeft(Key{Digest: l.Digest})
+		if !closed {
+			c.dropped.add(k)
 		}
 		c.parked[k] = &p
 	}

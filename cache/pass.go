@@ -10,8 +10,12 @@ import "context"
 // the flight of what is not.
 func (c *Cache) Pass(ctx context.Context, req Request) (*Object, error) {
 	o, err := c.openStream(ctx, req, ownAnswer{})
-	if err == nil {
-		o.Source = Fetched // which is how the flight of what is not here would look
+	if err != nil {
+		return nil, err
 	}
-	return o, err
+	// It may be a sign-on page, whoever asks: what is wrong with that is no reason
+	// to refuse ranges of the object to those who may have it.
+	o.Content.(*stream).alone = true
+	o.Source = Fetched // which is how the flight of what is not here would look
+	return o, nil
 }

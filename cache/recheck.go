@@ -5,7 +5,6 @@ package cache
 import (
 	"fmt"
 	"io/fs"
-	"time"
 
 	"tarn/cache/store"
 
@@ -23,24 +22,6 @@ var errChanged = fmt.Errorf("%w: %w", ErrBroken, store.ErrChanged)
 func (f *flight) recheck(s *store.File) {
 	c := f.cache
 	defer c.flying.Done()
-	if f.size > tailHold {
-		// Should this process end, the next one taints who was given something.
-		// A disk that refuses even that has no next one soon.
-		if name, err := c.store.Create(f.key.Digest); err == nil {
-			defer func() {
-				name.Close()
-				f.mu.Lock()
-				sound := f.state == verified
-				f.mu.Unlock()
-				switch {
-				case sound:
-					name.Discard()
-				case c.ctx.Err() == nil:
-					time.AfterFunc(taintFor, func() { name.Discard() })
-				}
-			}()
-		}
-	}
 	f.mu.Lock()
 	f.state = feeding
 	f.changed.Broadcast()
@@ -68,8 +49,12 @@ func (f *flight) recheck(s *store.File) {
 	}
 }
 
-// drop ends a flight whose file is not what it should be, after the file.
+// drop ends a flight whose file is not what it should be, after the file. Nobody is
+// fed any more before ranges are refused: see end.
 func (f *flight) drop(info fs.FileInfo, cause error) {
+	f.mu.Lock()
+	f.state = ending
+	f.mu.Unlock()
 	f.cache.store.Hashed(f.key.Digest, info, false)
 	f.end(failed, fmt.Errorf("%w: %w", errChanged, cause))
 }

@@ -12,8 +12,8 @@ import (
 // A range of what cannot be stored is the source's own answer to that range. To hash
 // the object it would have to be read from byte 0, by each of the many requests that
 // a client makes for a large one. So nothing of it is verified here, and each client
-// compares the whole with the digest; only who was given wrong bytes a moment ago is
-// refused, see taint.go.
+// compares the whole with the digest; ranges are refused only where wrong bytes of the
+// object were given out a moment ago, see dropped.go.
 //
 // What does not fit is remembered for a moment, so that not each of those requests
 // begins a flight, which asks for more than a small range.
@@ -53,9 +53,9 @@ type relay struct {
 
 // openRelay asks for the range, unless the source has answered already.
 func (c *Cache) openRelay(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
-	if req.Offset > 0 && c.taint.wrong(req.Key, req.Reader) {
+	if c.dropped.refuses(req.Key, req.Offset) {
 		own.close()
-		return nil, ErrTainted
+		return nil, ErrDropped
 	}
 	if own.answer != nil && own.Offset != req.Offset && own.Offset > 0 {
 		own.close()

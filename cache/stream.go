@@ -9,9 +9,6 @@ import (
 	"hash"
 	"io"
 	"sync"
-	"time"
-
-	"tarn/blobstore"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -21,10 +18,9 @@ import (
 // ask for is thrown away. The last tailHold bytes do not leave before the digest
 // matched. It reads forward only.
 type stream struct {
-	cache  *Cache
-	key    Key
-	reader string
-	size   int64 // -1 until the end
+	cache *Cache
+	key   Key
+	size  int64 // -1 until the end
 
 	body     io.ReadCloser
 	told     func() // Request.Verified
@@ -37,23 +33,17 @@ type stream struct {
 	wrong    bool // the bytes are not the object's, as opposed to not all of them
 	err      error
 	gave     bool // the reader has bytes of this object
+	alone    bool // nobody else is refused anything for what this one brings, see Pass
 	once     sync.Once
-
-	// name is a pending file without a byte: a start meanwhile, or soon after,
-	// finds it, and taints who has read.
-	name *blobstore.Pending
 }
 
 // newStream starts from the state h that the hash has at byte at. It fails with
-// ErrTainted where the reader wants no beginning and holds a wrong one.
+// ErrDropped where the reader wants no beginning, and may hold a wrong one.
 func newStream(c *Cache, req Request, h hash.Hash, at, size int64) (*stream, error) {
-	if req.Offset > 0 && c.taint.wrong(req.Key, req.Reader) {
-		return nil, ErrTainted
+	if c.dropped.refuses(req.Key, req.Offset) {
+		return nil, ErrDropped
 	}
-	s := &stream{cache: c, key: req.Key, reader: req.Reader, size: size, hash: h, start: at, told: req.Verified}
-	// A disk that refuses even that has nothing else to keep either.
-	s.name, _ = c.store.Create(req.Digest)
-	return s, nil
+	return &stream{cache: c, key: req.Key, size: size, hash: h, start: at, told: req.Verified}, nil
 }
 
 // take gives the stream its body, and what ends the context behind it.
@@ -81,25 +71,15 @@ func cloneHash(h hash.Hash) (hash.Hash, error) {
 // interrupt ends a Read that waits for the upstream. Any goroutine may call it.
 func (s *stream) interrupt() { s.cancel() }
 
-// Close ends the stream. A reader that has bytes which were not verified is
-// remembered.
+// Close ends the stream.
 func (s *stream) Close() {
 	s.once.Do(func() {
 		if s.cancel != nil {
 			s.cancel()
 			s.body.Close()
 		}
-		unverified := s.gave && !s.verified
-		if s.name != nil {
-			s.name.Close()
-			if unverified {
-				time.AfterFunc(taintFor, func() { s.name.Discard() })
-			} else {
-				s.name.Discard()
-			}
-		}
-		if unverified {
-			s.cache.taint.add(s.key, s.reader, s.wrong)
+		if s.wrong && s.gave && !s.alone {
+			s.cache.dropped.add(s.key)
 		}
 	})
 }
@@ -118,13 +98,7 @@ func (s *stream) ready() int {
 	if s.verified {
 		return len(s.buf)
 	}
-	end := s.start + int64(len(s.buf))
-	if s.size >= 0 {
-		end = min(end, s.size-tailHold)
-	} else {
-		end -= tailHold
-	}
-	return int(max(0, end-s.start))
+	return int(max(0, heldBack(s.start+int64(len(s.buf)), s.size)-s.start))
 }
 
 func (s *stream) Read(p []byte) (int, error) {

@@ -73,8 +73,8 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 		return http.StatusRequestedRangeNotSatisfiable, errcode.ErrorCodeRangeInvalid.WithMessage("the object has no such range")
 	case errors.As(err, &refused):
 		return refusal(q, refused)
-	case errors.Is(err, cache.ErrTainted):
-		return http.StatusBadGateway, unavailable.WithMessage(cache.ErrTainted.Error())
+	case errors.Is(err, cache.ErrDropped):
+		return http.StatusBadGateway, unavailable.WithMessage(cache.ErrDropped.Error())
 	case errors.Is(err, cache.ErrBroken):
 		return http.StatusBadGateway, unavailable.WithMessage("upstream sent a body that is not what its digest says")
 	case errors.Is(err, errManifest):

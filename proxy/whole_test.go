@@ -207,8 +207,8 @@ func TestWholeManyReadersOfABrokenBodyAreAllCut(t *testing.T) {
 	wg.Wait()
 	d.get(blobPath("app", dgst), "Range", "bytes=500000-").must(t, 502)
 	d.get(blobPath("app", dgst), "Range", "bytes=0-").must(t, 206)
-	// Another credential has read nothing of the bad one.
-	d.get(blobPath("app", dgst), "Range", "bytes=500000-", "Authorization", "Basic eDp5").must(t, 206)
+	// Another credential may have read something of the bad one, for all that is kept.
+	d.get(blobPath("app", dgst), "Range", "bytes=500000-", "Authorization", "Basic eDp5").must(t, 502)
 }
 
 func TestWholeAfterARestartInMidFlight(t *testing.T) {

@@ -95,6 +95,9 @@ type Hooks struct {
 	Entered func(d digest.Digest, children []digest.Digest)
 	// Gone: an object is stored no more, and nobody is to hold it as that.
 	Gone func(d digest.Digest)
+	// Changed: a stored file was found to have other bytes than before, and is
+	// dropped.
+	Changed func(d digest.Digest)
 	// Follow comes before something goes, and after something has come: what holds
 	// objects for what tags mean looks whether they mean something else now.
 	Follow func()

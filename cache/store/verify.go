@@ -73,6 +73,9 @@ func (s *Store) take(d digest.Digest, was fs.FileInfo, sound bool) {
 	}
 	if !sound {
 		s.doubts.distrust(d, was) // also where it cannot be removed
+		if s.hooks.Changed != nil {
+			s.hooks.Changed(d)
+		}
 	}
 	domain := ""
 	if !ok { // a stray that somebody asked for before its turn
