@@ -90,7 +90,7 @@ func reopened(t *testing.T, c *Cache) *Cache {
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return open(t, c.store.Dir(), c.opts.MaxSize)
+	return open(t, c.store.Dir(), c.store.MaxSize())
 }
 
 // changed is a stored file with another byte.
