@@ -94,14 +94,23 @@ func (f *file) look() (l look, err error) {
 	return l, nil
 }
 
-// changed tells whether somebody else has written to the file, or taken it away.
+// changed tells whether somebody else has written to the file, or taken it away. Where
+// that was done just when a transaction ended, before the look at what it left, bbolt
+// finds its first pages to be none, or to speak of more pages than there are.
 func (f *file) changed() error {
 	now, err := f.look()
 	switch {
 	case errors.Is(err, os.ErrNotExist), err == nil && now != f.left:
 		return fmt.Errorf("%w: somebody else has changed the file", ErrBroken)
+	case err != nil:
+		return nil // where the disk does not tell, a transaction will
 	}
-	return nil // where the disk does not tell, a transaction will
+	return f.view(func(tx *bolt.Tx) error {
+		if tx.Size() > now.size {
+			return fmt.Errorf("%w: it was cut", ErrBroken)
+		}
+		return nil
+	})
 }
 
 // guarded has what bbolt panics on, a page that is not what it should be, and what
@@ -256,27 +265,31 @@ func (f *file) update(do func(*bolt.Tx) error) error {
 	return err
 }
 
-// close closes the file, which may be broken, and then bbolt may wait for its own
-// lock: nobody waits for that, and the map stays until the process ends.
+// close closes the file.
 func (f *file) close() error {
 	db := f.db
 	f.db = nil
 	if db == nil {
 		return nil
 	}
-	done := make(chan error, 1)
-	go func() { done <- guarded(db.Close) }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(openTimeout):
-		return nil
+	return guarded(db.Close)
+}
+
+// abandon closes a file that bbolt has panicked on. Nobody waits for it: bbolt may have
+// left a lock locked that its closing takes, and then the descriptor and the map stay
+// until the process ends.
+func (f *file) abandon() {
+	if f.db != nil {
+		go closeBroken(f.db)
+		f.db = nil
 	}
 }
 
+func closeBroken(db *bolt.DB) { guarded(db.Close) }
+
 // setAside moves the file out of the way of the next start, and makes an empty one.
 func (f *file) setAside() error {
-	f.close()
+	f.abandon()
 	err := f.steps.Do("set index aside", func() error { return os.Rename(f.path, f.aside) })
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the index aside: %w", err)

@@ -119,7 +119,10 @@ func (ix *Index) flush(all bool) error {
 	if errors.Is(err, ErrBroken) {
 		ix.tell(err)
 		ix.markAll()
-		err = ix.flushOnce(all)
+		if err = ix.flushOnce(all); errors.Is(err, ErrBroken) {
+			ix.file.abandon() // the next one begins anew
+			ix.markAll()
+		}
 	}
 	ix.tell(err)
 	return err
