@@ -26,6 +26,7 @@ import (
 	"io"
 	"sync"
 
+	"tarn/cache/flight"
 	"tarn/cache/store"
 	"tarn/images"
 	"tarn/index"
@@ -34,117 +35,38 @@ import (
 	"go.uber.org/zap"
 )
 
-var (
-	// ErrInUse, ErrForeign and ErrClosed are the store's.
-	ErrInUse   = store.ErrInUse
-	ErrForeign = store.ErrForeign
-	ErrClosed  = store.ErrClosed
-	// ErrAuthorise: the object is here, and the request has not said that it
-	// may have it.
-	ErrAuthorise = errors.New("the object is cached: authorise first")
-	// ErrRefused is what a Fetch wraps when the refusal concerns its own
-	// credential only, so that others who wait must ask for themselves.
-	ErrRefused = errors.New("refused")
-	// ErrLimited is what a Fetch wraps when its own credential is to wait:
-	// others may ask for themselves, and it may ask again.
-	ErrLimited = errors.New("limited")
-	// ErrBroken: the source sent something else than what the digest names,
-	// or stopped in the middle.
-	ErrBroken = errors.New("broken body")
-	// ErrRange is what a Fetch wraps when the source answers with neither the
-	// bytes that were asked for nor the whole object.
-	ErrRange = errors.New("not the range that was asked for")
-	// ErrDropped: bytes of this object that somebody may have were dropped a short
-	// while ago; what is wanted now must not be joined to them. See dropped.go.
-	ErrDropped = errors.New("an earlier part of this object may be wrong: read it from the start")
+// What a request is, and what comes of it, are the flights' words.
+type (
+	Key     = flight.Key
+	Request = flight.Request
+	Fetch   = flight.Fetch
+	Info    = flight.Info
+	Object  = flight.Object
+	Source  = flight.Source
 )
 
-// ListedDomain is the source domain that all listed upstreams share.
-const ListedDomain = store.ListedDomain
+const (
+	Hit     = flight.Hit
+	Fetched = flight.Fetched
+	Joined  = flight.Joined
+	Passed  = flight.Passed
 
-// Key names an object as one source domain delivered it.
-type Key struct {
-	Domain string
-	Digest digest.Digest
-}
+	// ListedDomain is the source domain that all listed upstreams share.
+	ListedDomain = index.ListedDomain
+)
 
-// Fetch opens the object at its source from byte off on, n bytes, or to the
-// end when n is negative; fewer only where the object ends. A source that does
-// not honour ranges may give all of it instead, and says so in Info. The
-// context covers the body too. It may be called again, and by several
-// goroutines at once, for as long as the flight lasts; whether it may still ask
-// is its own affair.
-type Fetch func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error)
-
-// Info is what a source says of a body.
-type Info struct {
-	Size   int64 // of the whole object in bytes, -1 when it does not say
-	Offset int64 // first byte of the body
-	End    int64 // byte after the body's last, 0 when that is the object's
-	// From is the name of the one that sent it, for people; "" when it has none.
-	From string
-	// Elsewhere has the next Fetch ask another one than this body came from, and
-	// tells whether there is one. nil: there is none.
-	Elsewhere func() bool
-	// Doubtful: nothing tells yet that what was answered is the object at all.
-	Doubtful bool
-}
-
-func (i Info) end() int64 {
-	if i.End > 0 {
-		return i.End
-	}
-	return i.Size
-}
-
-// sound tells whether it is the description of a part of an object.
-func (i Info) sound() bool {
-	if i.Size < 0 {
-		return i.Offset == 0
-	}
-	return 0 <= i.Offset && i.Offset <= i.end() && i.end() <= i.Size
-}
-
-// Request asks for an object.
-type Request struct {
-	Key
-	// Reader names who reads, such as repository and credential: only the answer to
-	// his own question is his, see Wait.
-	Reader string
-	// Source names who the Fetch asks. Several of one domain may be asked for
-	// the same object; the failures of one are nothing to who asks another.
-	Source string
-	// Offset is the first byte that is wanted, and Length how many; 0: all that
-	// follow.
-	Offset, Length int64
-	// Ranged: the reader asked for a part, also if that begins at byte 0. It
-	// may be asking for the others at the same time.
-	Ranged bool
-	// Authorised: the authority has said yes to this reader.
-	Authorised bool
-	// Wait is for who is not Authorised. When the same Reader's question is
-	// on its way, as a Fetch that has not answered yet, its answer is waited
-	// for: a refusal is this request's too, and after a yes the error is
-	// ErrAuthorise as ever, but the caller may know more by then.
-	Wait bool
-	// Fetch asks the source with this reader's credential.
-	Fetch Fetch
-	// Ahead has all of the object asked for as soon as its size is known: the
-	// right may end before the download does, and an answer that was begun is
-	// read to its end.
-	Ahead bool
-	// Parallel is how many answers of the source a flight may have open at
-	// once; with 1 or less it asks for all bytes in one.
-	Parallel int
-	// Verified is called when the bytes that the Fetch may have brought are the
-	// object's, before any reader has the last of them. nil means nobody wants
-	// to know.
-	Verified func()
-	// Check looks at the verified bytes before they are stored; its error
-	// fails the flight. nil checks nothing. It is for manifests, which the
-	// Fetch has bounded, since it is given the whole body.
-	Check func(body []byte) error
-}
+// The errors are the store's and the flights'.
+var (
+	ErrInUse     = store.ErrInUse
+	ErrForeign   = store.ErrForeign
+	ErrAuthorise = flight.ErrAuthorise
+	ErrRefused   = flight.ErrRefused
+	ErrLimited   = flight.ErrLimited
+	ErrBroken    = flight.ErrBroken
+	ErrRange     = flight.ErrRange
+	ErrDropped   = flight.ErrDropped
+	ErrClosed    = flight.ErrClosed
+)
 
 // Options of a cache are those of its store.
 type Options = store.Options
@@ -153,21 +75,8 @@ type Options = store.Options
 type Cache struct {
 	store   *store.Store
 	images  *images.Images
-	log     *zap.Logger
-	dropped *dropped
-
-	ctx    context.Context // ends with Close: flights live on it, not on a request's
-	cancel context.CancelFunc
-	flying sync.WaitGroup
-
-	// mu guards what follows. It is taken after no other lock, and a
-	// flight's lock never inside it.
-	mu      sync.Mutex
-	closed  bool
-	flights map[Key]*flight
-	parked  map[Key]*partial // files that a flight left, for the next one
-	passing recent           // what does not fit
-	mixed   recent           // what came together wrong
+	flights *flight.Engine
+	close   func() error
 }
 
 // New opens the data directory, reconciles rows and files, and starts the
@@ -180,48 +89,43 @@ func New(opts Options) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cache{
-		store:   st,
-		images:  images.New(st, opts.Logger),
-		log:     opts.Logger,
-		dropped: newDropped(),
-		flights: make(map[Key]*flight),
-		parked:  make(map[Key]*partial),
-		passing: make(recent),
-		mixed:   make(recent),
-	}
-	c.ctx, c.cancel = context.WithCancel(context.Background())
-	for _, d := range deleted {
-		c.dropped.add(Key{Digest: d})
-	}
-	if parked := c.restoreAll(left); parked+len(deleted)+len(left) > 0 {
-		c.log.Sugar().Infow("looked at what was pending", "kept", parked, "swept", len(deleted)+len(left)-parked)
-	}
+	c := &Cache{store: st, images: images.New(st, opts.Logger)}
+	c.flights = flight.New(shelf{st}, left, deleted, opts.Logger)
+	c.close = sync.OnceValue(func() error {
+		c.flights.Close()
+		return st.Close()
+	})
 	hooks := c.images.Hooks()
-	hooks.Spare = c.dropParked
+	hooks.Spare = c.flights.Spare
 	// Who has bytes of it is not known: it went out while it looked unchanged, and
 	// perhaps from an earlier process, which was killed.
-	hooks.Changed = func(d digest.Digest) { c.dropped.add(Key{Digest: d}) }
+	hooks.Changed = c.flights.Drop
 	st.Start(hooks)
 	return c, nil
 }
 
+// shelf is the store as flights know it.
+type shelf struct{ *store.Store }
+
+func (s shelf) Land(l flight.Landing) {
+	s.Store.Land(store.Landing{
+		Domain: l.Domain, Digest: l.Digest, Pending: l.Pending, Size: l.Size, Claim: l.Claim, Children: l.Children,
+		Done: func(held store.Lease, claim int64) { l.Done(func() { s.Release(held) }, claim) },
+	})
+}
+
+// suspect is a stored file as flights know it.
+func (s shelf) suspect(d digest.Digest, f *store.File) *flight.Suspect {
+	return &flight.Suspect{
+		File: f.File, Size: f.Size,
+		Hashed:  func(sound bool) { s.Hashed(d, f.Info, sound) },
+		Release: func() { s.Release(f.Lease()) },
+	}
+}
+
 // Close ends the flights, writes what is verified, and closes the index. A
 // second one does nothing.
-func (c *Cache) Close() error {
-	c.mu.Lock()
-	closed := c.closed
-	c.closed = true
-	c.mu.Unlock()
-	if closed {
-		return nil
-	}
-	c.cancel()
-	c.flying.Wait()
-	c.closeParked()
-	c.leaveDropped()
-	return c.store.Close()
-}
+func (c *Cache) Close() error { return c.close() }
 
 // Store is what is kept.
 func (c *Cache) Store() *store.Store { return c.store }
@@ -259,9 +163,7 @@ func (c *Cache) comes(tag index.TagKey, d digest.Digest) bool {
 	if !c.store.Listed(tag.Upstream) {
 		domain = tag.Upstream
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.flights[Key{domain, d}] != nil
+	return c.flights.Flies(Key{Domain: domain, Digest: d})
 }
 
 // Size is the object's, where it is stored, or as the source of a flight has
@@ -270,70 +172,7 @@ func (c *Cache) Size(k Key) (size int64, ok bool) {
 	if size, ok := c.Has(k); ok {
 		return size, true
 	}
-	c.mu.Lock()
-	f, p := c.flights[k], c.parked[k]
-	c.mu.Unlock()
-	switch {
-	case p != nil:
-		return p.size, true
-	case f == nil:
-		return 0, false
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.size, f.size >= 0
-}
-
-// Source tells where an object came from.
-type Source int
-
-const (
-	Hit     Source = iota // complete and verified before this request
-	Fetched               // this request started the flight
-	Joined                // this request joined a flight
-	Passed                // not storable: a stream of its own
-)
-
-// Object is an open object. It is for one goroutine; Close it.
-type Object struct {
-	// Size in bytes, -1 while the source has not said.
-	Size   int64
-	Source Source
-	// Doubtful: it is what another reader is being sent, and nothing tells yet that
-	// it is the object. Who knows its size can compare that.
-	Doubtful bool
-	// Content reads it. It has a method Section where the kernel may send it.
-	// Seeking to the end is only possible when Size is known.
-	Content io.ReadSeeker
-
-	close     func()
-	interrupt func() // nil when nothing can wait
-	wait      func() // nil when there is nothing to wait for
-}
-
-// Rereadable tells whether Content can be read from the start again, because it
-// lies in a file.
-func (o *Object) Rereadable() bool {
-	_, forward := o.Content.(*stream)
-	return !forward
-}
-
-// Wait returns when nothing more is coming of a flight, or after Interrupt.
-func (o *Object) Wait() {
-	if o.wait != nil {
-		o.wait()
-	}
-}
-
-// Close ends the reading. A flight goes on without its readers.
-func (o *Object) Close() { o.close() }
-
-// Interrupt ends a Read that waits for a flight, and all later ones. Any
-// goroutine may call it, before Close.
-func (o *Object) Interrupt() {
-	if o.interrupt != nil {
-		o.interrupt()
-	}
+	return c.flights.Size(k)
 }
 
 // Open returns the object as soon as its size is known (or known to be
@@ -347,46 +186,28 @@ func (c *Cache) Open(ctx context.Context, req Request) (*Object, error) {
 		if o != nil || err != nil {
 			return o, err
 		}
-		if s == nil && req.relayed() && c.passes(req.Key) {
-			return c.openRelay(ctx, req, ownAnswer{})
-		}
-		f, leader, err := c.join(req, s)
-		if err != nil {
-			return nil, err
-		}
-		if !leader && req.Authorised && f.supersede(req) {
-			continue
-		}
-		if !leader && !req.Authorised {
-			err := ErrAuthorise
-			if req.Wait {
-				err = f.answer(ctx, req.Reader)
-			}
-			f.release()
-			return nil, err
-		}
-		o, err = f.open(ctx, req, leader)
+		o, err = c.flights.Open(ctx, req, s)
 		switch {
-		case errors.Is(err, errChanged) && !changed:
+		case errors.Is(err, flight.ErrLookAgain):
+		case errors.Is(err, flight.ErrChanged) && !changed:
 			changed = true // and now it is fetched
-		case errors.Is(err, errStoredMeanwhile):
-			if !req.Authorised {
-				return nil, ErrAuthorise
-			}
-		case leader || err == nil || ctx.Err() != nil || errors.Is(err, ErrDropped):
-			return o, err
-		case errors.Is(err, ErrRefused), errors.Is(err, ErrLimited), f.othersAffair(req):
-			// It was somebody else's affair.
 		default:
 			return o, err
 		}
 	}
 }
 
+// Pass gives the reader what its own Fetch brings, and touches nothing of what is
+// here: it is for who was answered, but not with a yes that opens what is stored. It
+// looks like the flight of what is not.
+func (c *Cache) Pass(ctx context.Context, req Request) (*Object, error) {
+	return c.flights.Pass(ctx, req)
+}
+
 // openStored returns the object when it is stored, or a file that must be hashed
 // again, for the flight that does, or neither. What it returns is held, so that
 // it is not evicted meanwhile.
-func (c *Cache) openStored(req Request) (*Object, *store.File, error) {
+func (c *Cache) openStored(req Request) (*Object, *flight.Suspect, error) {
 	f := c.store.Open(req.Domain, req.Digest)
 	if f == nil && req.Domain == ListedDomain && req.Authorised {
 		f = c.store.OpenStray(req.Digest)
@@ -404,7 +225,7 @@ func (c *Cache) openStored(req Request) (*Object, *store.File, error) {
 		f.Close()
 		return nil, nil, ErrAuthorise
 	}
-	return nil, f, nil
+	return nil, shelf{c.store}.suspect(req.Digest, f), nil
 }
 
 // hit is what is stored, for who may have it.
@@ -413,7 +234,7 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 	switch {
 	case !req.Authorised:
 		err = ErrAuthorise
-	case c.dropped.refuses(req.Key, req.Offset):
+	case c.flights.Refuses(req.Key, req.Offset):
 		err = ErrDropped
 	}
 	if err != nil {
@@ -423,7 +244,7 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 	if req.Offset == 0 { // the other parts of it are the same use
 		c.store.Used(req.Digest)
 	}
-	return &Object{Size: size, Source: Hit, Content: content, close: close}, nil
+	return flight.Stored(size, content, close), nil
 }
 
 // Stats are for people and metrics.
@@ -453,8 +274,6 @@ func (c *Cache) Stats() Stats {
 	if kept.Trouble != nil {
 		s.Trouble = kept.Trouble.Error()
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s.Flights, s.Parked = len(c.flights), len(c.parked)
+	s.Flights, s.Parked, _ = c.flights.Stats()
 	return s
 }

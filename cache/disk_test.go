@@ -443,7 +443,7 @@ func killed(t *testing.T, dir string, body, file []byte, noted int64) {
 		t.Fatal(err)
 	}
 	var journal []byte
-	for _, v := range []any{header{domain, d, int64(len(body))}, progress{Filled: [][2]int64{{0, noted}}, Booted: bootID()}} {
+	for _, v := range []any{header{domain, d.String(), int64(len(body))}, progress{Filled: [][2]int64{{0, noted}}, Booted: bootID()}} {
 		rec, _ := json.Marshal(v)
 		journal = fmt.Appendf(journal, "%08x %s\n", crc32.ChecksumIEEE(rec), rec)
 	}

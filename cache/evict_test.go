@@ -120,7 +120,7 @@ func TestAnIndexThatGrowsMakesRoomFirst(t *testing.T) {
 		}
 	}
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
-	if _, ok := c.Has(Key{ListedDomain, digest.FromBytes(last)}); !ok {
+	if _, ok := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(last)}); !ok {
 		t.Error("nothing is stored any more")
 	}
 	most, s := stop(), c.Stats()
@@ -296,15 +296,15 @@ func TestWhatIsOpenStaysAndCountsToTheEnd(t *testing.T) {
 		return o.Source
 	}
 	stored := func(body []byte) bool {
-		_, ok := c.Has(Key{ListedDomain, digest.FromBytes(body)})
+		_, ok := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(body)})
 		return ok
 	}
 	for _, body := range [][]byte{first, second} {
 		pull(body)
-		waitStored(t, c, Key{ListedDomain, digest.FromBytes(body)})
+		waitStored(t, c, Key{Domain: ListedDomain, Digest: digest.FromBytes(body)})
 	}
 	settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
-	open, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, digest.FromBytes(first)}, Reader: "two", Authorised: true})
+	open, err := c.Open(t.Context(), Request{Key: Key{Domain: ListedDomain, Digest: digest.FromBytes(first)}, Reader: "two", Authorised: true})
 	if err != nil || open.Source != Hit {
 		t.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func TestALowerBoundIsReachedAtStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range i % 3 { // some are asked for again
-			waitStored(t, c, Key{ListedDomain, digest.FromBytes(bodies[i])})
+			waitStored(t, c, Key{Domain: ListedDomain, Digest: digest.FromBytes(bodies[i])})
 			readAll(c, parallelRequest(&origin{body: bodies[i]}, "one"))
 		}
 	}
@@ -410,7 +410,7 @@ func TestWhatCannotFitEvictsNothing(t *testing.T) {
 		}
 		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 	}
-	if _, ok := c.Has(Key{ListedDomain, digest.FromBytes(small)}); !ok || c.Stats().Evicted.Objects > 0 {
+	if _, ok := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(small)}); !ok || c.Stats().Evicted.Objects > 0 {
 		t.Errorf("%+v", c.Stats())
 	}
 }
@@ -459,8 +459,8 @@ func TestAMovedTagsLayersGoFirst(t *testing.T) {
 				c = openChaos(t, dir, 6<<20)
 			}
 			get(another)
-			_, has := c.Has(Key{ListedDomain, digest.FromBytes(oldLayer)})
-			_, hasOther := c.Has(Key{ListedDomain, digest.FromBytes(other)})
+			_, has := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(oldLayer)})
+			_, hasOther := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(other)})
 			if has || !hasOther {
 				t.Errorf("the old layer is there: %v; another is: %v", has, hasOther)
 			}
@@ -499,7 +499,7 @@ func TestADiskThatDoesNotLetGoMakesNoRoom(t *testing.T) {
 				}
 			}
 			pull(first, Fetched)
-			waitStored(t, c, Key{ListedDomain, digest.FromBytes(first)})
+			waitStored(t, c, Key{Domain: ListedDomain, Digest: digest.FromBytes(first)})
 			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 			bad.Store(true)
 			pull(second, Passed)
@@ -509,7 +509,7 @@ func TestADiskThatDoesNotLetGoMakesNoRoom(t *testing.T) {
 			}
 			bad.Store(false)
 			pull(second, Fetched)
-			waitStored(t, c, Key{ListedDomain, digest.FromBytes(second)})
+			waitStored(t, c, Key{Domain: ListedDomain, Digest: digest.FromBytes(second)})
 			settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 			if err := landed(c); err != nil {
 				t.Error(err)
@@ -550,7 +550,7 @@ func TestADiskThatIsSlowToMakeRoomIsNotWaitedFor(t *testing.T) {
 		o.Close()
 		settle(t, "flights", func() bool { return c.Stats().Flights == 0 })
 	}
-	hit, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, digest.FromBytes(small)}, Reader: "two", Authorised: true})
+	hit, err := c.Open(t.Context(), Request{Key: Key{Domain: ListedDomain, Digest: digest.FromBytes(small)}, Reader: "two", Authorised: true})
 	if err != nil || hit.Source != Hit {
 		t.Fatal(err)
 	}

@@ -26,17 +26,7 @@ func held(body []byte, end chan error) (o *origin, asked chan struct{}) {
 	return o, asked
 }
 
-func (c *Cache) waitingFor(k Key) int {
-	c.mu.Lock()
-	f := c.flights[k]
-	c.mu.Unlock()
-	if f == nil {
-		return 0
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return len(f.waiting)
-}
+func (c *Cache) waitingFor(k Key) int { return c.flights.Waiting(k) }
 
 // TestFiveWaitForAFlightThatFails: all get the error, none hangs, and the next
 // starts anew.

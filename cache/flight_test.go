@@ -13,6 +13,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -151,7 +154,7 @@ const (
 )
 
 func request(d digest.Digest, s *source, reader string) Request {
-	return Request{Key: Key{domain, d}, Reader: reader, Authorised: true, Fetch: s.fetch}
+	return Request{Key: Key{Domain: domain, Digest: d}, Reader: reader, Authorised: true, Fetch: s.fetch}
 }
 
 // TestFlightInterleavings walks the state machine at the top of flight.go: for
@@ -163,7 +166,7 @@ func TestFlightInterleavings(t *testing.T) {
 	dgst := digest.FromBytes(body)
 	wrong := bytes.Clone(body)
 	wrong[big-1] ^= 1
-	key := Key{domain, dgst}
+	key := Key{Domain: domain, Digest: dgst}
 	refused := fmt.Errorf("%w: 403", ErrRefused)
 
 	for name, run := range map[string]func(t *testing.T, c *Cache, s *source){
@@ -382,7 +385,14 @@ func TestFlightInterleavings(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			c := open(t, dir, 1<<30)
+			var refuses atomic.Bool
+			c := withSteps(t, dir, func(name string, do func() error) error {
+				if name == "write pending" && refuses.Load() {
+					return syscall.EROFS
+				}
+				return do()
+			})
+			refusesWrites.Store(c, &refuses)
 			t.Cleanup(func() {
 				if err := c.Close(); err != nil {
 					t.Error(err)
@@ -399,6 +409,9 @@ func TestFlightInterleavings(t *testing.T) {
 	}
 }
 
+// refusesWrites has what makes the disk of a cache refuse to write, by the cache.
+var refusesWrites sync.Map
+
 // apartInTheMiddle has the disk refuse a write after 200,000 bytes; continued
 // is what the source has from then on.
 func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, body, continued []byte) {
@@ -411,31 +424,14 @@ func apartInTheMiddle(t *testing.T, c *Cache, s *source, dgst digest.Digest, bod
 	b := mustOpen(t, goOpen(c, request(dgst, s, "b")))
 	leaver := <-goOpen(c, request(dgst, s, "leaver"))
 
-	// The fill waits for the source, so the file may be swapped under it for
-	// one that cannot be written.
-	c.mu.Lock()
-	f := c.flights[Key{domain, dgst}]
-	c.mu.Unlock()
-	f.mu.Lock()
-	for f.hashed < first {
-		f.changed.Wait()
-	}
-	readOnly, err := os.Open(f.pending.File.Name())
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.pending.File.Close()
-	f.pending.File = readOnly
-	f.mu.Unlock()
+	readExactly(t, mustOpen(t, goOpen(c, request(dgst, s, "whoever waits until all of it is hashed"))), body[:first])
+	refuses, _ := refusesWrites.Load(c)
+	refuses.(*atomic.Bool).Store(true)
 	go d.Write(body[first : first+1])
-	f.mu.Lock()
-	for f.state != apart {
-		f.changed.Wait()
-	}
-	f.mu.Unlock()
+	settle(t, "the flight passes through", func() bool { return c.Stats().Flights == 0 })
 	readExactly(t, leaver.object, body[:1000])
 	leaver.object.Close()
-	if c.dropped.refuses(f.key, 1) {
+	if c.flights.Refuses(Key{Domain: domain, Digest: dgst}, 1) {
 		t.Error("ranges of what passes through are refused")
 	}
 
@@ -507,7 +503,7 @@ func TestTheBoundHoldsWithReservations(t *testing.T) {
 			continue
 		}
 		stored++
-		waitStored(t, c, Key{domain, digest.FromBytes(body)})
+		waitStored(t, c, Key{Domain: domain, Digest: digest.FromBytes(body)})
 		var used int64
 		filepath.Walk(c.store.Dir(), func(_ string, info os.FileInfo, _ error) error {
 			if info != nil && info.Mode().IsRegular() {

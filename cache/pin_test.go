@@ -167,7 +167,7 @@ func evictOne(c *Cache, d digest.Digest) error {
 }
 
 func (c *Cache) has(body []byte) bool {
-	_, ok := c.Has(Key{ListedDomain, digest.FromBytes(body)})
+	_, ok := c.Has(Key{Domain: ListedDomain, Digest: digest.FromBytes(body)})
 	return ok
 }
 
@@ -296,7 +296,7 @@ func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
 	if err := c.images.Unpin(images.Pin{Upstream: "lab.test", Repository: "app", Tag: "v1"}); err != nil {
 		t.Fatal(err)
 	}
-	reading, err := c.Open(t.Context(), Request{Key: Key{ListedDomain, one.layerDigest}, Reader: "two", Authorised: true})
+	reading, err := c.Open(t.Context(), Request{Key: Key{Domain: ListedDomain, Digest: one.layerDigest}, Reader: "two", Authorised: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -901,10 +901,10 @@ func TestVerifyEndsWithTheCache(t *testing.T) {
 	v, err := c.store.Verify(t.Context(), 0, func(v store.Verification) {
 		if v.Files == 1 && v.Bytes == 1<<20 {
 			go func() { closed <- c.Close() }()
-			<-c.ctx.Done()
+			<-c.flights.Closing()
 		}
 	})
-	if !errors.Is(err, ErrClosed) || v.Files > 1 {
+	if !errors.Is(err, store.ErrClosed) || v.Files > 1 {
 		t.Errorf("%+v: %v", v, err)
 	}
 	if err := <-closed; err != nil {

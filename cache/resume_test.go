@@ -29,8 +29,8 @@ func TestWholeASupersededFlightsReadersJoinNoOther(t *testing.T) {
 	x.answer = func(n int, off, _ int64) (io.ReadCloser, Info, error) {
 		if hangs.Load() {
 			asked <- struct{}{}
-			<-c.ctx.Done()
-			return nil, Info{}, c.ctx.Err()
+			<-c.flights.Closing()
+			return nil, Info{}, context.Canceled
 		}
 		if n > 0 {
 			return nil, Info{}, errReset
@@ -65,7 +65,7 @@ func TestWholeASupersededFlightsReadersJoinNoOther(t *testing.T) {
 		t.Errorf("%d bytes were joined to %d bad ones: %v", len(tail), len(got), err)
 	}
 	leave()
-	c.cancel() // X answers at last
+	go c.Close() // X answers at last
 	settle(t, "flights, and what they left of a stored object,", func() bool { s := c.Stats(); return s.Flights == 0 && s.Parked == 0 })
 }
 
@@ -169,7 +169,7 @@ func TestPartsFarAheadAreBegunAtOnce(t *testing.T) {
 		wait := readerFunc(func([]byte) (int, error) {
 			select {
 			case <-hold:
-			case <-c.ctx.Done():
+			case <-c.flights.Closing():
 			}
 			return 0, io.EOF
 		})
@@ -246,7 +246,7 @@ func TestWholeNobodyJoinsWhatTheJournalHadNotYet(t *testing.T) {
 			first, honest := &origin{body: bad}, &origin{body: body}
 			noted := make(chan struct{})
 			wait := readerFunc(func([]byte) (int, error) { <-noted; return 0, io.EOF })
-			hang := readerFunc(func([]byte) (int, error) { <-c.ctx.Done(); return 0, c.ctx.Err() })
+			hang := readerFunc(func([]byte) (int, error) { <-c.flights.Closing(); return 0, context.Canceled })
 			first.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
 				const end = wrongAt + 1<<20 + 100
 				size := int64(len(body))
@@ -258,12 +258,7 @@ func TestWholeNobodyJoinsWhatTheJournalHadNotYet(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			settle(t, "the journal", func() bool {
-				f := c.flights[req.Key]
-				f.mu.Lock()
-				defer f.mu.Unlock()
-				return !f.noting && f.noted > 0
-			})
+			settle(t, "the journal", func() bool { return isNoted(c) })
 			close(noted)
 			got := make([]byte, wrongAt+1<<20)
 			if _, err := io.ReadFull(o.Content, got); err != nil {

@@ -119,8 +119,12 @@ type object struct {
 	use      use
 }
 
+// ListedDomain is the source domain that all listed upstreams share. It is no
+// legal registry name, so that no registry can claim it.
+const ListedDomain = "*"
+
 // listedOnly is what possesses nearly all.
-var listedOnly = []string{"*"}
+var listedOnly = []string{ListedDomain}
 
 func (o *object) possessed(domain string) bool { return slices.Contains(o.domains, domain) }
 

@@ -67,9 +67,8 @@ var (
 	ErrChanged = errors.New("the file on the disk was changed")
 )
 
-// ListedDomain is the source domain that all listed upstreams share. It is no
-// legal registry name, so that no registry can claim it.
-const ListedDomain = "*"
+// ListedDomain is the source domain that all listed upstreams share.
+const ListedDomain = index.ListedDomain
 
 // Options of a store.
 type Options struct {

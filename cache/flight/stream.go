@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"context"
@@ -18,9 +18,9 @@ import (
 // ask for is thrown away. The last tailHold bytes do not leave before the digest
 // matched. It reads forward only.
 type stream struct {
-	cache *Cache
-	key   Key
-	size  int64 // -1 until the end
+	engine *Engine
+	key    Key
+	size   int64 // -1 until the end
 
 	body     io.ReadCloser
 	told     func() // Request.Verified
@@ -39,14 +39,14 @@ type stream struct {
 
 // newStream starts from the state h that the hash has at byte at. It fails with
 // ErrDropped where the reader wants no beginning, and may hold a wrong one.
-func newStream(c *Cache, req Request, h hash.Hash, at, size int64) (*stream, error) {
-	if c.dropped.refuses(req.Key, req.Offset) {
+func newStream(e *Engine, req Request, h hash.Hash, at, size int64) (*stream, error) {
+	if e.dropped.refuses(req.Key, req.Offset) {
 		return nil, ErrDropped
 	}
-	return &stream{cache: c, key: req.Key, size: size, hash: h, start: at, told: req.Verified}, nil
+	return &stream{engine: e, key: req.Key, size: size, hash: h, start: at, told: req.Verified}, nil
 }
 
-// take gives the stream its body, and what ends the context behind it.
+// take gives the stream its body, and what ends its context.
 func (s *stream) take(body io.ReadCloser, cancel context.CancelFunc) {
 	s.body, s.cancel = body, cancel
 }
@@ -79,7 +79,7 @@ func (s *stream) Close() {
 			s.body.Close()
 		}
 		if s.wrong && s.gave && !s.alone {
-			s.cache.dropped.add(s.key)
+			s.engine.dropped.add(s.key)
 		}
 	})
 }
@@ -164,4 +164,39 @@ func (s *stream) more() error {
 		s.told()
 	}
 	return nil
+}
+
+// openStream gives the reader a stream of its own, over an answer if there is one that
+// begins at byte 0.
+func (e *Engine) openStream(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
+	if own.answer != nil && own.Offset > 0 {
+		own.close()
+		own.answer = nil
+	}
+	if own.answer == nil {
+		var err error
+		if own, err = e.askFor(ctx, req, 0, -1); err != nil {
+			return nil, err
+		}
+	}
+	s, err := newStream(e, req, req.Digest.Algorithm().Hash(), 0, own.Size)
+	if err != nil {
+		own.close()
+		return nil, err
+	}
+	s.take(newSteady(own.ctx, req.Fetch, own.answer), own.cancel)
+	if size := own.Size; size >= 0 && size <= tailHold {
+		// As with a flight: what is held back altogether is verified before
+		// there is an answer.
+		stop := context.AfterFunc(ctx, s.interrupt)
+		err := s.verifyAll()
+		if !stop() && err != nil {
+			err = context.Cause(ctx)
+		}
+		if err != nil {
+			s.Close()
+			return nil, err
+		}
+	}
+	return &Object{Size: own.Size, Source: Passed, Content: s, close: s.Close, interrupt: s.interrupt}, nil
 }

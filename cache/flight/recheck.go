@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"fmt"
-	"io/fs"
-
-	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -15,15 +12,12 @@ import (
 // source is the file itself, so that its readers are held to the same rule as those
 // of a download; then the row vouches for it again, or it is dropped and fetched anew.
 
-// errChanged is an ErrBroken: the file on the disk is not what it was.
-var errChanged = fmt.Errorf("%w: %w", ErrBroken, store.ErrChanged)
-
 // recheck is the life of a flight whose source is its file.
-func (f *flight) recheck(s *store.File) {
-	c := f.cache
-	defer c.flying.Done()
+func (f *flight) recheck(s *Suspect) {
+	e := f.engine
+	defer e.flying.Done()
 	f.mu.Lock()
-	f.state = feeding
+	f.state = filling
 	f.changed.Broadcast()
 	for f.disk == nil && f.hashed < f.size && f.ctx.Err() == nil {
 		f.hashPiece()
@@ -34,27 +28,27 @@ func (f *flight) recheck(s *store.File) {
 	case f.ctx.Err() != nil:
 		f.end(failed, ErrClosed)
 	case unread != nil:
-		c.store.NoteTrouble(unread)
-		f.drop(s.Info, unread)
+		e.store.NoteTrouble(unread)
+		f.drop(s, unread)
 	case digest.NewDigest(f.key.Digest.Algorithm(), f.hash) != f.key.Digest:
-		f.drop(s.Info, errChanged)
+		f.drop(s, ErrChanged)
 	default:
 		f.mu.Lock()
 		f.state = verified
 		f.changed.Broadcast()
 		f.mu.Unlock()
 		f.leaveTable() // before it waits: who comes now looks at the file again
-		c.store.Hashed(f.key.Digest, s.Info, true)
+		s.Hashed(true)
 		f.cancel()
 	}
 }
 
 // drop ends a flight whose file is not what it should be, after the file. Nobody is
 // fed any more before ranges are refused: see end.
-func (f *flight) drop(info fs.FileInfo, cause error) {
+func (f *flight) drop(s *Suspect, cause error) {
 	f.mu.Lock()
 	f.state = ending
 	f.mu.Unlock()
-	f.cache.store.Hashed(f.key.Digest, info, false)
-	f.end(failed, fmt.Errorf("%w: %w", errChanged, cause))
+	s.Hashed(false)
+	f.end(failed, fmt.Errorf("%w: %w", ErrChanged, cause))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import "slices"
 
@@ -10,7 +10,7 @@ type span struct{ start, end int64 }
 // spans is a set of bytes: sorted, disjoint, and never touching one another.
 type spans []span
 
-// after is the index of the first span that ends at or behind at.
+// after is the index of the first span that ends at or after at.
 func (s spans) after(at int64) int {
 	i, _ := slices.BinarySearchFunc(s, at, func(sp span, at int64) int {
 		if sp.end < at {
@@ -44,7 +44,7 @@ func (s spans) reach(at int64) int64 {
 	return at
 }
 
-// gap returns the first bytes at or behind at that are not there, up to limit;
+// gap returns the first bytes at or after at that are not there, up to limit;
 // they are none when start is limit.
 func (s spans) gap(at, limit int64) (start, end int64) {
 	start, end = min(s.reach(at), limit), limit

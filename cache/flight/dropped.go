@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"sync"
 	"time"
-
-	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -23,7 +21,7 @@ import (
 // whose journal was not closed: a kill came before the journal spoke of all bytes
 // that readers were given.
 //
-// A flight that goes apart drops nothing: its object passes through from then on,
+// A flight that passes through drops nothing: its object passes through from then on,
 // and each client checks what passes through. A parked file is the next flight's
 // beginning, and a journal that was closed speaks of all of it.
 const (
@@ -36,7 +34,7 @@ const (
 	maxDropped = 1 << 14
 	// maxStrangersDropped bounds those of all registries together that are not
 	// listed, and maxStrangerDropped those of each.
-	maxStrangersDropped = maxDropped / store.StrangersShare
+	maxStrangersDropped = maxDropped / strangersShare
 	maxStrangerDropped  = maxStrangersDropped / 16
 	// maxDroppedLeft is how many a clean stop leaves to the next process.
 	maxDroppedLeft = 1024
@@ -151,9 +149,9 @@ func (d *dropped) digests() (all []digest.Digest) {
 // leaveDropped leaves what is refused to the next process, as pending files without
 // a journal: it counts those as dropped. The cache is being closed. A kill leaves
 // nothing of it.
-func (c *Cache) leaveDropped() {
-	for _, d := range c.dropped.digests() {
-		if p, err := c.store.Create(d); err == nil { // else the disk has no next process soon
+func (e *Engine) leaveDropped() {
+	for _, d := range e.dropped.digests() {
+		if p, err := e.store.Create(d); err == nil { // else the disk has no next process soon
 			p.Close()
 		}
 	}

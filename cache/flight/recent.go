@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import "time"
 
@@ -35,8 +35,8 @@ const mixedFor = time.Minute
 // generations, or of two endpoints that do not have the same, and only the digest
 // tells: names and lengths may differ where the bytes are the same, and the other way
 // round.
-func (c *Cache) noteMixed(k Key) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.mixed.add(k, mixedFor)
+func (e *Engine) noteMixed(k Key) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.mixed.add(k, mixedFor)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"context"
@@ -32,17 +32,17 @@ const (
 func (r Request) relayed() bool { return r.Ranged && r.Check == nil }
 
 // notePassing remembers that an object does not fit.
-func (c *Cache) notePassing(k Key) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.passing.add(k, passFor)
+func (e *Engine) notePassing(k Key) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.passing.add(k, passFor)
 }
 
 // passes tells whether an object did not fit a moment ago, and no flight has it now.
-func (c *Cache) passes(k Key) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.flights[k] == nil && c.passing.has(k) && !c.closed
+func (e *Engine) passes(k Key) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.flights[k] == nil && e.passing.has(k) && !e.closed
 }
 
 // relay is a range of one reader's own. It may be read anywhere.
@@ -52,8 +52,8 @@ type relay struct {
 }
 
 // openRelay asks for the range, unless the source has answered already.
-func (c *Cache) openRelay(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
-	if c.dropped.refuses(req.Key, req.Offset) {
+func (e *Engine) openRelay(ctx context.Context, req Request, own ownAnswer) (*Object, error) {
+	if e.dropped.refuses(req.Key, req.Offset) {
 		own.close()
 		return nil, ErrDropped
 	}
@@ -67,12 +67,12 @@ func (c *Cache) openRelay(ctx context.Context, req Request, own ownAnswer) (*Obj
 			n = relayStep
 		}
 		var err error
-		if own, err = c.askFor(ctx, req, req.Offset, n); err != nil {
+		if own, err = e.askFor(ctx, req, req.Offset, n); err != nil {
 			return nil, err
 		}
 	}
 	if own.Size < 0 || !own.sound() {
-		return c.openStream(ctx, req, own)
+		return e.openStream(ctx, req, own)
 	}
 	r := &relay{newSteady(own.ctx, req.Fetch, own.answer), own.cancel}
 	r.step = relayStep
@@ -95,8 +95,8 @@ func (o ownAnswer) close() {
 
 // askFor asks the source on a reader's own behalf. The caller's context ends only
 // the asking.
-func (c *Cache) askFor(ctx context.Context, req Request, off, n int64) (ownAnswer, error) {
-	sctx, cancel := context.WithCancel(c.ctx)
+func (e *Engine) askFor(ctx context.Context, req Request, off, n int64) (ownAnswer, error) {
+	sctx, cancel := context.WithCancel(e.ctx)
 	stop := context.AfterFunc(ctx, cancel)
 	body, info, err := req.Fetch(sctx, off, n)
 	if errors.Is(err, ErrRange) && (off > 0 || n >= 0) {

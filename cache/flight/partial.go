@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"encoding/json"
@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"tarn/blobstore"
-	"tarn/cache/store"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -181,13 +180,13 @@ func restore(left *blobstore.Pending) (k Key, p partial, closed bool, err error)
 // reader may have. Nobody works on it any more. What is not kept stays with the
 // flight.
 func (f *flight) park() {
-	c := f.cache
+	e := f.engine
 	if f.pending == nil || f.size <= tailHold || len(f.filled) == 0 {
 		return
 	}
 	if f.filled.total() > f.noted {
 		if err := f.note(f.key, f.filled, f.filled.total(), true); err != nil {
-			c.store.NoteTrouble(err)
+			e.store.NoteTrouble(err)
 			return
 		}
 	}
@@ -197,48 +196,48 @@ func (f *flight) park() {
 	f.size = p.size
 	f.mu.Unlock()
 	p.parked = time.Now()
-	c.mu.Lock()
-	other := c.parked[f.key] // of a flight that was superseded
-	c.parked[f.key] = &p
-	n := len(c.parked)
-	c.mu.Unlock()
+	e.mu.Lock()
+	other := e.parked[f.key] // of a flight that was superseded
+	e.parked[f.key] = &p
+	n := len(e.parked)
+	e.mu.Unlock()
 	if other != nil {
-		c.discard(f.key, other)
+		e.discard(f.key, other)
 	}
 	// Of a flight that was superseded, it may be late: another one has stored
 	// the object. Its commit looks here after its row is written.
-	if _, stored := c.Has(f.key); stored {
-		if late := c.takeParked(f.key); late != nil {
-			c.discard(f.key, late)
+	if e.store.Stored(f.key.Domain, f.key.Digest) {
+		if late := e.takeParked(f.key); late != nil {
+			e.discard(f.key, late)
 		}
 	}
 	if n > maxParked {
-		c.dropParked(false, 0)
+		e.Spare(false, 0)
 	}
 }
 
 // takeParked returns what lies parked, nil if nothing does; it is the caller's
 // then.
-func (c *Cache) takeParked(k Key) *partial {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	p := c.parked[k]
-	delete(c.parked, k)
+func (e *Engine) takeParked(k Key) *partial {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	p := e.parked[k]
+	delete(e.parked, k)
 	return p
 }
 
-// dropParked gives up the file that has lain longest, for its room, but only
+// Spare gives up the file that has lain longest, for its room, but only
 // where all of them make up for what is short. Where that is the share of
 // registries that are not listed, only their own count.
-func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
-	c.mu.Lock()
+func (e *Engine) Spare(strangersOnly bool, short int64) bool {
+	e.mu.Lock()
 	var oldest *partial
 	var key Key
-	for k, p := range c.parked {
+	for k, p := range e.parked {
 		if strangersOnly && k.Domain == ListedDomain {
 			continue
 		}
-		short -= store.OnDisk(p.claim)
+		short -= p.claim
 		if oldest == nil || p.parked.Before(oldest.parked) {
 			key, oldest = k, p
 		}
@@ -246,21 +245,21 @@ func (c *Cache) dropParked(strangersOnly bool, short int64) bool {
 	if short > 0 {
 		oldest = nil
 	} else {
-		delete(c.parked, key)
+		delete(e.parked, key)
 	}
-	c.mu.Unlock()
+	e.mu.Unlock()
 	if oldest == nil {
 		return false
 	}
-	c.discard(key, oldest)
+	e.discard(key, oldest)
 	return true
 }
 
-func (c *Cache) discard(k Key, p *partial) {
+func (e *Engine) discard(k Key, p *partial) {
 	if p.given {
-		c.dropped.add(k)
+		e.dropped.add(k)
 	}
-	c.store.Discard(k.Domain, p.pending, p.claim)
+	e.store.Discard(k.Domain, p.pending, p.claim)
 	p.pending.Close()
 }
 
@@ -271,55 +270,55 @@ func (f *flight) dropPartial() {
 	f.partial = newPartial()
 	f.mu.Unlock()
 	if p.pending != nil {
-		f.cache.discard(f.key, &p)
+		f.engine.discard(f.key, &p)
 	}
 }
 
 // closeParked leaves the parked files to the next process.
-func (c *Cache) closeParked() {
-	c.mu.Lock()
-	parked := c.parked
-	c.parked = make(map[Key]*partial)
-	c.mu.Unlock()
+func (e *Engine) closeParked() {
+	e.mu.Lock()
+	parked := e.parked
+	e.parked = make(map[Key]*partial)
+	e.mu.Unlock()
 	for k, p := range parked {
 		if err := p.close(); err != nil {
-			c.store.NoteTrouble(err) // the next process refuses ranges
+			e.store.NoteTrouble(err) // the next process refuses ranges
 		}
 		p.pending.Close()
-		c.store.Unreserve(k.Domain, p.claim)
+		e.store.Unreserve(k.Domain, p.claim)
 	}
 }
 
 // restoreAll parks what the flights of an earlier process left, as far as there
 // is room, and returns how many files that is.
-func (c *Cache) restoreAll(left []*blobstore.Pending) int {
+func (e *Engine) restoreAll(left []*blobstore.Pending) int {
 	for _, l := range left {
 		k, p, closed, err := restore(l)
-		if _, stored := c.Has(k); err == nil && stored {
+		if err == nil && e.store.Stored(k.Domain, k.Digest) {
 			err = errors.New("the object is stored")
 		}
-		if err == nil && (c.parked[k] != nil || len(c.parked) >= maxParked) {
+		if err == nil && (e.parked[k] != nil || len(e.parked) >= maxParked) {
 			err = errors.New("there are others")
 		}
 		if err == nil {
 			p.claim = claimFor(p.size)
-			err = c.store.ReserveFree(k.Domain, p.claim)
+			err = e.store.ReserveFree(k.Domain, p.claim)
 		}
 		if err == nil && closed {
 			if err = p.reopen(); err != nil {
-				c.store.Unreserve(k.Domain, p.claim)
+				e.store.Unreserve(k.Domain, p.claim)
 			}
 		}
 		if err != nil {
-			c.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
-			c.dropped.add(k)
-			c.store.DiscardLeft(k.Domain, l)
+			e.log.Sugar().Infow("a download that was broken off starts anew", "digest", l.Digest, "cause", err.Error())
+			e.dropped.add(k)
+			e.store.DiscardLeft(k.Domain, l)
 			continue
 		}
 		if !closed {
-			c.dropped.add(k)
+			e.dropped.add(k)
 		}
-		c.parked[k] = &p
+		e.parked[k] = &p
 	}
-	return len(c.parked)
+	return len(e.parked)
 }

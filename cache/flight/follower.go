@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import (
 	"context"
@@ -13,7 +13,7 @@ import (
 )
 
 // follower reads a flight's file while it is being filled. When the flight
-// goes apart, it goes on with an upstream stream of its own.
+// passes through, it goes on with an upstream stream of its own.
 type follower struct {
 	flight *flight
 	req    Request
@@ -27,7 +27,7 @@ type follower struct {
 	opening context.CancelFunc // ends the fetch of the own stream; nil when there is none under way
 }
 
-// passingBody is what a reader goes on with when its flight stands apart.
+// passingBody is what a reader goes on with when its flight passes through.
 type passingBody interface {
 	io.ReadSeeker
 	Close()
@@ -52,12 +52,12 @@ func (r *follower) interrupt() {
 	}
 }
 
-// wait returns when the flight has ended, or gone apart.
+// wait returns when the flight has ended, or passed through.
 func (r *follower) wait() {
 	f := r.flight
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for r.stopped == nil && (f.state == feeding || f.state == ending) {
+	for r.stopped == nil && (f.state == filling || f.state == ending) {
 		f.changed.Wait()
 	}
 }
@@ -122,7 +122,7 @@ func (r *follower) Read(p []byte) (int, error) {
 		return n, err
 	case state == verified:
 		return 0, io.EOF
-	default: // apart
+	default: // passing
 		if err := r.goOwn(); err != nil {
 			return 0, err
 		}
@@ -170,11 +170,11 @@ func (r *follower) reopen() bool {
 
 // await waits for bytes at the reader's place, and returns how many of them may
 // be had, at most most. When there are none, all of a verified object has been
-// had, or the flight stands apart.
+// had, or the flight passes through.
 func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, error) {
 	f := r.flight
 	f.mu.Lock()
-	for r.stopped == nil && r.pos >= f.readable(r.pos) && (f.state == feeding || f.state == ending) {
+	for r.stopped == nil && r.pos >= f.readable(r.pos) && (f.state == filling || f.state == ending) {
 		if f.waiting[r] != r.pos {
 			f.waiting[r] = r.pos
 			f.work.Broadcast()
@@ -195,7 +195,7 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 	}
 	f.mu.Unlock()
 
-	if n == 0 && state != verified && state != apart {
+	if n == 0 && state != verified && state != passing {
 		return nil, 0, state, err
 	}
 	return pending, n, state, nil
@@ -205,7 +205,7 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 // from where the reader is, and else a stream from where the flight's hash stands.
 func (r *follower) goOwn() error {
 	f := r.flight
-	ctx, cancel := context.WithCancel(f.cache.ctx)
+	ctx, cancel := context.WithCancel(f.engine.ctx)
 	f.mu.Lock()
 	r.opening = cancel
 	if r.stopped != nil {
@@ -231,7 +231,7 @@ func (r *follower) goOwn() error {
 	case err != nil:
 		cancel()
 		if r.gave && errors.Is(err, errWrong) { // what it has is, or what there is now
-			f.cache.dropped.add(f.key)
+			f.engine.dropped.add(f.key)
 		}
 	case stopped != nil:
 		own.interrupt()
@@ -240,7 +240,7 @@ func (r *follower) goOwn() error {
 }
 
 func (r *follower) ownRelay(ctx context.Context, cancel context.CancelFunc, size int64) (passingBody, error) {
-	if r.flight.cache.dropped.refuses(r.req.Key, r.pos) {
+	if r.flight.engine.dropped.refuses(r.req.Key, r.pos) {
 		return nil, ErrDropped
 	}
 	return &relay{&steady{ctx: ctx, fetch: r.req.Fetch, size: size, pos: r.pos, want: r.pos, step: relayStep}, cancel}, nil
@@ -272,7 +272,7 @@ func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (pa
 			return nil, fmt.Errorf("%w: %w", ErrBroken, err)
 		}
 	}
-	own, err := newStream(f.cache, r.req, h, f.hashed, a.Size)
+	own, err := newStream(f.engine, r.req, h, f.hashed, a.Size)
 	if err != nil {
 		rest.Close()
 		return nil, err

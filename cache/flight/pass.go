@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package cache
+package flight
 
 import "context"
 
@@ -8,8 +8,8 @@ import "context"
 // digest as a flight's bytes are, and touches nothing of what is here: it is for
 // who was answered, but not with a yes that opens what is stored. It looks like
 // the flight of what is not.
-func (c *Cache) Pass(ctx context.Context, req Request) (*Object, error) {
-	o, err := c.openStream(ctx, req, ownAnswer{})
+func (e *Engine) Pass(ctx context.Context, req Request) (*Object, error) {
+	o, err := e.openStream(ctx, req, ownAnswer{})
 	if err != nil {
 		return nil, err
 	}
