@@ -53,7 +53,7 @@ func New(st *store.Store, log *zap.Logger) *Images {
 
 // Hooks are what the store calls.
 func (im *Images) Hooks() store.Hooks {
-	return store.Hooks{Entered: im.entered, Gone: im.gone, Follow: im.follow, Tick: im.tick}
+	return store.Hooks{Entered: im.entered, Gone: im.gone, Untagged: im.TagMoved, Follow: im.follow, Tick: im.tick}
 }
 
 // TagMoved has pins and list follow a tag that means something else now.

@@ -133,7 +133,7 @@ type Pruning struct {
 
 // Prune drops what is of no use any more. It returns what the dropped tags meant.
 func (ix *Index) Prune(p Pruning) (untagged []digest.Digest) {
-	return ix.forget(func(k MembershipKey, latest int64) bool {
+	return ix.forget(func(_ RepositoryKey, latest int64) bool {
 		return latest < nanos(p.Memberships)
 	}, func(k TagKey, t Tag) bool {
 		if t.Digest == "" || !t.Confirmed.Before(p.Tags) {
@@ -155,8 +155,8 @@ func (ix *Index) Trim() (untagged []digest.Digest) {
 		whose := func(k RepositoryKey) bool { // and no more than that, where many are as old
 			return (!strangersOnly || ix.isStranger(k)) && ix.over(strangersOnly, trimTo) != (extent{})
 		}
-		untagged = append(untagged, ix.forget(func(k MembershipKey, latest int64) bool {
-			return latest < before && whose(k.RepositoryKey)
+		untagged = append(untagged, ix.forget(func(k RepositoryKey, latest int64) bool {
+			return latest < before && whose(k)
 		}, func(k TagKey, t Tag) bool {
 			return nanos(t.Confirmed) < before && whose(k.RepositoryKey)
 		})...)
@@ -177,16 +177,17 @@ func (ix *Index) over(strangersOnly bool, eighths int64) extent {
 // overdue is the time before which rows are to go, those of registries that are
 // not listed or all, 0 when there is room enough.
 func (ix *Index) overdue(strangersOnly bool) (before int64) {
-	ix.mu.RLock()
-	defer ix.mu.RUnlock()
-	if ix.over(strangersOnly, trimAt) == (extent{}) {
-		return 0
-	}
 	type aged struct {
 		time int64
 		extent
 	}
 	var rows []aged
+	ix.mu.RLock()
+	left := ix.over(strangersOnly, trimTo)
+	if ix.over(strangersOnly, trimAt) == (extent{}) {
+		ix.mu.RUnlock()
+		return 0
+	}
 	for k, r := range ix.repositories {
 		if strangersOnly && !ix.isStranger(k) {
 			continue
@@ -200,8 +201,8 @@ func (ix *Index) overdue(strangersOnly bool) (before int64) {
 			}
 		}
 	}
+	ix.mu.RUnlock()
 	slices.SortFunc(rows, func(a, b aged) int { return cmp.Compare(a.time, b.time) })
-	left := ix.over(strangersOnly, trimTo)
 	for _, r := range rows {
 		if left.memory <= 0 && left.file <= 0 {
 			break
@@ -214,16 +215,15 @@ func (ix *Index) overdue(strangersOnly bool) (before int64) {
 
 // forget drops the rows that are old, and still are when it comes to that. It
 // returns what the tags among them meant.
-func (ix *Index) forget(oldMembership func(k MembershipKey, latest int64) bool, oldTag func(TagKey, Tag) bool) (untagged []digest.Digest) {
+func (ix *Index) forget(oldMembership func(k RepositoryKey, latest int64) bool, oldTag func(TagKey, Tag) bool) (untagged []digest.Digest) {
 	var memberships []MembershipKey
 	var tags []TagKey
 	ix.mu.RLock()
 	for k, r := range ix.repositories {
 		for _, kind := range []string{manifests, blobs} {
-			for d, m := range r.members(kind).all() {
-				if key := k.MembershipKey(kind, d); oldMembership(key, m.latest()) {
-					memberships = append(memberships, key)
-				}
+			old := func(m membership) bool { return oldMembership(k, m.latest()) }
+			for _, d := range r.members(kind).where(old) {
+				memberships = append(memberships, k.MembershipKey(kind, d))
 			}
 		}
 		for name, t := range r.tags {
@@ -240,7 +240,7 @@ func (ix *Index) forget(oldMembership func(k MembershipKey, latest int64) bool, 
 		if r == nil {
 			continue
 		}
-		if m, ok := r.members(k.Kind).get(k.Digest); ok && oldMembership(k, m.latest()) {
+		if m, ok := r.members(k.Kind).get(k.Digest); ok && oldMembership(k.RepositoryKey, m.latest()) {
 			ix.deleteMembership(k)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -59,6 +60,7 @@ type file struct {
 	steps       fault.Steps
 	db          *bolt.DB // nil: there is none just now
 	left        look     // what it looked like after the last transaction
+	spoilt      bool     // it is broken, and kept for whoever looks into that
 	limit       atomic.Int64
 }
 
@@ -287,14 +289,32 @@ func (f *file) abandon() {
 
 func closeBroken(db *bolt.DB) { guarded(db.Close) }
 
-// setAside moves the file out of the way of the next start, and makes an empty one.
-func (f *file) setAside() error {
+// replace makes an empty file in the place of this one. A start must not find the old
+// one: it may say what was taken back since.
+func (f *file) replace() error {
 	f.abandon()
-	err := f.steps.Do("set index aside", func() error { return os.Rename(f.path, f.aside) })
+	err := f.steps.Do("set index aside", func() error {
+		if f.spoilt {
+			return os.Rename(f.path, f.aside)
+		}
+		return os.Remove(f.path)
+	})
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the index aside: %w", err)
 	}
-	return f.open()
+	f.spoilt = false
+	if err := f.open(); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(f.path))
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // apply has the file say what changes say.

@@ -119,6 +119,7 @@ type Index struct {
 	closed  chan struct{}   // closed by the writer when it ends
 	once    sync.Once
 	failed  error // of the writer's last write, before closed is
+	refused bool  // the writer's: the last write failed
 
 	// mu guards what follows. No transaction runs under it.
 	mu           sync.RWMutex

@@ -309,7 +309,7 @@ func TestWhatIsConfirmedMeanwhileIsNotPruned(t *testing.T) {
 	ix.NoteMembership(k.MembershipKey("blobs", d1), Membership{Time: at})
 	looks := 0
 	once := func() bool { looks++; return looks <= 2 }
-	untagged := ix.forget(func(MembershipKey, int64) bool { return once() }, func(TagKey, Tag) bool { return once() })
+	untagged := ix.forget(func(RepositoryKey, int64) bool { return once() }, func(TagKey, Tag) bool { return once() })
 	if _, ok := ix.Tag(k.TagKey("v1")); !ok || len(untagged) > 0 || looks != 4 {
 		t.Errorf("%v, after %d looks: %v", ok, looks, untagged)
 	}

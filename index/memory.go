@@ -260,6 +260,21 @@ func (m byDigest[V]) delete(d digest.Digest) {
 
 func (m byDigest[V]) len() int { return len(m.short) + len(m.long) }
 
+// where are the digests of which f says yes.
+func (m byDigest[V]) where(f func(V) bool) (ds []digest.Digest) {
+	for k, v := range m.short {
+		if f(v) {
+			ds = append(ds, text(k[:]))
+		}
+	}
+	for k, v := range m.long {
+		if f(v) {
+			ds = append(ds, text(k[:]))
+		}
+	}
+	return ds
+}
+
 func (m byDigest[V]) values() iter.Seq[V] {
 	return func(yield func(V) bool) {
 		for _, v := range m.short {

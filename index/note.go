@@ -8,7 +8,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Put enters objects that were committed. The file has them soon.
+// Put enters objects that were committed. The bbolt file has them soon.
 func (ix *Index) Put(put ...Stored) {
 	if len(put) == 0 {
 		return
@@ -41,17 +41,23 @@ func (ix *Index) put(s Stored) {
 }
 
 // Drop forgets objects, and with them who possesses them, what they lead to and
-// when they were used. The file has their rows until the writer comes by: a row
-// whose file is gone means nothing.
-func (ix *Index) Drop(gone ...digest.Digest) {
+// when they were used. The bbolt file has their rows until the writer comes by: a row
+// whose blob is gone means nothing. It returns what it forgot, for Put.
+func (ix *Index) Drop(gone ...digest.Digest) (was []Stored) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	for _, d := range gone {
-		if _, known := ix.objects.get(d); known {
-			ix.objects.delete(d)
-			ix.dirty.object(d, true)
+		o, known := ix.objects.get(d)
+		if !known {
+			continue
 		}
+		for _, domain := range o.domains {
+			was = append(was, Stored{d, domain, o.row.unpack(), unpackDigests(o.children)})
+		}
+		ix.objects.delete(d)
+		ix.dirty.object(d, true)
 	}
+	return was
 }
 
 // NoteUse remembers that an object was used, if it is stored.
@@ -167,12 +173,10 @@ func (ix *Index) CloseRepository(k RepositoryKey) (forgot bool) {
 		return false
 	}
 	for _, kind := range []string{manifests, blobs} {
-		for d, m := range r.members(kind).all() {
-			if m.anonymous == 0 {
-				continue
-			}
-			m.anonymous = 0
-			r.members(kind).put(d, m)
+		members := r.members(kind)
+		for _, d := range members.where(func(m membership) bool { return m.anonymous != 0 }) {
+			m, _ := members.get(d)
+			members.put(d, membership{time: m.time})
 			ix.dirty.memberships[k.MembershipKey(kind, d)] = struct{}{}
 			forgot = true
 		}

@@ -25,8 +25,8 @@ const (
 	rowsAWrite = 4096
 	// fewRows may take what room there is even where the file may not grow.
 	fewRows = 64
-	// maxDirty bounds what waits to be written, for a disk that refuses all writes.
-	// Past it all of the file is written afresh, when it can be.
+	// maxDirty bounds what is kept account of while a disk refuses all writes. Past
+	// it all of the file is written afresh, when it can be.
 	maxDirty = 1 << 17
 )
 
@@ -118,12 +118,14 @@ func (ix *Index) flush(all bool) error {
 	err := ix.flushOnce(all)
 	if errors.Is(err, ErrBroken) {
 		ix.tell(err)
+		ix.file.spoilt = true
 		ix.markAll()
 		if err = ix.flushOnce(all); errors.Is(err, ErrBroken) {
 			ix.file.abandon() // the next one begins anew
 			ix.markAll()
 		}
 	}
+	ix.refused = err != nil
 	ix.tell(err)
 	return err
 }
@@ -142,7 +144,7 @@ func (ix *Index) markAll() {
 
 func (ix *Index) flushOnce(all bool) error {
 	ix.mu.Lock()
-	anew := ix.dirty.all || ix.dirty.len() > maxDirty
+	anew := ix.dirty.all || ix.refused && ix.dirty.len() > maxDirty
 	if anew { // whatever is marked is among all
 		ix.unmark(ix.dirty.uses)
 		ix.dirty = newDirty()
@@ -335,11 +337,11 @@ func cut[T any](all []T, most *int) (first, rest []T) {
 	return all[:n], all[n:]
 }
 
-// writeAnew sets the file aside and writes all rows into another one. What is
+// writeAnew replaces the file by another one, which all rows are written into. What is
 // changed meanwhile is marked, as ever, and is written afterwards; who waits for
 // that in Sync is not made to wait for all of it.
 func (ix *Index) writeAnew() error {
-	if err := ix.file.setAside(); err != nil {
+	if err := ix.file.replace(); err != nil {
 		return err
 	}
 	for part := range ix.everything() {

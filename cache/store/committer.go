@@ -158,7 +158,7 @@ func (s *Store) commit() {
 		s.follow()
 		s.commitBatch(batch)
 		s.follow()
-		s.keepBounds() // the index may have grown
+		s.keepBounds()
 	}
 }
 
@@ -183,7 +183,7 @@ func (s *Store) commitBatch(batch []Landing) {
 		one := &landing{Landing: l}
 		all = append(all, one)
 		if row, ok := s.sound(l.Digest); ok {
-			rows = append(rows, index.Stored{Digest: l.Digest, Domain: l.Domain, Object: row})
+			rows = append(rows, index.Stored{Digest: l.Digest, Domain: l.Domain, Object: row, Children: l.Children})
 		} else if lands[l.Digest] == nil { // else it is of another domain: one file, two possessions
 			one.counted = s.countedOf(l.Digest)
 			one.hashed, _ = l.Pending.File.Stat()

@@ -13,7 +13,6 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
-	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -173,11 +172,8 @@ func (s *Store) adoptOnce(strays []stray) (unread []stray) {
 			continue
 		}
 		var children []digest.Digest
-		if size := one.info.Size(); sound && size <= manifest.MaxSize {
-			body, _ := s.blobs.Read(one.digest, size) // without it, it leads nowhere
-			if manifest.Looks(body[:min(len(body), manifest.Prefix)], size) {
-				children = manifest.Children(body)
-			}
+		if sound {
+			children = s.readChildren(one.digest, one.info.Size())
 		}
 		if s.Do(func() error { s.settle(one, sound, children); return nil }) != nil {
 			return nil
@@ -196,16 +192,13 @@ func (s *Store) settle(one stray, sound bool, children []digest.Digest) {
 }
 
 func (s *Store) adopt(one stray, sound bool, children []digest.Digest) {
-	row, known := s.index.Row(one.digest)
 	alloc := blobstore.Allocated(one.info)
-	switch {
-	case known && sound: // a flight of any domain has stored it meanwhile, or a request has had it looked at
-		alloc = row.Alloc
-	case known || !s.doubts.isStray(one.digest): // it has gone, and another one may have come
+	switch _, known := s.index.Row(one.digest); {
+	case known || !s.doubts.isStray(one.digest):
+		// It has gone, and a flight, of whatever domain, may have put another one in
+		// its place; or a request has had it looked at.
 		return
-	case sound:
-		row = describe(index.Object{Size: one.info.Size(), Alloc: alloc, Created: time.Now()}, one.info)
-	default:
+	case !sound:
 		if err := s.blobs.Remove(one.digest); err != nil {
 			s.NoteTrouble(fmt.Errorf("remove a stray file: %w", err))
 			s.leftOver(one.digest, alloc)
@@ -214,6 +207,7 @@ func (s *Store) adopt(one stray, sound bool, children []digest.Digest) {
 		}
 		return
 	}
+	row := describe(index.Object{Size: one.info.Size(), Alloc: alloc, Created: time.Now()}, one.info)
 	s.index.Put(index.Stored{Digest: one.digest, Domain: ListedDomain, Object: row, Children: children})
 	s.enter(one.digest, alloc, children)
 }

@@ -83,8 +83,8 @@ func (s *Store) Evictable() int64 {
 	return s.order.queue.Free()
 }
 
-// keepBounds runs in the committer, now and then: others write to the disk, the
-// index grows, and the bound may be lower than it was.
+// keepBounds runs in the committer, now and then: others write to the disk, and the
+// bound may be lower than it was.
 func (s *Store) keepBounds() {
 	short, _, err := s.tryReserve(ListedDomain, 0)
 	switch {
@@ -108,21 +108,41 @@ func (s *Store) keepBounds() {
 // Evict frees so many bytes, or all that may go.
 func (s *Store) Evict(n int64) error { return s.Do(func() error { return s.evict(n) }) }
 
-// evict runs in the committer.
-func (s *Store) evict(short int64) error {
+// maxRefusals is how many files in a row the disk may refuse to let go of before
+// others are not tried: then it is the disk, and not the file.
+const maxRefusals = 16
+
+// evict runs in the committer. What the disk does not let go of stays stored, and is no
+// reason for what comes after it to stay.
+func (s *Store) evict(short int64) (refused error) {
+	var stay []digest.Digest
+	defer func() { s.putBack(stay) }() // only then: they would be taken again
 	for short > 0 {
 		s.follow() // what is held from now on does not go
 		victims := s.choose(short)
 		if len(victims) == 0 {
-			return nil
+			return refused
 		}
-		freed, err := s.evictAll(victims)
+		freed, left, err := s.evictAll(victims)
+		stay = append(stay, left...)
 		if err != nil {
-			return err
+			refused = err
+		}
+		if freed == 0 && len(stay) >= maxRefusals {
+			return refused
 		}
 		short -= freed
 	}
 	return nil
+}
+
+// putBack has what was taken to be evicted be in the order again.
+func (s *Store) putBack(ds []digest.Digest) {
+	s.order.mu.Lock()
+	defer s.order.mu.Unlock()
+	for _, d := range ds {
+		s.order.queue.PutBack(d)
+	}
 }
 
 func (s *Store) follow() {
@@ -146,34 +166,35 @@ func (s *Store) choose(short int64) (victims []digest.Digest) {
 	return victims
 }
 
-// evictAll evicts what was taken: the row, then the file. What cannot go stays in
-// the order. It runs in the committer.
-func (s *Store) evictAll(victims []digest.Digest) (freed int64, failed error) {
-	s.index.Drop(victims...)
-	s.hot.drop(victims...) // with the rows gone, nobody brings them back
+// evictAll evicts what was taken: the row, then the file. It returns what the disk did
+// not let go of, or was not tried after that, and the error. It runs in the committer.
+func (s *Store) evictAll(victims []digest.Digest) (freed int64, left []digest.Digest, refused error) {
 	var gone Evicted
-	for _, d := range victims {
-		if failed == nil {
-			failed = s.blobs.Remove(d)
+	for i, d := range victims {
+		if len(left) >= maxRefusals {
+			left = append(left, victims[i:]...)
+			break
+		}
+		was := s.index.Drop(d)
+		if err := s.blobs.Remove(d); err != nil {
+			refused = err
+			left = append(left, d)
+			s.index.Put(was...)
+			continue
 		}
 		s.order.mu.Lock()
-		if failed != nil {
-			s.order.queue.PutBack(d)
-		} else {
-			gone.Bytes += s.order.queue.Evict(d)
-			gone.Objects++
-		}
+		gone.Bytes += s.order.queue.Evict(d)
 		s.order.mu.Unlock()
-		if failed == nil {
-			s.doubts.unstray(d) // whoever adopts finds that it has gone
-			s.gone(d)
-		}
+		gone.Objects++
+		s.doubts.unstray(d) // whoever adopts finds that it has gone
+		s.gone(d)
 	}
+	s.hot.drop(victims...) // with the rows gone, nobody brings them back
 	r := &s.room
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.used -= gone.Bytes
 	r.evicted.Objects += gone.Objects
 	r.evicted.Bytes += gone.Bytes
-	return gone.Bytes, failed
+	return gone.Bytes, left, refused
 }

@@ -186,6 +186,9 @@ func (s *Store) Prune(p index.Pruning) { s.untag(s.index.Prune(p)) }
 
 // untag has the order know that tags are forgotten, with what they meant.
 func (s *Store) untag(meant []digest.Digest) {
+	if len(meant) > 0 && s.hooks.Untagged != nil {
+		s.hooks.Untagged()
+	}
 	s.order.mu.Lock()
 	defer s.order.mu.Unlock()
 	for _, d := range meant {

@@ -5,11 +5,13 @@
 // These hold at every moment, a crash included:
 //
 //  1. A row implies a file of that size, and vouches for its bytes as long as
-//     it looks as it did when they were hashed. (Open sees to the file; one that
-//     was changed is found when somebody wants it, see verify.go.)
+//     it looks as it did when they were hashed. (A start sees that there is a file;
+//     one that was changed is found when somebody opens it, see verify.go.)
 //  2. A file without a row is adopted, after hashing, or removed, after a start.
-//  3. Allocated bytes of blobs, pending files and index, plus what reservations
-//     have yet to write, are at most MaxSize.
+//     Where the disk does not let go of one, it is the first to be evicted.
+//  3. All that the directory takes (blobs, pending files, the index and its next
+//     growth, small files, what was removed and is being read still), plus what
+//     reservations have yet to write, is at most MaxSize.
 //  4. A file is visible under its digest only when it is complete, verified and
 //     fsynced; deletion goes row first, in memory, then file.
 //  5. No lock is held across I/O.
@@ -97,6 +99,8 @@ type Hooks struct {
 	// Changed: a stored file was found to have other bytes than before, and is
 	// dropped.
 	Changed func(d digest.Digest)
+	// Untagged: tags are forgotten. Anybody may call it.
+	Untagged func()
 	// Follow comes before something goes, and after something has come: what holds
 	// objects for what tags mean looks whether they mean something else now.
 	Follow func()
@@ -243,8 +247,8 @@ func (s *Store) Start(hooks Hooks) {
 	}
 }
 
-// Close writes what has landed and closes the index. Whoever lands something has
-// done so, and nobody reserves any more.
+// Close stores what has landed and closes the index. Nobody lands or reserves anything
+// any more when it is called.
 func (s *Store) Close() error {
 	s.cancel()
 	s.working.Wait()

@@ -34,8 +34,8 @@ func (s *Store) NoteTrouble(err error) {
 	s.sayTrouble()
 }
 
-// sayTrouble is for the committer, too, which speaks of what has changed too soon
-// after it had the last time.
+// sayTrouble logs a change, unless it came within troublePause of the last one: then
+// the committer, which calls it at each tick, says it later.
 func (s *Store) sayTrouble() {
 	t := &s.trouble
 	t.mu.Lock()

@@ -13,6 +13,7 @@ import (
 
 	"tarn/blobstore"
 	"tarn/index"
+	"tarn/internal/manifest"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -60,12 +61,31 @@ func vouched(row index.Object, info fs.FileInfo) bool {
 // returns when the committer has taken that in. When the store is being closed, it is
 // lost: the file is still suspect at the next start.
 func (s *Store) Hashed(d digest.Digest, info fs.FileInfo, sound bool) {
-	s.Do(func() error { s.take(d, info, sound); return nil })
+	var children []digest.Digest
+	if sound && s.doubts.isStray(d) {
+		children = s.readChildren(d, info.Size())
+	}
+	s.Do(func() error { s.settleHash(d, info, sound, children); return nil })
 }
 
-// take runs in the committer: the row vouches for a sound file, and goes with
+// readChildren reads what a stored manifest leads to, nil for anything else.
+func (s *Store) readChildren(d digest.Digest, size int64) []digest.Digest {
+	if size > manifest.MaxSize {
+		return nil
+	}
+	body, _ := s.blobs.Read(d, size) // without it, it leads nowhere
+	if !manifest.Looks(body[:min(len(body), manifest.Prefix)], size) {
+		return nil
+	}
+	return manifest.Children(body)
+}
+
+// settleHash runs in the committer: the row vouches for a sound file, and goes with
 // one that is not, unless another file has come in its place.
-func (s *Store) take(d digest.Digest, was fs.FileInfo, sound bool) {
+func (s *Store) settleHash(d digest.Digest, was fs.FileInfo, sound bool, children []digest.Digest) {
+	if !sound && s.hooks.Changed != nil {
+		s.hooks.Changed(d) // whatever lies there by now: somebody may have its bytes
+	}
 	row, ok := s.index.Row(d)
 	info, err := os.Lstat(s.blobs.Path(d))
 	if err == nil && blobstore.LookOf(info) != blobstore.LookOf(was) {
@@ -73,9 +93,6 @@ func (s *Store) take(d digest.Digest, was fs.FileInfo, sound bool) {
 	}
 	if !sound {
 		s.doubts.distrust(d, was) // also where it cannot be removed
-		if s.hooks.Changed != nil {
-			s.hooks.Changed(d)
-		}
 	}
 	domain := ""
 	if !ok { // a stray that somebody asked for before its turn
@@ -85,17 +102,17 @@ func (s *Store) take(d digest.Digest, was fs.FileInfo, sound bool) {
 		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
 	}
 	if sound && err == nil {
-		s.index.Put(index.Stored{Digest: d, Domain: domain, Object: describe(row, info)})
+		s.index.Put(index.Stored{Digest: d, Domain: domain, Object: describe(row, info), Children: children})
 		if !ok {
 			s.doubts.unstray(d)
-			s.enter(d, row.Alloc, nil)
+			s.enter(d, row.Alloc, children)
 			s.follow()
 		}
 		return
 	}
 	s.doubts.unstray(d)
 	s.remove(index.Stored{Digest: d, Object: row})
-	s.log.Sugar().Errorw("a file on the disk was changed, and is dropped", "digest", d)
+	s.log.Sugar().Errorw("a file on the disk was changed or has gone, and is dropped", "digest", d)
 }
 
 // hashes tells whether the file's bytes are what its name says. It reads rate
