@@ -28,6 +28,7 @@ const (
 
 	// What a row takes in memory, about: a map of Go's is two thirds full.
 	membershipBytes = 96
+	typeBytes       = 96  // of a manifest, besides
 	tagBytes        = 288 // with the text of its digest
 	repositoryBytes = 1024
 	// rowUnit is how many bytes of a key count as a row of the file: a name can be
@@ -50,9 +51,13 @@ func tagExtent(k TagKey) extent {
 	return extent{tagBytes + int64(len(k.Tag)), fileRoom(k.RepositoryKey, len(k.Tag))}
 }
 
-func membershipExtent(k RepositoryKey) extent {
-	const kindAndDigest = len("manifests") + len("sha256:") + 64
-	return extent{membershipBytes, fileRoom(k, kindAndDigest)}
+func membershipExtent(k RepositoryKey, kind string) extent {
+	const kindAndDigest = len(manifests) + len("sha256:") + 64
+	e := extent{membershipBytes, fileRoom(k, kindAndDigest)}
+	if kind == manifests {
+		e.memory += typeBytes
+	}
+	return e
 }
 
 func fileRoom(k RepositoryKey, rest int) int64 {
@@ -61,6 +66,59 @@ func fileRoom(k RepositoryKey, rest int) int64 {
 
 func repositoryExtent(k RepositoryKey) extent {
 	return extent{memory: repositoryBytes + int64(len(k.Upstream)+len(k.Repository))}
+}
+
+// led is what the packed digests take, in bytes, that manifests lead to: of those that a
+// listed registry has delivered, and of those that others have alone.
+type led struct{ listed, strangers int64 }
+
+const (
+	// maxLed bounds what listed manifests lead to, and maxStrangersLed others: a
+	// million digests, of which a manifest has a dozen, and a quarter of that. What
+	// comes after so many leads nowhere.
+	maxLed          = 33 << 20
+	maxStrangersLed = maxLed / strangersShare
+)
+
+// count enters what an object leads to, or takes it off.
+func (l *led) count(o *object, sign int64) {
+	if o.possessed(ListedDomain) {
+		l.listed += sign * int64(len(o.children))
+	} else {
+		l.strangers += sign * int64(len(o.children))
+	}
+}
+
+func (l *led) full() bool { return l.listed > maxLed || l.strangers > maxStrangersLed }
+
+// types are the media types that are kept: a registry may make up any number of them,
+// and there are not many.
+type types struct {
+	known     map[string]string
+	strangers int
+}
+
+const maxTypes = 1024
+
+func newTypes() types { return types{known: make(map[string]string)} }
+
+// keep returns the one string that stands for a media type, "" where there are too
+// many: then it is read from the manifest.
+func (t *types) keep(mediaType string, stranger bool) string {
+	if len(mediaType) > maxMediaType {
+		return ""
+	}
+	one, known := t.known[mediaType]
+	switch {
+	case known:
+		return one
+	case len(t.known) >= maxTypes, stranger && t.strangers >= maxTypes/strangersShare:
+		return ""
+	case stranger:
+		t.strangers++
+	}
+	t.known[mediaType] = mediaType
+	return mediaType
 }
 
 func (ix *Index) isStranger(k RepositoryKey) bool {
@@ -89,18 +147,18 @@ func (ix *Index) mayAdd(k RepositoryKey, row extent) bool {
 	if ix.isStranger(k) {
 		strangers = strangers.plus(row)
 	}
-	taken := ix.taken.plus(row)
+	taken := ix.rows.plus(row)
 	if all, theirs := ix.excess(taken, strangers, 8); all != (extent{}) || theirs != (extent{}) && ix.isStranger(k) {
 		return false
 	}
-	ix.taken, ix.strangers = taken, strangers
+	ix.rows, ix.strangers = taken, strangers
 	ix.repository(k)
 	return true
 }
 
 // count is called with the lock.
 func (ix *Index) count(k RepositoryKey, row extent) {
-	ix.taken = ix.taken.plus(row)
+	ix.rows = ix.rows.plus(row)
 	if ix.isStranger(k) {
 		ix.strangers = ix.strangers.plus(row)
 	}
@@ -167,7 +225,7 @@ func (ix *Index) Trim() (untagged []digest.Digest) {
 // over is the excess of registries that are not listed, or of all. Called with the
 // lock.
 func (ix *Index) over(strangersOnly bool, eighths int64) extent {
-	all, theirs := ix.excess(ix.taken, ix.strangers, eighths)
+	all, theirs := ix.excess(ix.rows, ix.strangers, eighths)
 	if strangersOnly {
 		return theirs
 	}
@@ -195,9 +253,10 @@ func (ix *Index) overdue(strangersOnly bool) (before int64) {
 		for name, t := range r.tags {
 			rows = append(rows, aged{nanos(t.Confirmed), tagExtent(k.TagKey(name))})
 		}
-		for _, members := range [2]byDigest[membership]{r.manifests, r.blobs} {
-			for m := range members.values() {
-				rows = append(rows, aged{m.latest(), membershipExtent(k)})
+		for _, kind := range []string{manifests, blobs} {
+			one := membershipExtent(k, kind)
+			for m := range r.members(kind).values() {
+				rows = append(rows, aged{m.latest(), one})
 			}
 		}
 	}
@@ -235,6 +294,10 @@ func (ix *Index) forget(oldMembership func(k RepositoryKey, latest int64) bool, 
 	ix.mu.RUnlock()
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
+	if len(memberships)+len(tags) > 0 {
+		ix.taken++ // an authority may take back what is not known here any more
+		ix.hurry()
+	}
 	for _, k := range memberships {
 		r := ix.repositories[k.RepositoryKey]
 		if r == nil {

@@ -143,8 +143,8 @@ func TestRowsThatGoMakeRoomForOthers(t *testing.T) {
 		t.Errorf("%d are noted after some were taken back", n)
 	}
 	ix.Prune(Pruning{Memberships: now.Add(time.Second)})
-	if ix.StrangersBytes() != 0 || ix.taken != (extent{}) || len(ix.repositories) != 0 {
-		t.Errorf("%d bytes are left of none, %+v, %d repositories", ix.StrangersBytes(), ix.taken, len(ix.repositories))
+	if ix.StrangersBytes() != 0 || ix.rows != (extent{}) || len(ix.repositories) != 0 {
+		t.Errorf("%d bytes are left of none, %+v, %d repositories", ix.StrangersBytes(), ix.rows, len(ix.repositories))
 	}
 	// Long names count as several.
 	long := RepositoryKey{"evil.example", strings.Repeat("x", 255)}
@@ -184,5 +184,87 @@ func TestRowsOfOneMomentDoNotAllGo(t *testing.T) {
 	ix.Trim()
 	if n := ix.Counts().Memberships; n < rows*trimTo/8-50 || n > rows*trimTo/8+50 {
 		t.Errorf("%d of %d are left", n, rows)
+	}
+}
+
+// TestWhatManifestsLeadToIsBounded, and what a stranger's do is no reason for a listed
+// one's to lead nowhere.
+func TestWhatManifestsLeadToIsBounded(t *testing.T) {
+	t.Parallel()
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{})
+	children := make([]digest.Digest, 10_000)
+	for i := range children {
+		children[i] = digest.FromString(fmt.Sprint(i))
+	}
+	const bytes = 10_000 * 33
+	manifest := func(domain string, i int) digest.Digest {
+		d := digest.FromString(fmt.Sprint(domain, i))
+		ix.Put(Stored{Digest: d, Domain: domain, Object: Object{Size: 1}, Children: children})
+		return d
+	}
+	n := 0
+	for i := range 2 * maxStrangersLed / bytes {
+		if ix.Leads(manifest("evil.example", i)) {
+			n++
+		}
+	}
+	if n != maxStrangersLed/bytes {
+		t.Errorf("%d of strangers' manifests lead somewhere", n)
+	}
+	mine := manifest(ListedDomain, 0)
+	if !ix.Leads(mine) {
+		t.Error("a listed one leads nowhere")
+	}
+	first := digest.FromString("evil.example0")
+	ix.Put(Stored{Digest: first, Domain: ListedDomain, Object: Object{Size: 1}}) // now it is a listed one's
+	if !ix.Leads(manifest("evil.example", 1<<20)) {
+		t.Error("what is a listed registry's, too, counts as a stranger's still")
+	}
+	ix = again(t, ix)
+	if !ix.Leads(mine) || ix.leads.strangers > maxStrangersLed {
+		t.Errorf("after a restart, %+v", ix.leads)
+	}
+}
+
+// TestMediaTypesAreBounded: those that strangers make up leave room for the others.
+func TestMediaTypesAreBounded(t *testing.T) {
+	t.Parallel()
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Listed: listed})
+	note := func(upstream string, i int, mediaType string) string {
+		k := RepositoryKey{upstream, "app"}.MembershipKey("manifests", digest.FromString(fmt.Sprint(i)))
+		ix.NoteMembership(k, Membership{Time: time.Now(), MediaType: mediaType})
+		m, _ := ix.Membership(k)
+		return m.MediaType
+	}
+	for i := range 2 * maxTypes {
+		note("evil.example", i, fmt.Sprint("a/b", i))
+	}
+	if n := len(ix.types.known); n != maxTypes/strangersShare {
+		t.Errorf("%d are kept", n)
+	}
+	if got := note("docker.io", 1, "a/mine"); got != "a/mine" {
+		t.Errorf("%q", got)
+	}
+	if got := note("evil.example", 1<<20, "a/mine"); got != "a/mine" {
+		t.Errorf("%q, which is known", got)
+	}
+}
+
+// TestWhoHearsOfARefusalWaitsForTheFile, whoever has had it forgotten.
+func TestWhoHearsOfARefusalWaitsForTheFile(t *testing.T) {
+	t.Parallel()
+	ix := open(t, filepath.Join(t.TempDir(), "index.db"))
+	k := RepositoryKey{"docker.io", "app"}.MembershipKey("blobs", d1)
+	ix.NoteMembership(k, Membership{Time: at})
+	sync1(t, ix)
+	if ix.Owes() {
+		t.Error("nothing was taken back")
+	}
+	if !ix.DeleteMembership(k) || ix.DeleteMembership(k) || !ix.Owes() {
+		t.Error("nothing is owed")
+	}
+	sync1(t, ix)
+	if ix.Owes() {
+		t.Error("it is in the file")
 	}
 }

@@ -102,11 +102,12 @@ func (f *file) look() (l look, err error) {
 func (f *file) changed() error {
 	now, err := f.look()
 	switch {
-	case errors.Is(err, os.ErrNotExist), err == nil && now != f.left:
+	case errors.Is(err, os.ErrNotExist), err == nil && now != f.left && f.left != (look{}): // which it is where the last look failed
 		return fmt.Errorf("%w: somebody else has changed the file", ErrBroken)
 	case err != nil:
 		return nil // where the disk does not tell, a transaction will
 	}
+	f.left = now
 	return f.view(func(tx *bolt.Tx) error {
 		if tx.Size() > now.size {
 			return fmt.Errorf("%w: it was cut", ErrBroken)
@@ -208,7 +209,7 @@ func (f *file) check() error {
 	case err == nil && fresh:
 		err = f.update(create)
 	case err == nil && former:
-		f.update(dropFormer) // a disk that refuses it now is asked again at the next start
+		f.update(func(tx *bolt.Tx) error { return dropBuckets(tx, formerBuckets) }) // a disk that refuses it now is asked again at the next start
 	}
 	if err != nil {
 		return err
@@ -226,8 +227,8 @@ func (f *file) check() error {
 	})
 }
 
-func dropFormer(tx *bolt.Tx) error {
-	for _, name := range formerBuckets {
+func dropBuckets(tx *bolt.Tx, names [][]byte) error {
+	for _, name := range names {
 		if tx.Bucket(name) != nil {
 			if err := tx.DeleteBucket(name); err != nil {
 				return err
@@ -258,11 +259,10 @@ func (f *file) update(do func(*bolt.Tx) error) error {
 	if errors.Is(err, berrors.ErrMaxSizeReached) {
 		err = errFull
 	}
-	if now, lerr := f.look(); lerr == nil {
-		f.left = now
-		if err == nil { // more room may have been made than was needed
-			f.limit.Store(min(f.limit.Load(), now.size+nextGrowth(now.size)))
-		}
+	var lerr error
+	f.left, lerr = f.look()
+	if err == nil && lerr == nil { // more room may have been made than was needed
+		f.limit.Store(min(f.limit.Load(), f.left.size+nextGrowth(f.left.size)))
 	}
 	return err
 }
@@ -289,16 +289,15 @@ func (f *file) abandon() {
 
 func closeBroken(db *bolt.DB) { guarded(db.Close) }
 
-// replace makes an empty file in the place of this one. A start must not find the old
-// one: it may say what was taken back since.
-func (f *file) replace() error {
+// empty drops all rows. A file that is broken is kept for whoever looks into that, and
+// there is another one in its place: a start must not find the old one, which may say
+// what was taken back since.
+func (f *file) empty() error {
+	if !f.spoilt && f.db != nil {
+		return f.update(func(tx *bolt.Tx) error { return errors.Join(dropBuckets(tx, allBuckets), create(tx)) })
+	}
 	f.abandon()
-	err := f.steps.Do("set index aside", func() error {
-		if f.spoilt {
-			return os.Rename(f.path, f.aside)
-		}
-		return os.Remove(f.path)
-	})
+	err := f.steps.Do("set index aside", func() error { return os.Rename(f.path, f.aside) })
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the index aside: %w", err)
 	}
@@ -393,7 +392,7 @@ func (ix *Index) loadObjects(tx *bolt.Tx) error {
 		o, _ = ix.objects.get(digest.Digest(d))
 		return o, rest
 	}
-	return errors.Join(
+	err = errors.Join(
 		forEach(tx, possessionBucket, func(k, _ []byte) error {
 			if o, domain := of(k); o != nil {
 				o.possess(string(domain))
@@ -414,6 +413,13 @@ func (ix *Index) loadObjects(tx *bolt.Tx) error {
 			}
 			return err
 		}))
+	for o := range ix.objects.values() {
+		if ix.leads.count(o, 1); ix.leads.full() {
+			ix.leads.count(o, -1)
+			o.children = nil
+		}
+	}
+	return err
 }
 
 func (ix *Index) loadRepositories(tx *bolt.Tx) error {
@@ -450,8 +456,9 @@ func (ix *Index) loadRepositories(tx *bolt.Tx) error {
 				return errRow
 			}
 			enter(parts[0], parts[1])
+			m.MediaType = ix.types.keep(m.MediaType, ix.isStranger(k))
 			if r.setMembership(parts[2], digest.Digest(parts[3]), m) {
-				ix.count(k, membershipExtent(k))
+				ix.count(k, membershipExtent(k, parts[2]))
 			}
 			return nil
 		}))

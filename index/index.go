@@ -125,9 +125,13 @@ type Index struct {
 	mu           sync.RWMutex
 	objects      byDigest[*object]
 	repositories map[RepositoryKey]*repository
-	taken        extent // by tags and memberships
-	strangers    extent // of that, by registries that are not listed
+	rows         extent // of tags and memberships
+	strangers    extent // of those, what registries that are not listed have
+	leads        led    // by what manifests lead to
+	types        types
 	sequence     uint64 // the highest that a tag's row ever had
+	taken        uint64 // how often something was taken back
+	kept         uint64 // how much of that the file says
 	dirty        dirty
 }
 
@@ -144,6 +148,7 @@ func Open(path string, opts Options) (*Index, error) {
 		closed:       make(chan struct{}),
 		objects:      newByDigest[*object](),
 		repositories: make(map[RepositoryKey]*repository),
+		types:        newTypes(),
 		dirty:        newDirty(),
 	}
 	ix.file = &file{path: path, aside: opts.Aside, steps: opts.Steps}

@@ -7,7 +7,6 @@ import (
 	"iter"
 	"slices"
 	"time"
-	"unique"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -92,7 +91,7 @@ func (r *repository) setMembership(kind string, d digest.Digest, m Membership) b
 	case m.MediaType == "":
 		r.types.delete(d)
 	default:
-		r.types.put(d, unique.Make(m.MediaType).Value()) // there are few of them
+		r.types.put(d, m.MediaType)
 	}
 	return r.members(kind).put(d, membership{nanos(m.Time), nanos(m.Anonymous)})
 }

@@ -31,11 +31,16 @@ func (ix *Index) put(s Stored) {
 		}
 	}
 	o.row = s.Object.pack()
+	ix.leads.count(o, -1)
 	if s.Domain != "" {
 		o.possess(s.Domain)
 	}
 	if s.Children != nil {
 		o.children = packDigests(s.Children)
+	}
+	if ix.leads.count(o, 1); ix.leads.full() {
+		ix.leads.count(o, -1)
+		o.children = nil
 	}
 	ix.dirty.object(s.Digest, !known || s.Children != nil)
 }
@@ -54,6 +59,7 @@ func (ix *Index) Drop(gone ...digest.Digest) (was []Stored) {
 		for _, domain := range o.domains {
 			was = append(was, Stored{d, domain, o.row.unpack(), unpackDigests(o.children)})
 		}
+		ix.leads.count(o, -1)
 		ix.objects.delete(d)
 		ix.dirty.object(d, true)
 	}
@@ -92,6 +98,9 @@ func (ix *Index) NoteTag(k TagKey, t Tag) (before digest.Digest, taken bool) {
 	ix.repository(k.RepositoryKey).tags[k.Tag] = t
 	ix.sequence = max(ix.sequence, t.Sequence)
 	ix.dirty.tags[k] = struct{}{}
+	if t.Digest == "" {
+		ix.taken++
+	}
 	return old.Digest, true
 }
 
@@ -101,14 +110,12 @@ func (ix *Index) NoteMembership(k MembershipKey, m Membership) {
 	if _, n := parse(k.Digest); n == 0 {
 		return
 	}
-	if len(m.MediaType) > maxMediaType {
-		m.MediaType = ""
-	}
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
+	m.MediaType = ix.types.keep(m.MediaType, ix.isStranger(k.RepositoryKey))
 	old, known := ix.membership(k)
 	switch {
-	case !known && !ix.mayAdd(k.RepositoryKey, membershipExtent(k.RepositoryKey)):
+	case !known && !ix.mayAdd(k.RepositoryKey, membershipExtent(k.RepositoryKey, k.Kind)):
 		return
 	case known && old.MediaType == m.MediaType && !newer(m.Time, old.Time) && (m.Anonymous.IsZero() || !newer(m.Anonymous, old.Anonymous)):
 		return
@@ -148,6 +155,7 @@ func (ix *Index) DeleteMembership(k MembershipKey) bool {
 	defer ix.mu.Unlock()
 	_, known := ix.membership(k)
 	if known {
+		ix.taken++
 		ix.deleteMembership(k)
 	}
 	return known
@@ -157,9 +165,17 @@ func (ix *Index) DeleteMembership(k MembershipKey) bool {
 func (ix *Index) deleteMembership(k MembershipKey) {
 	r := ix.repositories[k.RepositoryKey]
 	r.deleteMembership(k.Kind, k.Digest)
-	ix.count(k.RepositoryKey, membershipExtent(k.RepositoryKey).negative())
+	ix.count(k.RepositoryKey, membershipExtent(k.RepositoryKey, k.Kind).negative())
 	ix.leave(k.RepositoryKey, r)
 	ix.dirty.memberships[k] = struct{}{}
+}
+
+// Owes tells whether something that was taken back may not be in the file yet: who
+// hears of a refusal waits for Sync then, whoever has had it forgotten.
+func (ix *Index) Owes() bool {
+	ix.mu.RLock()
+	defer ix.mu.RUnlock()
+	return ix.kept < ix.taken
 }
 
 // CloseRepository forgets what anonymous was served in a repository, because its
@@ -180,6 +196,9 @@ func (ix *Index) CloseRepository(k RepositoryKey) (forgot bool) {
 			ix.dirty.memberships[k.MembershipKey(kind, d)] = struct{}{}
 			forgot = true
 		}
+	}
+	if forgot {
+		ix.taken++
 	}
 	return forgot
 }

@@ -66,6 +66,7 @@ type names struct {
 	tags        []TagKey
 	memberships []MembershipKey
 	uses        []digest.Digest
+	taken       uint64 // how often something had been taken back by then
 }
 
 func (n *names) len() int { return len(n.objects) + len(n.tags) + len(n.memberships) + len(n.uses) }
@@ -105,10 +106,26 @@ func (ix *Index) write() {
 		case <-tick.C:
 			ix.flush(false)
 		case done := <-ix.syncs:
-			done <- ix.flush(false)
+			waiting := append(ix.waiting(), done)
+			err := ix.flush(false)
+			for _, done := range waiting {
+				done <- err
+			}
 		case <-ix.closing:
 			ix.failed = errors.Join(ix.flush(true), ix.file.close())
 			return
+		}
+	}
+}
+
+// waiting are all others who wait for the next flush.
+func (ix *Index) waiting() (all []chan error) {
+	for {
+		select {
+		case done := <-ix.syncs:
+			all = append(all, done)
+		default:
+			return all
 		}
 	}
 }
@@ -159,7 +176,18 @@ func (ix *Index) flushOnce(all bool) error {
 	if err := ix.file.changed(); err != nil {
 		return err
 	}
-	return ix.writeNames(ix.take(all))
+	return ix.writeMarked(all)
+}
+
+func (ix *Index) writeMarked(all bool) error {
+	n := ix.take(all)
+	if err := ix.writeNames(n); err != nil {
+		return err
+	}
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.kept = max(ix.kept, n.taken)
+	return nil
 }
 
 // take returns what is marked, which is not marked any more.
@@ -167,7 +195,7 @@ func (ix *Index) take(all bool) (n names) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	d := &ix.dirty
-	n.anew = d.objects
+	n.anew, n.taken = d.objects, ix.taken
 	for name := range d.objects {
 		n.objects = append(n.objects, name)
 	}
@@ -280,13 +308,15 @@ func (ix *Index) writePart(n names) error {
 }
 
 func (ix *Index) grow(n int64) error {
-	if ix.opts.Grow != nil {
-		if err := ix.opts.Grow(n); err != nil {
-			return err
-		}
+	ix.file.limit.Add(n) // first, so that whoever counts meanwhile counts it
+	if ix.opts.Grow == nil {
+		return nil
 	}
-	ix.file.limit.Add(n)
-	return nil
+	err := ix.opts.Grow(n)
+	if err != nil {
+		ix.file.limit.Add(-n)
+	}
+	return err
 }
 
 // changes are what the rows are now.
@@ -337,11 +367,11 @@ func cut[T any](all []T, most *int) (first, rest []T) {
 	return all[:n], all[n:]
 }
 
-// writeAnew replaces the file by another one, which all rows are written into. What is
+// writeAnew empties the file, or begins another one, and writes all rows into it. What is
 // changed meanwhile is marked, as ever, and is written afterwards; who waits for
 // that in Sync is not made to wait for all of it.
 func (ix *Index) writeAnew() error {
-	if err := ix.file.replace(); err != nil {
+	if err := ix.file.empty(); err != nil {
 		return err
 	}
 	for part := range ix.everything() {
@@ -398,16 +428,13 @@ func (ix *Index) namesOf(k RepositoryKey, n *names) {
 // answerSyncs writes what was changed meanwhile, for who waits for that: what is not
 // in the file yet is not in its way.
 func (ix *Index) answerSyncs() error {
-	for {
-		select {
-		case done := <-ix.syncs:
-			err := ix.writeNames(ix.take(false))
-			done <- err
-			if err != nil {
-				return err
-			}
-		default:
-			return nil
-		}
+	waiting := ix.waiting()
+	if len(waiting) == 0 {
+		return nil
 	}
+	err := ix.writeMarked(false)
+	for _, done := range waiting {
+		done <- err
+	}
+	return err
 }

@@ -145,8 +145,10 @@ func (p *Proxy) refuseTag(q *request, sequence uint64, err error, asked time.Tim
 			e.Says = rights.TagGone
 			if p.rights.Had(q.asker, q.object(before.Digest)) {
 				p.cache.NoteTag(key, index.Tag{Sequence: sequence})
-				defer p.keepTaken()
 			}
+		}
+		if p.cache.Index().Owes() {
+			defer p.keepTaken()
 		}
 	}
 	p.rights.Learn(q.asker, rights.Object{Kind: string(q.kind)}, e)

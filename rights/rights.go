@@ -355,7 +355,7 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	if closes && r.opts.Index.CloseRepository(a.Repository) {
 		taken = true
 	}
-	if taken {
+	if taken || r.opts.Index.Owes() { // whoever has had it forgotten may not have kept that yet
 		r.opts.Keep()
 	}
 }

@@ -34,7 +34,7 @@ func newDesk(t *testing.T) *desk {
 	d := &desk{index: ix, now: time.Unix(1_800_000_000, 0), terms: usual}
 	d.Rights = New(Options{
 		Index: ix,
-		Keep:  func() { d.kept++ },
+		Keep:  func() { d.kept++; ix.Sync() },
 		Terms: func(string) Terms { return d.terms },
 		Now:   func() time.Time { return d.now },
 	})

@@ -133,13 +133,15 @@ func (d *dropped) refuses(k Key, offset int64) bool {
 	return isStranger(k.Domain) && now.Before(d.until[Key{Domain: anyStranger}])
 }
 
-// digests are those of which ranges are refused now, some if there are many.
+// digests are those of which ranges are refused now, some if there are many. What
+// registries that are not listed have brought about is not among them: the next process
+// would refuse it to everybody.
 func (d *dropped) digests() (all []digest.Digest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := time.Now()
 	for k, until := range d.until {
-		if now.Before(until) && k.Digest != "" && len(all) < maxDroppedLeft {
+		if now.Before(until) && k.Digest != "" && !isStranger(k.Domain) && len(all) < maxDroppedLeft {
 			all = append(all, k.Digest)
 		}
 	}

@@ -51,7 +51,8 @@ const (
 	// closeRoom is for the record that closes a journal, and the one that opens it
 	// again.
 	closeRoom = 256
-	// maxParked bounds the descriptors that parked files take.
+	// maxParked bounds the descriptors that parked files take; registries that are
+	// not listed have their share.
 	maxParked = 256
 )
 
@@ -199,7 +200,7 @@ func (f *flight) park() {
 	e.mu.Lock()
 	other := e.parked[f.key] // of a flight that was superseded
 	e.parked[f.key] = &p
-	n := len(e.parked)
+	all, strangers := e.countParked()
 	e.mu.Unlock()
 	if other != nil {
 		e.discard(f.key, other)
@@ -211,9 +212,22 @@ func (f *flight) park() {
 			e.discard(f.key, late)
 		}
 	}
-	if n > maxParked {
+	switch {
+	case strangers > maxParked/strangersShare && isStranger(f.key.Domain):
+		e.Spare(true, 0)
+	case all > maxParked:
 		e.Spare(false, 0)
 	}
+}
+
+// countParked is called with the lock.
+func (e *Engine) countParked() (all, strangers int) {
+	for k := range e.parked {
+		if isStranger(k.Domain) {
+			strangers++
+		}
+	}
+	return len(e.parked), strangers
 }
 
 // takeParked returns what lies parked, nil if nothing does; it is the caller's
@@ -297,7 +311,8 @@ func (e *Engine) restoreAll(left []*blobstore.Pending) int {
 		if err == nil && e.store.Stored(k.Domain, k.Digest) {
 			err = errors.New("the object is stored")
 		}
-		if err == nil && (e.parked[k] != nil || len(e.parked) >= maxParked) {
+		all, strangers := e.countParked() // nobody else has the table yet
+		if err == nil && (e.parked[k] != nil || all >= maxParked || isStranger(k.Domain) && strangers >= maxParked/strangersShare) {
 			err = errors.New("there are others")
 		}
 		if err == nil {

@@ -109,13 +109,17 @@ func (s *Store) commitLoop() {
 			}
 		case <-window:
 			window = nil
-			s.commit()
+			if s.commit(); c.waiting() { // others have their turn in between
+				window = time.After(0)
+			}
 		case f := <-c.calls:
 			f()
 		case <-tick.C:
 			s.housekeep(true)
 		case <-c.done:
-			s.commit()
+			for c.waiting() {
+				s.commit()
+			}
 			s.follow()
 			s.housekeep(false)
 			return
@@ -145,7 +149,7 @@ func (s *Store) housekeep(all bool) {
 // Housekeep does now what is done every few seconds.
 func (s *Store) Housekeep() error { return s.Do(func() error { s.housekeep(true); return nil }) }
 
-// commit stores what has landed, in batches of which each is
+// commit stores a batch of what has landed:
 //
 //	fsync the files, rename them, fsync the directory   (blobstore.Commit)
 //	enter the rows, in memory; the index's writer has them in its file soon
@@ -154,12 +158,10 @@ func (s *Store) Housekeep() error { return s.Do(func() error { s.housekeep(true)
 // goes, goes the other way round: the row in memory first, then the file. A crash
 // may leave a row in the index's file then, which the next start drops.
 func (s *Store) commit() {
-	for batch := s.committer.take(); len(batch) > 0; batch = s.committer.take() {
-		s.follow()
-		s.commitBatch(batch)
-		s.follow()
-		s.keepBounds()
-	}
+	s.follow()
+	s.commitBatch(s.committer.take())
+	s.follow()
+	s.keepBounds()
 }
 
 // landing is one of a batch.

@@ -199,6 +199,7 @@ func (s *Store) adopt(one stray, sound bool, children []digest.Digest) {
 		// its place; or a request has had it looked at.
 		return
 	case !sound:
+		s.changed(one.digest)
 		if err := s.blobs.Remove(one.digest); err != nil {
 			s.NoteTrouble(fmt.Errorf("remove a stray file: %w", err))
 			s.leftOver(one.digest, alloc)

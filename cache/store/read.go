@@ -107,6 +107,9 @@ func (s *Store) Open(domain string, d digest.Digest) *File {
 	file, info, err := s.openFile(d, row)
 	if err != nil {
 		s.Release(held)
+		if errors.Is(err, ErrChanged) {
+			s.changed(d) // before anybody is given something else in its place
+		}
 		if !lacksDescriptors(err) {
 			s.dropSoon(d)
 		}
@@ -128,8 +131,8 @@ func (s *Store) readSmall(k hotKey, size int64) []byte {
 		return nil
 	}
 	s.hot.put(k, body)
-	if _, ok := s.index.Row(k.digest); !ok {
-		s.hot.drop(k.digest) // it was removed by hand meanwhile
+	if _, ok := s.index.Object(k.domain, k.digest); !ok {
+		s.hot.drop(k.digest) // it was removed meanwhile
 	}
 	return body
 }
@@ -169,7 +172,7 @@ func (s *Store) openFile(d digest.Digest, row index.Object) (*os.File, os.FileIn
 	}
 	info, err := file.Stat()
 	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
-		err = fmt.Errorf("%s has %d bytes, its row says %d", d, info.Size(), row.Size)
+		err = fmt.Errorf("%w: %s has %d bytes, its row says %d", ErrChanged, d, info.Size(), row.Size)
 	}
 	if err != nil {
 		file.Close()
@@ -209,6 +212,7 @@ func (s *Store) ReadAll(d digest.Digest, most int64) (body []byte, size int64, e
 	}
 	if d.Algorithm().FromBytes(body) != d {
 		if known {
+			s.changed(d)
 			s.doubts.distrust(d, info)
 			s.dropSoon(d)
 		}

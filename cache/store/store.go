@@ -97,7 +97,7 @@ type Hooks struct {
 	// Gone: an object is stored no more, and nobody is to hold it as that.
 	Gone func(d digest.Digest)
 	// Changed: a stored file was found to have other bytes than before, and is
-	// dropped.
+	// dropped. Anybody may call it.
 	Changed func(d digest.Digest)
 	// Untagged: tags are forgotten. Anybody may call it.
 	Untagged func()

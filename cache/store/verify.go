@@ -80,11 +80,18 @@ func (s *Store) readChildren(d digest.Digest, size int64) []digest.Digest {
 	return manifest.Children(body)
 }
 
+// changed says that a stored file was not what it should be.
+func (s *Store) changed(d digest.Digest) {
+	if s.hooks.Changed != nil {
+		s.hooks.Changed(d)
+	}
+}
+
 // settleHash runs in the committer: the row vouches for a sound file, and goes with
 // one that is not, unless another file has come in its place.
 func (s *Store) settleHash(d digest.Digest, was fs.FileInfo, sound bool, children []digest.Digest) {
-	if !sound && s.hooks.Changed != nil {
-		s.hooks.Changed(d) // whatever lies there by now: somebody may have its bytes
+	if !sound {
+		s.changed(d) // whatever lies there by now: somebody may have its bytes
 	}
 	row, ok := s.index.Row(d)
 	info, err := os.Lstat(s.blobs.Path(d))
