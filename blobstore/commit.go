@@ -22,7 +22,8 @@ const maxSyncs = 32
 //	rename(pending/X, blobs/sha256/H) x n
 //	fsync(blobs/sha256)
 //
-// A crash before the rename leaves a pending file, which is swept; after it, a
+// A crash before the rename leaves a pending file, which the next start goes on with
+// or sweeps; after it, a
 // whole file under its digest, since its bytes and its inode were on disk
 // before. When the directory's fsync fails, every file of that directory is
 // reported as failed and removed again: it might be gone after a crash, and a

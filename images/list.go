@@ -178,8 +178,8 @@ type meaning struct {
 	d  digest.Digest
 }
 
-// layOut makes the directory an OCI image layout, whose list of images is at most
-// noteInterval behind (OCI image-spec "Image Layout"). A manifest in it may lead
+// layOut makes the directory an OCI image layout, whose list of images is
+// some seconds behind (OCI image-spec "Image Layout"). A manifest in it may lead
 // to layers that are not here, as the specification allows.
 func (im *Images) layOut() {
 	if !im.list.marked {
@@ -188,62 +188,9 @@ func (im *Images) layOut() {
 	if !im.list.due {
 		return
 	}
-	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex, Manifests: []v1.Descriptor{}}
-	meant := make(map[string]meaning)
-	im.store.Index().Tags(func(k index.TagKey, t index.Tag) {
-		if t.Digest != "" {
-			meant[k.Upstream+"/"+k.Repository+":"+k.Tag] = meaning{k.RepositoryKey, t.Digest}
-		}
-	})
-	types := make(map[meaning]string)
-	unread := false
-	left := maxList
-	names := slices.SortedFunc(maps.Keys(meant), func(a, b string) int {
-		listed := func(name string) int {
-			if im.store.Listed(meant[name].in.Upstream) {
-				return 0
-			}
-			return 1
-		}
-		return cmp.Or(listed(a)-listed(b), strings.Compare(a, b))
-	})
-	strangers := maxList / store.StrangersShare
-	for _, name := range names {
-		d := meant[name].d
-		row, ok := im.store.Index().Row(d)
-		if !ok {
-			continue
-		}
-		said := meaning{meant[name].in, d}
-		if types[said] == "" {
-			types[said] = im.list.types[said]
-		}
-		if m, ok := im.store.Index().Membership(said.in.MembershipKey("manifests", d)); types[said] == "" && ok && manifest.ValidMediaType(m.MediaType) && strings.HasSuffix(m.MediaType, "+json") {
-			types[said] = m.MediaType // as its registry calls it, and not as any file
-		}
-		if types[said] == "" {
-			m, _, err := im.storedManifest(d)
-			unread = unread || err != nil && !errors.Is(err, store.ErrNotStored)
-			if err != nil || m.Descriptors() == nil {
-				continue
-			}
-			types[said] = mediaTypeOf(m)
-		}
-		size := entryRoom + len(name) + len(types[said])
-		if left -= size; left < 0 {
-			break
-		}
-		if !im.store.Listed(said.in.Upstream) {
-			if strangers -= size; strangers < 0 {
-				break
-			}
-		}
-		ix.Manifests = append(ix.Manifests, v1.Descriptor{
-			MediaType: types[said], Digest: d, Size: row.Size,
-			Annotations: map[string]string{v1.AnnotationRefName: name},
-		})
-	}
-	im.list.types = types
+	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex}
+	var unread bool
+	ix.Manifests, unread = im.entries()
 	data, err := json.MarshalIndent(ix, "", "  ")
 	im.list.due = unread // or what it names goes to make room for it
 	if err == nil && !bytes.Equal(data, im.list.written) {
@@ -261,6 +208,74 @@ func (im *Images) layOut() {
 		return
 	}
 	im.list.written = data
+}
+
+// entries are what the list has: the tags whose manifests are here, those of listed
+// registries first, as many as there is room for. unread: a manifest cannot be read now.
+func (im *Images) entries() (entries []v1.Descriptor, unread bool) {
+	meant := make(map[string]meaning)
+	im.store.Index().Tags(func(k index.TagKey, t index.Tag) {
+		if t.Digest != "" {
+			meant[k.Upstream+"/"+k.Repository+":"+k.Tag] = meaning{k.RepositoryKey, t.Digest}
+		}
+	})
+	names := slices.SortedFunc(maps.Keys(meant), func(a, b string) int {
+		listed := func(name string) int {
+			if im.store.Listed(meant[name].in.Upstream) {
+				return 0
+			}
+			return 1
+		}
+		return cmp.Or(listed(a)-listed(b), strings.Compare(a, b))
+	})
+	entries = []v1.Descriptor{} // a list also when it is empty
+	types := make(map[meaning]string)
+	left, strangers := maxList, maxList/store.StrangersShare
+	for _, name := range names {
+		said := meant[name]
+		row, ok := im.store.Index().Row(said.d)
+		if !ok {
+			continue
+		}
+		if types[said] == "" {
+			mediaType, err := im.typeOf(said)
+			unread = unread || err != nil && !errors.Is(err, store.ErrNotStored)
+			types[said] = mediaType
+		}
+		if types[said] == "" {
+			continue
+		}
+		size := entryRoom + len(name) + len(types[said])
+		if !im.store.Listed(said.in.Upstream) {
+			strangers -= size
+		}
+		if left -= size; left < 0 || strangers < 0 {
+			break
+		}
+		entries = append(entries, v1.Descriptor{
+			MediaType: types[said], Digest: said.d, Size: row.Size,
+			Annotations: map[string]string{v1.AnnotationRefName: name},
+		})
+	}
+	im.list.types = types
+	return entries, unread
+}
+
+// typeOf is the media type of a manifest as its registry calls it, or else as it says
+// itself, "" where it is none.
+func (im *Images) typeOf(said meaning) (string, error) {
+	if before := im.list.types[said]; before != "" {
+		return before, nil
+	}
+	m, ok := im.store.Index().Membership(said.in.MembershipKey("manifests", said.d))
+	if ok && manifest.ValidMediaType(m.MediaType) && strings.HasSuffix(m.MediaType, "+json") {
+		return m.MediaType, nil
+	}
+	body, _, err := im.storedManifest(said.d)
+	if err != nil || body.Descriptors() == nil {
+		return "", err
+	}
+	return mediaTypeOf(body), nil
 }
 
 // markLayout writes what says that the directory is a layout, and tells whether it is

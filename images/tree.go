@@ -74,79 +74,111 @@ type Tree struct {
 
 // tree walks from a digest over the manifests that are here, to these platforms
 // of an index, or to all.
-func (im *Images) tree(root digest.Digest, platforms []string) (t Tree) {
-	t.sizes = make(map[digest.Digest]int64)
-	if blobstore.CheckDigest(root) != nil {
-		return t
+func (im *Images) tree(root digest.Digest, platforms []string) Tree {
+	w := walk{im: im, root: root, platforms: platforms}
+	w.sizes = make(map[digest.Digest]int64)
+	if blobstore.CheckDigest(root) == nil {
+		w.manifest(root, 0, nil)
 	}
-	none := true
-	leaf := func(child manifest.Descriptor) {
-		if _, seen := t.sizes[child.Digest]; seen || len(t.sizes) >= maxTree {
-			return
-		}
-		size := child.Size
-		if here, ok := im.store.IsHere(child.Digest); ok {
-			size = cmp.Or(here, size) // of a file without a row, it is not known
-			t.Here += size
-		}
-		t.sizes[child.Digest] = size
-		t.Total = addSizes(t.Total, size)
+	if w.some {
+		w.others = nil
 	}
-	var walk func(d digest.Digest, size int64, platform *manifest.Platform)
-	walk = func(d digest.Digest, size int64, platform *manifest.Platform) {
-		if _, seen := t.sizes[d]; seen || len(t.sizes) >= maxTree {
-			return
-		}
-		m, stored, err := im.storedManifest(d)
-		ok := err == nil
-		switch {
-		case ok:
-			size = stored
-			t.Here += size
-		case !errors.Is(err, store.ErrNotStored):
-			t.err = err
-		}
-		t.sizes[d] = size
-		t.Total = addSizes(t.Total, size)
-		if ok && platform != nil && len(t.Platforms) < maxPlatforms {
-			t.Platforms = append(t.Platforms, platformName(*platform))
-		}
-		children := m.Descriptors()
-		if ok && children == nil {
-			t.barren = append(t.barren, d)
-		}
-		for _, child := range children {
-			if len(m.Manifests) == 0 { // nor read: of files without a row, nobody knows what they are
-				leaf(child)
-				continue
-			}
-			if child.Platform != nil && len(platforms) > 0 && !slices.ContainsFunc(platforms, func(p string) bool {
-				name, p := plainArm64(platformName(*child.Platform)), plainArm64(p)
-				return name == p || strings.HasPrefix(name, p+"/")
-			}) {
-				if d == root && child.Platform.OS != "unknown" { // as attestations have it
-					t.others = append(t.others, platformName(*child.Platform))
-				}
-				continue
-			}
-			none = false
-			if _, here := im.store.IsHere(child.Digest); here || len(platforms) > 0 {
-				walk(child.Digest, child.Size, child.Platform)
-			} else {
-				t.sizes[child.Digest] = child.Size // a pin keeps it when it comes
-			}
-		}
-		if platform == nil && m.Config.Digest != "" && d == root {
-			if p, ok := im.configPlatform(m.Config); ok {
-				t.Platforms = append(t.Platforms, platformName(p))
-			}
+	return w.Tree
+}
+
+// walk is a tree on its way.
+type walk struct {
+	Tree
+	im        *Images
+	root      digest.Digest
+	platforms []string // of an index; none: all
+	some      bool     // the index has some of those
+}
+
+// seen tells whether an object was looked at, or no more are.
+func (w *walk) seen(d digest.Digest) bool {
+	_, seen := w.sizes[d]
+	return seen || len(w.sizes) >= maxTree
+}
+
+func (w *walk) enter(d digest.Digest, size int64) {
+	w.sizes[d] = size
+	w.Total = addSizes(w.Total, size)
+}
+
+// leaf enters what is not read: of files without a row, nobody knows what they are.
+func (w *walk) leaf(child manifest.Descriptor) {
+	if w.seen(child.Digest) {
+		return
+	}
+	size := child.Size
+	if here, ok := w.im.store.IsHere(child.Digest); ok {
+		size = cmp.Or(here, size) // of a file without a row, it is not known
+		w.Here += size
+	}
+	w.enter(child.Digest, size)
+}
+
+// manifest enters a manifest and what it leads to; an index says for which platform it
+// is, and how large.
+func (w *walk) manifest(d digest.Digest, size int64, platform *manifest.Platform) {
+	if w.seen(d) {
+		return
+	}
+	m, stored, err := w.im.storedManifest(d)
+	switch {
+	case err == nil:
+		size = stored
+		w.Here += size
+	case !errors.Is(err, store.ErrNotStored):
+		w.err = err
+	}
+	w.enter(d, size)
+	if err != nil {
+		return
+	}
+	if platform != nil && len(w.Platforms) < maxPlatforms {
+		w.Platforms = append(w.Platforms, platformName(*platform))
+	}
+	children := m.Descriptors()
+	if children == nil {
+		w.barren = append(w.barren, d)
+	}
+	for _, child := range children {
+		if len(m.Manifests) > 0 {
+			w.ofIndex(d, child)
+		} else {
+			w.leaf(child)
 		}
 	}
-	walk(root, 0, nil)
-	if !none {
-		t.others = nil
+	if platform == nil && m.Config.Digest != "" && d == w.root {
+		if p, ok := w.im.configPlatform(m.Config); ok {
+			w.Platforms = append(w.Platforms, platformName(p))
+		}
 	}
-	return t
+}
+
+// ofIndex enters what an index names, if it is for one of the platforms.
+func (w *walk) ofIndex(index digest.Digest, child manifest.Descriptor) {
+	if !w.wants(child.Platform) {
+		if index == w.root && child.Platform.OS != "unknown" { // as attestations have it
+			w.others = append(w.others, platformName(*child.Platform))
+		}
+		return
+	}
+	w.some = true
+	if _, here := w.im.store.IsHere(child.Digest); here || len(w.platforms) > 0 {
+		w.manifest(child.Digest, child.Size, child.Platform)
+	} else {
+		w.sizes[child.Digest] = child.Size // a pin keeps it when it comes
+	}
+}
+
+func (w *walk) wants(platform *manifest.Platform) bool {
+	return platform == nil || len(w.platforms) == 0 || slices.ContainsFunc(w.platforms, func(p string) bool {
+		name, p := plainArm64(platformName(*platform)), plainArm64(p)
+		return name == p || strings.HasPrefix(name, p+"/")
+	})
 }
 
 // maxTree bounds what one image leads to: a manifest of the most descriptors is within

@@ -19,9 +19,9 @@ const (
 	// DefaultRows is what nodes have of tags and memberships many times over, in
 	// bytes of memory: some 600,000 rows.
 	DefaultRows = 64 << 20
-	// strangersShare is which part of that, one in so many, registries that are
-	// not listed may have.
-	strangersShare = 4
+	// StrangersShare is which part of whatever is bounded, one in so many, registries
+	// that are not listed may have.
+	StrangersShare = 4
 	// trimAt is how full it is when the oldest go, and trimTo how full it is then,
 	// in eighths.
 	trimAt, trimTo = 7, 6
@@ -77,7 +77,7 @@ const (
 	// million digests, of which a manifest has a dozen, and a quarter of that. What
 	// comes after so many leads nowhere.
 	maxLed          = 33 << 20
-	maxStrangersLed = maxLed / strangersShare
+	maxStrangersLed = maxLed / StrangersShare
 )
 
 // count enters what an object leads to, or takes it off.
@@ -112,7 +112,7 @@ func (t *types) keep(mediaType string, stranger bool) string {
 	switch {
 	case known:
 		return one
-	case len(t.known) >= maxTypes, stranger && t.strangers >= maxTypes/strangersShare:
+	case len(t.known) >= maxTypes, stranger && t.strangers >= maxTypes/StrangersShare:
 		return ""
 	case stranger:
 		t.strangers++
@@ -130,7 +130,7 @@ func (ix *Index) isStranger(k RepositoryKey) bool {
 func (ix *Index) excess(taken, strangers extent, eighths int64) (all, theirs extent) {
 	beyond := func(n, bound int64) int64 { return max(0, n-bound/8*eighths) }
 	all.memory = beyond(taken.memory, ix.opts.Rows)
-	theirs.memory = beyond(strangers.memory, ix.opts.Rows/strangersShare)
+	theirs.memory = beyond(strangers.memory, ix.opts.Rows/StrangersShare)
 	if bound := ix.opts.StrangersFile; bound > 0 {
 		theirs.file = beyond(strangers.file, bound)
 	}

@@ -43,7 +43,7 @@ func TestWhatAnybodyCanHaveNotedIsBounded(t *testing.T) {
 		}
 	}
 	note("evil.example", 0, 500_000)
-	bound := int64(DefaultRows / strangersShare)
+	bound := int64(DefaultRows / StrangersShare)
 	counts := ix.Counts()
 	if took := int64(counts.Tags)*tagBytes + int64(counts.Memberships)*membershipBytes; took > bound || took < bound*9/10 {
 		t.Errorf("%+v are taken for %d bytes of %d", counts, took, bound)
@@ -239,7 +239,7 @@ func TestMediaTypesAreBounded(t *testing.T) {
 	for i := range 2 * maxTypes {
 		note("evil.example", i, fmt.Sprint("a/b", i))
 	}
-	if n := len(ix.types.known); n != maxTypes/strangersShare {
+	if n := len(ix.types.known); n != maxTypes/StrangersShare {
 		t.Errorf("%d are kept", n)
 	}
 	if got := note("docker.io", 1, "a/mine"); got != "a/mine" {

@@ -52,7 +52,7 @@ const (
 	openPause = 100 * time.Millisecond
 )
 
-// file is the bbolt file. It is for one goroutine: whoever opens the index, and then
+// file is the bbolt file. It is for whoever opens the index, and then for one goroutine,
 // the writer. Nothing of bbolt's is touched anywhere else, so that what it panics or
 // faults on is caught in one place, and a lock that it leaves locked is nobody's.
 type file struct {
@@ -297,7 +297,12 @@ func (f *file) empty() error {
 		return f.update(func(tx *bolt.Tx) error { return errors.Join(dropBuckets(tx, allBuckets), create(tx)) })
 	}
 	f.abandon()
-	err := f.steps.Do("set index aside", func() error { return os.Rename(f.path, f.aside) })
+	err := f.steps.Do("set index aside", func() error {
+		if !f.spoilt { // a stump, which could not be opened
+			return os.Remove(f.path)
+		}
+		return os.Rename(f.path, f.aside)
+	})
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("set the index aside: %w", err)
 	}

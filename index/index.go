@@ -102,8 +102,8 @@ type Options struct {
 	// called under it.
 	Grow func(n int64) error
 	// Trouble is told by the writer what became of each write: nil, or why the
-	// file does not say what memory says. It wraps ErrBroken when the file is set
-	// aside. nil: nobody wants to know.
+	// file does not say what memory says. It wraps ErrBroken when a broken file is
+	// set aside. nil: nobody wants to know.
 	Trouble func(error)
 }
 
@@ -159,7 +159,7 @@ func Open(path string, opts Options) (*Index, error) {
 		ix.file.close()
 		return nil, err
 	}
-	go ix.write()
+	go ix.run()
 	return ix, nil
 }
 

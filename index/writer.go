@@ -94,8 +94,8 @@ func (ix *Index) Sync() error {
 // Limit is how many bytes the file may have as long as Grow is not asked.
 func (ix *Index) Limit() int64 { return ix.file.limit.Load() }
 
-// write is the writer, the only goroutine that touches the file.
-func (ix *Index) write() {
+// run is the writer, the only goroutine that touches the file.
+func (ix *Index) run() {
 	defer close(ix.closed)
 	tick := time.NewTicker(noteInterval)
 	defer tick.Stop()
@@ -284,8 +284,8 @@ func (ix *Index) writeNames(n names) error {
 func (ix *Index) writePart(n names) error {
 	changes, sequence := ix.changes(n)
 	err := ix.file.apply(changes, sequence)
-	for step := int64(growStep); errors.Is(err, errFull); step *= 2 {
-		if gerr := ix.grow(step); gerr != nil {
+	for errors.Is(err, errFull) { // a step at a time: something may have to go for each
+		if gerr := ix.grow(growStep); gerr != nil {
 			err = fmt.Errorf("%w: %w", err, gerr)
 			break
 		}

@@ -27,6 +27,7 @@ import (
 	"sync"
 
 	"tarn/blobstore"
+	"tarn/index"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
@@ -81,9 +82,7 @@ func (s *Suspect) close() {
 	s.Release()
 }
 
-// strangersShare is which part of what is kept account of, one in so many,
-// registries that are not listed may have.
-const strangersShare = 4
+const strangersShare = index.StrangersShare
 
 // Engine has the flights. It is safe for concurrent use.
 type Engine struct {

@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"tarn/blobstore"
+	"tarn/index"
 )
 
 // room is what counts against the bound, in bytes.
@@ -45,7 +46,7 @@ func OnDisk(size int64) int64 { return roundUp(min(size, math.MaxInt64-fsBlock))
 // StrangersShare is which part of the room, one in so many, may be claimed by
 // what registries that are not listed announce, which they need not send, and by
 // what the index has of them.
-const StrangersShare = 4
+const StrangersShare = index.StrangersShare
 
 // claim is called with the lock.
 func (r *room) claim(domain string, n int64) {
@@ -246,9 +247,10 @@ func (s *Store) measureOverhead() {
 	s.room.overhead, s.room.ahead = taken+ahead, ahead
 }
 
-// expand makes room for n bytes more of what is neither a blob nor pending. They
-// count until that is measured again. It runs in the committer.
-func (s *Store) expand(n int64) error {
+// Expand makes room for n bytes more of what is neither a blob nor pending. They
+// count until that is measured again. It runs in the committer, before Start, or in the
+// index's writer when the committer has ended.
+func (s *Store) Expand(n int64) error {
 	n = roundUp(n)
 	if err := s.claimByEvicting(ListedDomain, n); err != nil {
 		return err
@@ -265,11 +267,11 @@ func (s *Store) expand(n int64) error {
 // growIndex makes room for what the index grows by. Its writer waits for it, and once
 // the committer has ended, it is the only one that changes anything.
 func (s *Store) growIndex(n int64) error {
-	err := s.Do(func() error { return s.expand(n) })
+	err := s.Do(func() error { return s.Expand(n) })
 	if errors.Is(err, ErrClosed) {
 		select {
 		case <-s.committer.ended:
-			return s.expand(n)
+			return s.Expand(n)
 		default:
 		}
 	}
@@ -287,7 +289,7 @@ func (s *Store) WriteFile(what, name string, data []byte, durable bool) error {
 		more -= blobstore.Allocated(info)
 	}
 	if more > 0 {
-		if err := s.expand(more); err != nil {
+		if err := s.Expand(more); err != nil {
 			return err
 		}
 	}
@@ -322,10 +324,6 @@ func (s *Store) replace(what, path string, data []byte, durable bool) error {
 	}
 	return err
 }
-
-// Expand makes room for n bytes more of small files that WriteFile does not write. It
-// runs in the committer, or before Start.
-func (s *Store) Expand(n int64) error { return s.expand(n) }
 
 func syncDir(path string) error {
 	dir, err := os.Open(path)
