@@ -4,6 +4,7 @@ package index
 
 import (
 	"cmp"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -40,6 +41,12 @@ const (
 	// maxMediaType is how long one may be (RFC 6838 4.2).
 	maxMediaType = 255
 )
+
+// defaultRows leaves most of a small memory to what requests take.
+func defaultRows() int64 {
+	const share = 32
+	return min(DefaultRows, debug.SetMemoryLimit(-1)/share)
+}
 
 // extent is what rows take, in bytes.
 type extent struct{ memory, file int64 }

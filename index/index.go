@@ -90,7 +90,8 @@ type Options struct {
 	// Listed tells whether the operator has named an upstream. nil: all are.
 	Listed func(upstream string) bool
 	// Rows bounds what tags and memberships take in memory, in bytes, about;
-	// 0: DefaultRows. Registries that are not listed have a quarter of it.
+	// 0: DefaultRows, or a part of GOMEMLIMIT where that is less. Registries that
+	// are not listed have a quarter of it.
 	Rows int64
 	// StrangersFile bounds what the rows of registries that are not listed take in
 	// the file, in bytes, about; 0: as much as they may take in memory.
@@ -138,7 +139,7 @@ type Index struct {
 // Open reads the index, or makes a new one, and starts the writer.
 func Open(path string, opts Options) (*Index, error) {
 	if opts.Rows == 0 {
-		opts.Rows = DefaultRows
+		opts.Rows = defaultRows()
 	}
 	ix := &Index{
 		opts:         opts,
