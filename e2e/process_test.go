@@ -31,14 +31,20 @@ const (
 // when that takes too long.
 func waitFor(t *testing.T, what string, ask func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	waitLonger(t, patience, what, ask)
+}
+
+// waitLonger is waitFor for what takes longer.
+func waitLonger(t *testing.T, limit time.Duration, what string, ask func() error) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
 	for {
 		err := ask()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s; last seen: %v", what, patience, err)
+			t.Fatalf("%s: not within %s; last seen: %v", what, limit, err)
 		}
 		time.Sleep(pollEvery)
 	}

@@ -203,7 +203,6 @@ func (g *guard) pool(cfg *tls.Config) pool {
 			DisableCompression:     true,
 			MaxResponseHeaderBytes: 64 << 10,
 			Protocols:              http1Only(),
-			ReadBufferSize:         64 << 10,
 		}
 		fresh := kept.Clone()
 		fresh.DisableKeepAlives = true
