@@ -245,24 +245,44 @@ func TestFlightInterleavings(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-		"asking: who waits too long leaves, the flight goes on": func(t *testing.T, c *Cache, s *source) {
-			gate := make(chan struct{})
+		"asking: who leaves last calls the question off": func(t *testing.T, c *Cache, s *source) {
+			asked, left := make(chan struct{}), make(chan struct{})
 			req := request(dgst, s, "a")
 			req.Fetch = func(ctx context.Context, off, n int64) (io.ReadCloser, Info, error) {
-				<-gate
-				return s.fetch(ctx, off, n)
+				close(asked)
+				<-ctx.Done()
+				close(left)
+				return nil, Info{}, ctx.Err()
 			}
-			ctx, cancel := context.WithCancel(t.Context())
-			ch := make(chan error, 1)
-			go func() { _, err := c.Open(ctx, req); ch <- err }()
-			cancel()
-			if err := <-ch; !errors.Is(err, context.Canceled) {
-				t.Fatal(err)
+			req.Authorised = true
+			var cancels [2]context.CancelFunc
+			ch := make(chan error, len(cancels))
+			for i := range cancels {
+				var ctx context.Context
+				ctx, cancels[i] = context.WithCancel(t.Context())
+				go func() { _, err := c.Open(ctx, req); ch <- err }()
+				if i == 0 {
+					<-asked
+				}
 			}
-			close(gate)
+			until(t, "two wait", func() bool { return c.waitingFor(key) == len(cancels) })
+			for i, cancel := range cancels {
+				select {
+				case <-left:
+					t.Fatalf("called off with %d waiting", len(cancels)-i)
+				default:
+				}
+				cancel()
+				if err := <-ch; !errors.Is(err, context.Canceled) {
+					t.Fatal(err)
+				}
+			}
+			<-left
+			next := goOpen(c, request(dgst, s, "a")) // asks anew
 			d := s.next(t)
 			d.Write(body)
 			d.Close()
+			(<-next).object.Close()
 			waitStored(t, c, key)
 		},
 		"filling: without readers it goes on to the end": func(t *testing.T, c *Cache, s *source) {

@@ -265,6 +265,10 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 			}
 		}},
 		{"5,000 questions whose clients leave", func() {
+			// All connections that tarn has are taken: some must go for these.
+			for _, c := range left[:min(400, len(left)/2)] {
+				c.Close()
+			}
 			each(5000/scale, 200, func(i int) {
 				c, err := net.Dial("tcp", tarnAddr)
 				if err != nil {

@@ -61,7 +61,8 @@ type flight struct {
 	asker    string       // the reader whose right the fetch is to find out; "" when that is known
 	ahead    bool         // see Request
 	stored   bool         // its source is the stored file, see recheck.go
-	answered bool         // guarded by the engine's mutex
+	answered bool         // guarded by the engine's mutex, as is the next
+	resumes  bool         // it goes on with a parked file
 	doubtful bool         // see Info; of the first answer, and set before it is announced
 	most     int          // how many answers may be open at the source at once
 	check    func([]byte) error
@@ -164,7 +165,7 @@ func (e *Engine) join(req Request, s *Suspect) (f *flight, leader bool, err erro
 	f.partial = newPartial()
 	if p := e.parked[req.Key]; p != nil && s == nil {
 		delete(e.parked, req.Key)
-		f.partial = *p
+		f.partial, f.resumes = *p, true
 	}
 	if s != nil {
 		f.stored, f.answered, f.size, f.filled = true, true, s.Size, spans{{0, s.Size}}
@@ -237,12 +238,12 @@ func (f *flight) othersAffair(req Request) bool {
 }
 
 // holdTable is for a flight that has its answer: it tells whether no other has
-// one, and the table is its own then.
+// one and somebody waits for it, and the table is its own then.
 func (f *flight) holdTable() bool {
 	e := f.engine
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if other := e.flights[f.key]; other != nil && other != f && other.answered {
+	if other := e.flights[f.key]; f.ctx.Err() != nil || other != nil && other != f && other.answered {
 		return false
 	}
 	e.flights[f.key] = f
@@ -253,7 +254,10 @@ func (f *flight) holdTable() bool {
 // release gives a reference back. The last one closes the file, and gives up
 // the room unless the committer has turned it into a stored file's.
 func (f *flight) release() {
-	if f.refs.Add(-1) > 0 {
+	if n := f.refs.Add(-1); n > 0 {
+		if n == 1 {
+			f.callOff()
+		}
 		return
 	}
 	if f.pending != nil {
@@ -265,6 +269,20 @@ func (f *flight) release() {
 		return
 	}
 	f.engine.store.Unreserve(f.key.Domain, f.claim)
+}
+
+// callOff ends a flight whose question nobody waits for any more, the table's reference
+// being the last. Without that, clients that ask and hang up would have tarn hold more
+// questions than it has clients. One that goes on with a parked file keeps it; there are
+// few.
+func (f *flight) callOff() {
+	e := f.engine
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.flights[f.key] == f && !f.answered && !f.resumes && f.refs.Load() == 1 {
+		delete(e.flights, f.key)
+		f.cancel()
+	}
 }
 
 // run is the life of a flight.

@@ -5,6 +5,7 @@ package main
 import (
 	"net"
 	"net/http"
+	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -66,13 +67,16 @@ func limitConnections(most int64) func(net.Conn, http.ConnState) {
 }
 
 // maxConnections leaves three of four descriptors to files and registries: a
-// client's download may take a file and several connections. A node's runtime has
-// some ten, and each takes memory.
+// client's download may take a file and several connections. It leaves half of the
+// memory, too, where each connection has a question with the longest headers, which
+// waits for its registry. A node's runtime has some ten.
 func maxConnections() int64 {
 	const share, least, most = 4, 16, 1 << 12
+	const memoryShare, memoryEach = 2, 128 << 10
+	n := min(most, debug.SetMemoryLimit(-1)/memoryShare/memoryEach)
 	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > share*most {
-		return most
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err == nil {
+		n = min(n, int64(min(limit.Cur, share*most)/share))
 	}
-	return max(int64(limit.Cur)/share, least)
+	return max(n, least)
 }
