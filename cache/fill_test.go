@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -130,11 +131,30 @@ func readAll(c *Cache, req Request) ([]byte, error) {
 
 const large = 3*minSegment + 12_345
 
+// gated reads as nothing, once the gate is open.
+type gated <-chan struct{}
+
+func (g gated) Read([]byte) (int, error) {
+	<-g
+	return 0, io.EOF
+}
+
 func TestALargeObjectIsAskedForOnceInSegments(t *testing.T) {
 	t.Parallel()
 	c := open(t, t.TempDir(), 1<<30)
 	defer c.Close()
 	o := &origin{body: random(large)}
+	second := make(chan struct{})
+	o.answer = func(n int, off, length int64) (io.ReadCloser, Info, error) {
+		if n == 1 {
+			close(second)
+		}
+		if n > 0 {
+			return nil, Info{}, nil
+		}
+		slow := io.MultiReader(bytes.NewReader(o.body[:1]), gated(second), bytes.NewReader(o.body[1:length]))
+		return &given{Reader: slow, origin: o}, Info{Size: large, End: length}, nil
+	}
 	got, err := readAll(c, parallelRequest(o, "a"))
 	if err != nil || !bytes.Equal(got, o.body) {
 		t.Fatal(len(got), err)
@@ -149,6 +169,44 @@ func TestALargeObjectIsAskedForOnceInSegments(t *testing.T) {
 	}
 	if o.asked[0] != (span{0, firstSegment}) {
 		t.Errorf("it began with %v", o.asked[0])
+	}
+}
+
+// TestAFastSourceIsReadInOrder: what comes as fast as it is hashed comes in one answer,
+// or, where the right may end, in answers that are read one after the other. On this
+// clock nothing takes any time.
+func TestAFastSourceIsReadInOrder(t *testing.T) {
+	for _, ahead := range []bool{false, true} {
+		t.Run(fmt.Sprintf("ahead %v", ahead), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := open(t, t.TempDir(), 1<<30)
+				defer c.Close()
+				o := &origin{body: random(large)}
+				var next atomic.Int64
+				o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
+					end := min(off+n, large)
+					pos, body := off, bytes.NewReader(o.body[off:end])
+					read := func(p []byte) (int, error) {
+						n, err := body.Read(p)
+						if at := pos; n > 0 {
+							if pos += int64(n); !next.CompareAndSwap(at, pos) {
+								t.Errorf("byte %d is read when %d is next", at, next.Load())
+							}
+						}
+						return n, err
+					}
+					return io.NopCloser(readerFunc(read)), Info{Size: large, Offset: off, End: end}, nil
+				}
+				req := parallelRequest(o, "a")
+				req.Ahead = ahead
+				if got, err := readAll(c, req); err != nil || !bytes.Equal(got, o.body) {
+					t.Fatal(len(got), err)
+				}
+				if asked := o.questions(); ahead != (len(asked) > 2) {
+					t.Errorf("asked for %v", asked)
+				}
+			})
+		})
 	}
 }
 
@@ -432,15 +490,12 @@ func TestADownloadGoesOnAfterARestart(t *testing.T) {
 			c := open(t, dir, 1<<30)
 			stop := make(chan struct{})
 			o.answer = func(_ int, off, n int64) (io.ReadCloser, Info, error) {
-				if off < 24<<20 {
+				const there = 24 << 20 // and then nothing comes
+				if off+n <= there {
 					return nil, Info{}, nil
 				}
-				r, w := io.Pipe()
-				go func() {
-					<-stop
-					w.CloseWithError(errReset)
-				}()
-				return r, Info{Size: size, Offset: off, End: off + n}, nil
+				body := io.MultiReader(o.part(off, max(off, there)), gated(stop), failing{})
+				return io.NopCloser(body), Info{Size: size, Offset: off, End: min(off+n, size)}, nil
 			}
 			r := mustOpen(t, goOpen(c, parallelRequest(o, "a")))
 			readExactly(t, r, o.body[:24<<20])

@@ -89,6 +89,7 @@ type Engine struct {
 	store   Store
 	log     *zap.Logger
 	dropped *dropped
+	slow    slowSources
 
 	ctx    context.Context // ends with Close: flights live on it, not on a request's
 	cancel context.CancelFunc
@@ -111,6 +112,7 @@ func New(st Store, left []*blobstore.Pending, deleted []digest.Digest, log *zap.
 		store:   st,
 		log:     log,
 		dropped: newDropped(),
+		slow:    slowSources{recent: make(recent)},
 		flights: make(map[Key]*flight),
 		parked:  make(map[Key]*partial),
 		passing: make(recent),

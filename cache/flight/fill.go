@@ -18,8 +18,8 @@ import (
 )
 
 // How a flight is filled. A large object is asked for in segments, over up to
-// parallel answers at once, beginning where readers wait; everything that
-// breaks off leaves a gap, which is asked for again. A source that does not
+// parallel answers at once where the source is slower than the hash, beginning
+// where readers wait; everything that breaks off leaves a gap, which is asked for again. A source that does not
 // serve ranges as it should is asked for the whole, once more from byte 0,
 // which must then be what is in the file already. Each byte of the file is
 // written once: a worker owns its segment until it lands, and what is filled
@@ -64,6 +64,7 @@ type fillState struct {
 	workers map[*worker]struct{}
 	working sync.WaitGroup // workers and the one that notes
 	whole   bool           // ranges are not to be had: one answer from byte 0
+	several bool           // more than one answer at once comes sooner, see weigh
 	noting  bool
 	hashing bool // somebody has the hash, without the lock
 
@@ -87,7 +88,7 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		if start == end {
 			start, end = f.filled.gap(0, f.size)
 		}
-		off, n = start, min(end-start, f.segment(f.size-f.filled.total()))
+		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset > 0))
 	case f.parallel > 1:
 		n = firstSegment
 		if lead.Offset >= startHere {

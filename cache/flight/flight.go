@@ -161,6 +161,7 @@ func (e *Engine) join(req Request, s *Suspect) (f *flight, leader bool, err erro
 	if e.mixed.has(req.Key) {
 		f.parallel, f.most, f.whole = 1, 1, true
 	}
+	f.several = e.slow.has(req.Source)
 	f.changed.L, f.work.L = &f.mu, &f.mu
 	f.partial = newPartial()
 	if p := e.parked[req.Key]; p != nil && s == nil {

@@ -9,9 +9,10 @@ import (
 
 // What of an object is asked for next, and with whose right.
 
-// segment is how much of what is left is asked for at once.
-func (f *flight) segment(left int64) int64 {
-	if f.parallel == 1 {
+// segment is how much of what is left is asked for at once, for a reader that waits
+// in the middle or in order.
+func (f *flight) segment(left int64, waited bool) int64 {
+	if f.parallel == 1 || !f.several && !f.ahead && !waited {
 		return left
 	}
 	n := min(max(left/int64(f.parallel), minSegment), maxSegment)
@@ -47,6 +48,9 @@ func (f *flight) next() *worker {
 	}
 	at, taken, waited := f.wanted()
 	most := f.parallel
+	if !f.several && !f.ahead {
+		most = 1
+	}
 	if waited && f.parallel == f.most {
 		most += maxExtra
 	}
@@ -60,7 +64,9 @@ func (f *flight) next() *worker {
 	case f.whole:
 		return newWhole(t, f.size)
 	}
-	return newWorker(t, start, min(end, start+f.segment(f.size-taken.total())))
+	w := newWorker(t, start, min(end, start+f.segment(f.size-taken.total(), waited)))
+	w.inOrder = !waited
+	return w
 }
 
 // wanted is where the next worker begins, and what is there or being brought:

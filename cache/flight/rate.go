@@ -3,6 +3,7 @@
 package flight
 
 import (
+	"context"
 	"errors"
 	"time"
 )
@@ -25,24 +26,32 @@ var errSlow = errors.New("too slow, and others can be asked")
 
 // watchRate gives up what a worker brings when it is too slow, until it is stopped.
 func (f *flight) watchRate(w *worker, a *answer) (stop func()) {
+	return f.watch(w, slowFor, func(brought int64) bool {
+		if brought < slowBytes && len(f.waiting) > 0 && f.elsewhere(w, a) {
+			w.slow = true
+			f.givenUp++
+			a.giveUp(errSlow)
+			return false
+		}
+		return true
+	})
+}
+
+// watch looks again and again at how many bytes a worker has brought in that time, as
+// long as look says so and until it is stopped. look is called with the lock.
+func (f *flight) watch(w *worker, during time.Duration, look func(brought int64) bool) (stop func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	last, stopped := w.pos, false
 	var timer *time.Timer
-	timer = time.AfterFunc(slowFor, func() {
+	timer = time.AfterFunc(during, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if stopped {
-			return
-		}
-		if w.pos-last < slowBytes && len(f.waiting) > 0 && f.elsewhere(w, a) {
-			w.slow = true
-			f.givenUp++
-			a.giveUp(errSlow)
+		if stopped || !look(w.pos-last) {
 			return
 		}
 		last = w.pos
-		timer.Reset(slowFor)
+		timer.Reset(during)
 	})
 	return func() {
 		f.mu.Lock()
@@ -63,4 +72,80 @@ func (f *flight) elsewhere(w *worker, a *answer) bool {
 		}
 	}
 	return a.Elsewhere != nil && a.Elsewhere()
+}
+
+// One answer or several. Where a source is slower than what is done with its bytes,
+// several answers at once come sooner than one. Where it is not they come no sooner, and
+// out of order, so that they must be read again to be hashed: one answer at a time does,
+// with all that is left. (Where the right may end all is asked for at once, in parts,
+// and these are read one after the other.) Nothing is known of a source at first: it has
+// one, and is weighed.
+
+const (
+	// weighEvery is after how many bytes a worker is weighed, and stallFor how long
+	// these may take.
+	weighEvery = 512 << 10
+	stallFor   = 100 * time.Millisecond
+	// slowSourceFor is how long a source is known to be the slower one.
+	slowSourceFor = 10 * time.Minute
+)
+
+// pace is what a worker did since it was weighed last.
+type pace struct {
+	bytes          int
+	waited, worked time.Duration // for the source; with its bytes, hashing them too
+}
+
+// weigh adds a piece of n bytes, and tells when the source is the slower one.
+func (f *flight) weigh(p *pace, n int, waited, worked time.Duration) {
+	p.bytes, p.waited, p.worked = p.bytes+n, p.waited+waited, p.worked+worked
+	if p.bytes < weighEvery {
+		return
+	}
+	if p.waited > p.worked {
+		f.mu.Lock()
+		f.askSeveral()
+		f.mu.Unlock()
+	}
+	*p = pace{}
+}
+
+// watchStall is weigh for an answer of which nothing comes, until it is stopped.
+func (f *flight) watchStall(w *worker) (stop func()) {
+	return f.watch(w, stallFor, func(brought int64) bool {
+		if brought < weighEvery {
+			f.askSeveral()
+		}
+		return !f.several
+	})
+}
+
+// askSeveral has more than one answer asked for at once from now on, and splits what
+// one alone was to bring, unless the right to ask again may have ended. Called with the
+// lock.
+func (f *flight) askSeveral() {
+	if f.several || f.most == 1 {
+		return
+	}
+	f.several = true
+	f.engine.slow.add(f.source)
+	for w := range f.workers {
+		if part := max((w.end-w.pos)/int64(f.most), minSegment); w.answered && !w.whole && !f.ahead && w.end-w.pos > 2*part {
+			w.end, w.cut = w.pos+part, true
+		}
+	}
+	f.changed.Broadcast()
+	f.work.Broadcast()
+}
+
+// awaitTurn has a worker wait that was asked for ahead, until its bytes are next: the
+// connection holds them.
+func (f *flight) awaitTurn(w *worker) {
+	stop := context.AfterFunc(f.ctx, f.wakeAll)
+	defer stop()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w.inOrder && !f.several && w.pos > f.hashed && f.ctx.Err() == nil {
+		f.changed.Wait()
+	}
 }

@@ -2,7 +2,10 @@
 
 package flight
 
-import "time"
+import (
+	"sync"
+	"time"
+)
 
 // recent are objects of which something is remembered for a moment. It is a way to do
 // better, and nothing depends on it: when there are too many, others are not
@@ -39,4 +42,22 @@ func (e *Engine) noteMixed(k Key) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.mixed.add(k, mixedFor)
+}
+
+// slowSources are those that several answers come sooner from than one.
+type slowSources struct {
+	mu sync.Mutex // taken after any other
+	recent
+}
+
+func (s *slowSources) add(source string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recent.add(Key{Domain: source}, slowSourceFor)
+}
+
+func (s *slowSources) has(source string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.recent.has(Key{Domain: source})
 }

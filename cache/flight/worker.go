@@ -10,6 +10,7 @@ import (
 	"io"
 	"math"
 	"sync"
+	"time"
 )
 
 // worker brings the bytes from pos up to end. Its fields are guarded by the
@@ -19,6 +20,7 @@ type worker struct {
 	whole           bool  // it asks without a range, and what is there comes again
 	answered        bool
 	cut             bool // it leaves what comes after end to another
+	inOrder         bool // its bytes are read when they are next, see awaitTurn
 	slow            bool // it is given up, see rate.go
 	ticket          *ticket
 	beside          bool // others were at work when it began
@@ -69,7 +71,9 @@ func (f *flight) bring(w *worker, a *answer) error {
 	if err := f.fits(w, a.Info); err != nil {
 		return err
 	}
+	f.awaitTurn(w)
 	defer f.watchRate(w, a)()
+	defer f.watchStall(w)()
 	return f.copy(w, a.body)
 }
 
@@ -119,12 +123,16 @@ func (f *flight) copy(w *worker, body io.Reader) error {
 	}
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
+	var p pace
 	for {
+		asked := time.Now()
 		n, err := body.Read(*buf)
+		came := time.Now()
 		if n > 0 {
 			if werr := f.take(w, (*buf)[:n]); werr != nil {
 				return werr
 			}
+			f.weigh(&p, n, came.Sub(asked), time.Since(came))
 		}
 		switch {
 		case err == io.EOF:
