@@ -382,13 +382,15 @@ func TestOneErrorAtOpeningKeepsTheIndex(t *testing.T) {
 }
 
 func breaking(o *origin) func(int, int64, int64) (io.ReadCloser, Info, error) {
-	return func(n int, off, _ int64) (io.ReadCloser, Info, error) {
+	const there = 3 * minSegment
+	return func(n int, off, length int64) (io.ReadCloser, Info, error) {
 		if n == 0 {
 			end := min(int64(firstSegment), int64(len(o.body)))
 			return o.part(0, end), Info{Size: int64(len(o.body)), End: end}, nil
 		}
-		if n < 4 && off < 3*minSegment {
-			return nil, Info{}, nil
+		if end := min(off+length, int64(len(o.body))); n < 4 && off < there {
+			body := io.MultiReader(o.part(off, min(end, there)), failing{})
+			return io.NopCloser(body), Info{Size: int64(len(o.body)), Offset: off, End: end}, nil
 		}
 		return nil, Info{}, fmt.Errorf("%w: gone", ErrRefused)
 	}

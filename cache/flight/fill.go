@@ -34,6 +34,8 @@ const (
 	// end. See docs/PERFORMANCE.md for the figures.
 	minSegment = 4 << 20
 	maxSegment = 64 << 20
+	// aloneSegment is minSegment where one answer at a time does.
+	aloneSegment = 16 << 20
 	// startHere is how far into an object a reader must want to begin for
 	// the flight to begin there, too.
 	startHere = 64 << 10
@@ -88,7 +90,7 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		if start == end {
 			start, end = f.filled.gap(0, f.size)
 		}
-		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset > 0))
+		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset == 0))
 	case f.parallel > 1:
 		n = firstSegment
 		if lead.Offset >= startHere {

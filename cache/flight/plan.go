@@ -9,13 +9,17 @@ import (
 
 // What of an object is asked for next, and with whose right.
 
-// segment is how much of what is left is asked for at once, for a reader that waits
-// in the middle or in order.
-func (f *flight) segment(left int64, waited bool) int64 {
-	if f.parallel == 1 || !f.several && !f.ahead && !waited {
+// segment is how much of what is left is asked for at once, in order or for a reader
+// that waits in the middle.
+func (f *flight) segment(left int64, inOrder bool) int64 {
+	if f.parallel == 1 {
 		return left
 	}
-	n := min(max(left/int64(f.parallel), minSegment), maxSegment)
+	least := int64(minSegment)
+	if !f.several && inOrder {
+		least = aloneSegment
+	}
+	n := min(max(left/int64(f.parallel), least), maxSegment)
 	if f.ahead {
 		n = max(left/int64(max(1, f.parallel-len(f.workers))), minSegment)
 	}
@@ -64,8 +68,9 @@ func (f *flight) next() *worker {
 	case f.whole:
 		return newWhole(t, f.size)
 	}
-	w := newWorker(t, start, min(end, start+f.segment(f.size-taken.total(), waited)))
-	w.inOrder = !waited
+	first, _ := taken.gap(0, f.size)
+	w := newWorker(t, start, min(end, start+f.segment(f.size-taken.total(), start == first)))
+	w.inOrder = start == first
 	return w
 }
 

@@ -82,27 +82,30 @@ func (f *flight) elsewhere(w *worker, a *answer) bool {
 // one, and is weighed.
 
 const (
-	// weighEvery is after how many bytes a worker is weighed, and stallFor how long
-	// these may take.
-	weighEvery = 512 << 10
+	// weighEvery is after how many reads a worker is weighed: each tells little, since
+	// one may wait for a core and not for the source.
+	weighEvery = 24
+	// stallBytes in stallFor are what an answer brings unless it stalls.
+	stallBytes = 64 << 10
 	stallFor   = 100 * time.Millisecond
 	// slowSourceFor is how long a source is known to be the slower one.
 	slowSourceFor = 10 * time.Minute
 )
 
-// pace is what a worker did since it was weighed last.
-type pace struct {
-	bytes          int
-	waited, worked time.Duration // for the source; with its bytes, hashing them too
-}
+// pace is of how many reads since it was weighed a worker waited longer for the source
+// than it worked with their bytes.
+type pace struct{ reads, late int }
 
-// weigh adds a piece of n bytes, and tells when the source is the slower one.
-func (f *flight) weigh(p *pace, n int, waited, worked time.Duration) {
-	p.bytes, p.waited, p.worked = p.bytes+n, p.waited+waited, p.worked+worked
-	if p.bytes < weighEvery {
+// weigh adds a read, and finds out when the source is the slower one, in three of four
+// reads. To work is to write the bytes and to hash them.
+func (f *flight) weigh(p *pace, waited, worked time.Duration) {
+	if p.reads++; waited > worked {
+		p.late++
+	}
+	if p.reads < weighEvery {
 		return
 	}
-	if p.waited > p.worked {
+	if p.late > p.reads*3/4 {
 		f.mu.Lock()
 		f.askSeveral()
 		f.mu.Unlock()
@@ -113,15 +116,14 @@ func (f *flight) weigh(p *pace, n int, waited, worked time.Duration) {
 // watchStall is weigh for an answer of which nothing comes, until it is stopped.
 func (f *flight) watchStall(w *worker) (stop func()) {
 	return f.watch(w, stallFor, func(brought int64) bool {
-		if brought < weighEvery {
+		if brought < stallBytes {
 			f.askSeveral()
 		}
 		return !f.several
 	})
 }
 
-// askSeveral has more than one answer asked for at once from now on, and splits what
-// one alone was to bring, unless the right to ask again may have ended. Called with the
+// askSeveral has more than one answer asked for at once from now on. Called with the
 // lock.
 func (f *flight) askSeveral() {
 	if f.several || f.most == 1 {
@@ -129,11 +131,6 @@ func (f *flight) askSeveral() {
 	}
 	f.several = true
 	f.engine.slow.add(f.source)
-	for w := range f.workers {
-		if part := max((w.end-w.pos)/int64(f.most), minSegment); w.answered && !w.whole && !f.ahead && w.end-w.pos > 2*part {
-			w.end, w.cut = w.pos+part, true
-		}
-	}
 	f.changed.Broadcast()
 	f.work.Broadcast()
 }

@@ -132,7 +132,7 @@ func (f *flight) copy(w *worker, body io.Reader) error {
 			if werr := f.take(w, (*buf)[:n]); werr != nil {
 				return werr
 			}
-			f.weigh(&p, n, came.Sub(asked), time.Since(came))
+			f.weigh(&p, came.Sub(asked), time.Since(came))
 		}
 		switch {
 		case err == io.EOF:
