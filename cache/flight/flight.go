@@ -88,6 +88,7 @@ type ticket struct {
 	source   string // see Request
 	fetch    Fetch
 	verified func() // see Request
+	wrong    func() // see Request
 	refused  bool
 	slow     bool // what it brought was given up, see rate.go
 }
@@ -174,7 +175,7 @@ func (e *Engine) join(req Request, s *Suspect) (f *flight, leader bool, err erro
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
-	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, verified: req.Verified}}
+	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, verified: req.Verified, wrong: req.Wrong}}
 	f.ctx, f.cancel = context.WithCancel(e.ctx)
 	f.refs.Store(2)
 	e.flights[req.Key] = f

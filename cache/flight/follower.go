@@ -191,7 +191,7 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 		r.gave, f.given = true, true
 	}
 	if state == verified {
-		r.req.Fetch, r.req.Verified, r.req.Check = nil, nil, nil // they may hold what they have brought
+		r.req.Fetch, r.req.Verified, r.req.Wrong, r.req.Check = nil, nil, nil, nil // they may hold what they have brought
 	}
 	f.mu.Unlock()
 

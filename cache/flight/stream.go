@@ -24,6 +24,7 @@ type stream struct {
 
 	body     io.ReadCloser
 	told     func() // Request.Verified
+	blame    func() // Request.Wrong
 	cancel   context.CancelFunc
 	hash     hash.Hash // of all bytes up to start+len(buf)
 	buf      []byte    // hashed, not given out
@@ -43,7 +44,7 @@ func newStream(e *Engine, req Request, h hash.Hash, at, size int64) (*stream, er
 	if e.dropped.refuses(req.Key, req.Offset) {
 		return nil, ErrDropped
 	}
-	return &stream{engine: e, key: req.Key, size: size, hash: h, start: at, told: req.Verified}, nil
+	return &stream{engine: e, key: req.Key, size: size, hash: h, start: at, told: req.Verified, blame: req.Wrong}, nil
 }
 
 // take gives the stream its body, and what ends its context.
@@ -77,6 +78,9 @@ func (s *stream) Close() {
 		if s.cancel != nil {
 			s.cancel()
 			s.body.Close()
+		}
+		if s.wrong && s.blame != nil {
+			s.blame()
 		}
 		if s.wrong && s.gave && !s.alone {
 			s.engine.dropped.add(s.key)
