@@ -327,8 +327,13 @@ func (f *flight) fail(err error) {
 }
 
 // committed takes over what the committer says of a flight that has landed: who holds
-// the file, and what is claimed still. Nobody else looks at that before the table's
-// reference is back.
+// the file, and what is claimed still. It needs no lock, since nobody else looks at that
+// before leaveTable has given the table's reference back. The other way round:
+//
+//	1: the committer gives the table's reference back
+//	2: the last reader leaves, and release gives up the whole claim of a file that is
+//	   stored, and holds nothing that it could let go of
+//	3: the committer says who holds the file, and nobody ever lets go of it
 func (f *flight) committed(release func(), claim int64) {
 	f.held, f.claim = release, claim
 	f.leaveTable()

@@ -205,8 +205,13 @@ func (f *flight) park() {
 	if other != nil {
 		e.discard(f.key, other)
 	}
-	// Of a flight that was superseded, it may be late: another one has stored
-	// the object. Its commit looks here after its row is written.
+	// Of a flight that was superseded, it may be late: another one has stored the
+	// object. Both write first and look then, park the file and the commit the row, so
+	// that one of them sees the other. If this looked before it parks:
+	//
+	//	1: park sees no row
+	//	2: the commit writes its row, and committed finds nothing parked
+	//	3: the file is parked, for a flight that never comes
 	if e.store.Stored(f.key.Domain, f.key.Digest) {
 		if late := e.takeParked(f.key); late != nil {
 			e.discard(f.key, late)
