@@ -320,6 +320,13 @@ func (p *Proxy) lendsNode(q *request) bool {
 	return p.upstreams.Registry(q.upstream).HasNode() && !p.shared(q)
 }
 
+// asksApart tells whether the authority is asked for its yes before anybody is asked
+// for the bytes, and not with the request that brings them: after the yes, another
+// source is the first.
+func (p *Proxy) asksApart(q *request) bool {
+	return p.fetcher(q, q.digest, nil).sources(true, 0)[0].after
+}
+
 // nodeRefused tells whether the node's credential is the trouble, so that the
 // client's own may do.
 func nodeRefused(err error) bool {

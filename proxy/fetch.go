@@ -44,6 +44,7 @@ type fetcher struct {
 	first   int              // which endpoint is asked first, counted round
 	names   []string         // of the sources that answered, each once
 	brought *rights.Evidence // of an answer of the authority's own that brought bytes
+	places  []string         // of the sources that brought bytes, each once
 }
 
 // fetcher is for a client whose question was answered with y, or, without one,
@@ -80,7 +81,7 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 		return nil, cache.Info{}, err
 	}
 	f.note(r.source.name())
-	body := &watchedBody{ReadCloser: r.Body, fetcher: f, rest: r.source.rest}
+	body := &watchedBody{ReadCloser: r.Body, fetcher: f, source: r.source}
 	if r.yes != nil {
 		f.confirm(*r.yes)
 		body.evidence = &rights.Evidence{Says: rights.Verified, Asked: r.yes.Asked, Redirected: r.Redirected, Size: r.Size, MediaType: r.MediaType}
@@ -129,6 +130,19 @@ func (f *fetcher) note(name string) {
 	}
 }
 
+// noteBrought takes that a place has sent bytes, as an answer of the authority's own
+// or, with nil, not.
+func (f *fetcher) noteBrought(place string, e *rights.Evidence) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !slices.Contains(f.places, place) {
+		f.places = append(f.places, place)
+	}
+	if e != nil && (f.brought == nil || f.brought.Redirected && !e.Redirected) {
+		f.brought = e
+	}
+}
+
 // from are the sources that answered so far, in the order of their first answers.
 func (f *fetcher) from() []string {
 	f.mu.Lock()
@@ -153,11 +167,14 @@ func (f *fetcher) elsewhere(than source) bool {
 	f.mu.Lock()
 	after := f.after()
 	f.mu.Unlock()
-	if !after || len(f.proxy.upstreams.Registry(f.q.upstream).Endpoints()) < 2 {
+	if !after {
 		return false
 	}
 	than.rest()
-	return true
+	f.mu.Lock()
+	first := f.first
+	f.mu.Unlock()
+	return f.sources(after, first)[0].place != than.place
 }
 
 // refusesParts tells whether a request for all may do where one for a part, which
@@ -192,6 +209,21 @@ func (f *fetcher) verified() {
 	f.mu.Unlock()
 	if e != nil {
 		f.proxy.rights.Learn(f.q.asker, f.q.object(f.digest), *e)
+	}
+}
+
+// wrong takes that the bytes were not the object's: where another may be asked for it,
+// each place that sent some of them comes last for a while.
+func (f *fetcher) wrong() {
+	if len(f.proxy.upstreams.Registry(f.q.upstream).Endpoints()) < 2 {
+		return
+	}
+	f.mu.Lock()
+	places := slices.Clone(f.places)
+	f.mu.Unlock()
+	now := f.proxy.now() // one moment for all: none of them is more at fault
+	for _, place := range places {
+		f.proxy.wrongs.add(f.q.upstream, wrong{place, f.digest}, now)
 	}
 }
 
@@ -264,26 +296,23 @@ func decoded(data []byte, encoding string, d digest.Digest) []byte {
 }
 
 // watchedBody sees when a source's body breaks off, so that the next one is asked
-// for the rest, and when the authority's own brings bytes.
+// for the rest, and when it brings bytes.
 type watchedBody struct {
 	io.ReadCloser
 	fetcher  *fetcher
-	rest     func()           // the source's
+	source   source
 	evidence *rights.Evidence // nil where it is no word of the authority's
+	began    bool             // it has brought bytes
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if b.evidence != nil && n > 0 {
-		b.fetcher.mu.Lock()
-		if before := b.fetcher.brought; before == nil || before.Redirected && !b.evidence.Redirected {
-			b.fetcher.brought = b.evidence
-		}
-		b.fetcher.mu.Unlock()
-		b.evidence = nil // once is enough
+	if n > 0 && !b.began {
+		b.began = true
+		b.fetcher.noteBrought(b.source.place, b.evidence)
 	}
 	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) {
-		b.rest() // however many break together
+		b.source.rest() // however many break together
 	}
 	return n, err
 }

@@ -118,6 +118,7 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 		Wait:       p.rules(q.upstream).GrantTTL > 0,
 		Fetch:      f.fetch,
 		Verified:   f.verified,
+		Wrong:      f.wrong,
 	}
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
@@ -147,7 +148,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 	}
 	registry := p.upstreams.Registry(q.upstream)
 	head := q.kind == upstream.Blob && registry.Has(upstream.NoRanges) ||
-		q.kind == upstream.Manifest && (here || p.lendsNode(q) || !p.rights.Granted(q.asker))
+		q.kind == upstream.Manifest && (here || p.asksApart(q) || !p.rights.Granted(q.asker))
 	if head {
 		y, err = p.question(asking, q, http.MethodHead, part{})
 		switch {
@@ -159,7 +160,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 			registry.Saw(upstream.HeadRefused)
 		}
 	}
-	if !here && (head || !p.lendsNode(q)) {
+	if !here && (head || !p.asksApart(q)) {
 		return y, false, nil
 	}
 	first := part{}

@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,8 +25,10 @@ import (
 //
 // Before the authority's yes, what is left of it is the authority's own place in
 // turnOwn. The endpoints of a turn are counted round, beginning after the one whose
-// body broke off last. Tags, lists, and questions that want no bytes are not asked
-// here: they are for the authority alone, see ask.go.
+// body broke off last; those that sent wrong bytes of the object in the last ten
+// minutes come after the others of their turn, the latest of them last (wrong.go).
+// Tags, lists, and questions that want no bytes are not asked here: they are for the
+// authority alone, see ask.go.
 //
 // A further source, say a cache nearby, is an entry of the list and a file with its
 // ask. It has after, a turn, and a yields that always says yes.
@@ -33,8 +36,11 @@ import (
 // source is one place to ask for an object, with one credential.
 type source struct {
 	host       string
+	place      string            // its URL, which is what wrong.go remembers it by
 	credential rights.Credential // what it is shown
 	turn       turn
+	// last is until when it comes after the others of its turn: it sent wrong bytes.
+	last time.Time
 	// after: it is asked only after the authority's yes.
 	after bool
 	// authority: its no ends its turn. Any other's no is nobody's word.
@@ -103,6 +109,9 @@ func (f *fetcher) sources(after bool, first int) []source {
 	if !after {
 		list = slices.DeleteFunc(list, func(s source) bool { return s.after })
 	}
+	slices.SortStableFunc(list, func(a, b source) int {
+		return cmp.Or(cmp.Compare(a.turn, b.turn), a.last.Compare(b.last))
+	})
 	for i := range list {
 		list[i].budget = registry.HeadTimeout()
 		if i+1 < len(list) && list[i+1].turn == list[i].turn {
@@ -118,14 +127,17 @@ func (f *fetcher) endpoint(registry *upstream.Registry, i int, t turn, c rights.
 	if !registry.Trusts(i) {
 		c = rights.Credential{}
 	}
+	u := registry.Endpoints()[i].URL
 	s := source{
-		host:       registry.Endpoints()[i].URL.Host,
+		host:       u.Host,
+		place:      u.String(),
 		credential: c,
 		turn:       t,
 		after:      i > 0 || t != turnOwn,
 		authority:  i == 0,
 		rest:       func() { f.beginWith(i + 1) },
 	}
+	s.last = f.proxy.wrongs.last(f.q.upstream, wrong{s.place, f.digest}, f.proxy.now())
 	if t == turnLent {
 		s.yields = nodeRefused // the client's own credential may do
 	}

@@ -40,7 +40,7 @@ func (f *fetcher) list() []source {
 
 // breakOff has a body of that source break off.
 func (f *fetcher) breakOff(s source, cause error) {
-	body := &watchedBody{ReadCloser: io.NopCloser(iotest.ErrReader(cause)), fetcher: f, rest: s.rest}
+	body := &watchedBody{ReadCloser: io.NopCloser(iotest.ErrReader(cause)), fetcher: f, source: s}
 	body.Read(make([]byte, 1))
 }
 

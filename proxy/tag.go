@@ -300,6 +300,7 @@ func (p *Proxy) openTag(ctx context.Context, w *response, q *request, c *confirm
 		Authorised: true,
 		Fetch:      fetch,
 		Verified:   f.verified,
+		Wrong:      f.wrong,
 		Check:      checkAs(func() string { return mediaType }),
 	})
 	if err == nil && (o.Source != cache.Fetched && !c.yes.Covers(o.Size) || o.Doubtful && c.size != o.Size) {

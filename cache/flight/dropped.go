@@ -76,7 +76,7 @@ func (d *dropped) add(k Key) {
 		for old, until := range d.until {
 			if !now.Before(until) {
 				delete(d.until, old)
-				d.counts(old, -1)
+				d.addCount(old, -1)
 			}
 		}
 		for d.full(k) {
@@ -88,7 +88,7 @@ func (d *dropped) add(k Key) {
 		}
 	}
 	if _, known := d.until[k]; !known {
-		d.counts(k, 1)
+		d.addCount(k, 1)
 	}
 	d.until[k] = now.Add(dropFor)
 }
@@ -103,7 +103,7 @@ func (d *dropped) full(k Key) bool {
 	return !known && (k.Digest != "" && d.count[k.Domain] >= most || isStranger(k.Domain) && d.count[anyStranger] >= maxStrangersDropped)
 }
 
-func (d *dropped) counts(k Key, n int) {
+func (d *dropped) addCount(k Key, n int) {
 	d.count[k.Domain] += n
 	if d.count[k.Domain] == 0 {
 		delete(d.count, k.Domain)

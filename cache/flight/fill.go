@@ -158,8 +158,7 @@ func (f *flight) fill(first *answer) {
 	}
 	switch {
 	case wrong != nil:
-		f.engine.noteMixed(f.key)
-		f.end(failed, wrong)
+		f.fail(wrong)
 	case disk != nil:
 		f.engine.store.NoteTrouble(disk)
 		f.passThrough(f.hash, nil)
@@ -289,8 +288,7 @@ func (f *flight) rest(about time.Duration) {
 // land ends a flight whose bytes are all there.
 func (f *flight) land() {
 	if err := f.verify(); err != nil {
-		f.engine.noteMixed(f.key)
-		f.end(failed, err)
+		f.fail(err)
 		return
 	}
 	e := f.engine
@@ -313,9 +311,32 @@ func (f *flight) land() {
 	})
 }
 
+// fail ends a flight whose bytes are of no use. Where they are wrong, those who
+// brought some hear of it while the table still has the flight: who is cut short and
+// comes back at once finds it remembered.
+func (f *flight) fail(err error) {
+	if errors.Is(err, errWrong) {
+		f.engine.noteMixed(f.key)
+		f.mu.Lock()
+		tickets := slices.Clone(f.tickets)
+		f.mu.Unlock()
+		for _, t := range tickets {
+			if t.wrong != nil {
+				t.wrong()
+			}
+		}
+	}
+	f.end(failed, err)
+}
+
 // committed takes over what the committer says of a flight that has landed: who holds
-// the file, and what is claimed still. Nobody else looks at that before the table's
-// reference is back.
+// the file, and what is claimed still. It needs no lock, since nobody else looks at that
+// before leaveTable has given the table's reference back. The other way round:
+//
+//	1: the committer gives the table's reference back
+//	2: the last reader leaves, and release gives up the whole claim of a file that is
+//	   stored, and holds nothing that it could let go of
+//	3: the committer says who holds the file, and nobody ever lets go of it
 func (f *flight) committed(release func(), claim int64) {
 	f.held, f.claim = release, claim
 	f.leaveTable()
@@ -326,7 +347,7 @@ func (f *flight) committed(release func(), claim int64) {
 
 func (f *flight) verify() error {
 	if got := digest.NewDigest(f.key.Digest.Algorithm(), f.hash); got != f.key.Digest {
-		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, f.key.Digest)
+		return fmt.Errorf("%w: the bytes are %s, not %s", errWrong, got, f.key.Digest)
 	}
 	if f.check == nil {
 		prefix := make([]byte, min(f.size, manifest.Prefix))

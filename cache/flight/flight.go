@@ -89,6 +89,7 @@ type ticket struct {
 	source   string // see Request
 	fetch    Fetch
 	verified func() // see Request
+	wrong    func() // see Request
 	refused  bool
 	slow     bool // what it brought was given up, see rate.go
 }
@@ -176,7 +177,7 @@ func (e *Engine) join(req Request, s *Suspect) (f *flight, leader bool, err erro
 	if !req.Authorised {
 		f.asker = req.Reader
 	}
-	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, verified: req.Verified}}
+	f.tickets = []*ticket{{source: req.Source, fetch: req.Fetch, verified: req.Verified, wrong: req.Wrong}}
 	f.ctx, f.cancel = context.WithCancel(e.ctx)
 	f.refs.Store(2)
 	e.flights[req.Key] = f
@@ -203,7 +204,22 @@ func (f *flight) leaveTable() {
 // supersede takes a flight out of the table that waits for the answer of
 // another source than the request would ask: what that one is up to is nothing
 // to who has the authority's yes. Should it answer first after all, it has the
-// table again. The caller's reference is given back if so.
+// table again, see holdTable. The caller's reference is given back if so.
+//
+// No lock covers all of it, so the order counts. If ranges were refused after the
+// table is free:
+//
+//	1: the flight goes on with a parked file, whose first bytes a client has
+//	2: this request takes the flight out of the table
+//	3: the client asks for the rest, and begins a flight with another source: what it
+//	   is given may be of other bytes than those it has
+//	4: ranges are refused, too late
+//
+// And if may were not asked again with the lock that deletes:
+//
+//	1: this request sees that the flight waits
+//	2: the flight is answered, holds the table, and has readers
+//	3: this request takes it out, and fetches the object a second time
 func (f *flight) supersede(req Request) bool {
 	e := f.engine
 	may := func() bool { return e.flights[f.key] == f && !f.answered && f.othersAffair(req) }
@@ -213,8 +229,6 @@ func (f *flight) supersede(req Request) bool {
 	if !yes {
 		return false
 	}
-	// It may hold what an earlier one left. Who has bytes of that must find
-	// nothing to join them to, before anybody can begin anew.
 	f.mu.Lock()
 	given := f.given
 	f.mu.Unlock()
@@ -239,7 +253,13 @@ func (f *flight) othersAffair(req Request) bool {
 }
 
 // holdTable is for a flight that has its answer: it tells whether no other has
-// one and somebody waits for it, and the table is its own then.
+// one and somebody waits for it, and the table is its own then. If the first to be answered did not take the
+// table, or the second did not look:
+//
+//	1: flight A waits; a request supersedes it and begins flight B
+//	2: A is answered, and its readers follow its file
+//	3: B is answered: the object crosses the link twice, into two files, and who
+//	   joins gets B, however much A has
 func (f *flight) holdTable() bool {
 	e := f.engine
 	e.mu.Lock()
@@ -280,10 +300,13 @@ func (f *flight) callOff() {
 	e := f.engine
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.flights[f.key] == f && !f.answered && !f.resumes && f.refs.Load() == 1 {
-		delete(e.flights, f.key)
-		f.cancel()
+	if f.answered || f.resumes || f.refs.Load() > 1 {
+		return
 	}
+	if e.flights[f.key] == f { // else it was superseded
+		delete(e.flights, f.key)
+	}
+	f.cancel()
 }
 
 // run is the life of a flight.
@@ -369,15 +392,24 @@ func (f *flight) create(info Info) error {
 	return err
 }
 
-// end is for failed and gone. The order matters: first nobody is fed any more,
-// then ranges are refused, then the table lets a new generation in, and only then
-// do the readers hear of it: who comes back at once starts anew.
+// end is for failed and gone. Four steps, and what goes wrong where one of them
+// comes later than it does:
+//
+//	nobody is fed any more   1: end sees that nobody was given anything
+//	                         2: a reader is given bytes
+//	                         3: he leaves, and asks for the rest: nothing refuses it
+//	ranges are refused       1: the flight leaves the table
+//	                         2: a reader's range begins another, of other bytes perhaps
+//	                         3: ranges are refused, too late
+//	the table is free        1: a reader hears of the end, and starts anew at once
+//	                         2: he joins this flight, and hears the same
+//	the readers hear of it
 func (f *flight) end(state flightState, err error) {
 	f.mu.Lock()
 	f.state = ending
 	given := f.given
 	f.mu.Unlock()
-	if given && !f.stored { // of a stored file the committer sees to it, see take
+	if given && !f.stored { // of a stored file the committer sees to it, see drop
 		f.engine.dropped.add(f.key)
 	}
 	f.leaveTable()

@@ -123,7 +123,7 @@ func (r *follower) Read(p []byte) (int, error) {
 	case state == verified:
 		return 0, io.EOF
 	default: // passing
-		if err := r.goOwn(); err != nil {
+		if err := r.openOwn(); err != nil {
 			return 0, err
 		}
 		return r.readOwn(p)
@@ -191,7 +191,7 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 		r.gave, f.given = true, true
 	}
 	if state == verified {
-		r.req.Fetch, r.req.Verified, r.req.Check = nil, nil, nil // they may hold what they have brought
+		r.req.Fetch, r.req.Verified, r.req.Wrong, r.req.Check = nil, nil, nil, nil // they may hold what they have brought
 	}
 	f.mu.Unlock()
 
@@ -201,9 +201,9 @@ func (r *follower) await(most int64) (*blobstore.Pending, int64, flightState, er
 	return pending, n, state, nil
 }
 
-// goOwn opens what takes over from the flight: of a range, the source's own answer
+// openOwn opens what takes over from the flight: of a range, the source's own answer
 // from where the reader is, and else a stream from where the flight's hash stands.
-func (r *follower) goOwn() error {
+func (r *follower) openOwn() error {
 	f := r.flight
 	ctx, cancel := context.WithCancel(f.engine.ctx)
 	f.mu.Lock()
@@ -216,9 +216,9 @@ func (r *follower) goOwn() error {
 	var own passingBody
 	var err error
 	if r.req.relayed() && size >= 0 {
-		own, err = r.ownRelay(ctx, cancel, size)
+		own, err = r.openOwnRelay(ctx, cancel, size)
 	} else {
-		own, err = r.ownStream(ctx, cancel)
+		own, err = r.openOwnStream(ctx, cancel)
 	}
 	f.mu.Lock()
 	r.opening = nil
@@ -239,14 +239,14 @@ func (r *follower) goOwn() error {
 	return err
 }
 
-func (r *follower) ownRelay(ctx context.Context, cancel context.CancelFunc, size int64) (passingBody, error) {
+func (r *follower) openOwnRelay(ctx context.Context, cancel context.CancelFunc, size int64) (passingBody, error) {
 	if r.flight.engine.dropped.refuses(r.req.Key, r.pos) {
 		return nil, ErrDropped
 	}
 	return &relay{&steady{ctx: ctx, fetch: r.req.Fetch, size: size, pos: r.pos, want: r.pos, step: relayStep}, cancel}, nil
 }
 
-func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (passingBody, error) {
+func (r *follower) openOwnStream(ctx context.Context, cancel context.CancelFunc) (passingBody, error) {
 	f := r.flight
 	h, err := cloneHash(f.prefix)
 	if err != nil {
@@ -277,7 +277,7 @@ func (r *follower) ownStream(ctx context.Context, cancel context.CancelFunc) (pa
 		rest.Close()
 		return nil, err
 	}
-	own.take(rest, cancel)
+	own.setBody(rest, cancel)
 	if from := heldBack(f.hashed, f.size); from < f.hashed {
 		// Bytes of the file that were hashed and not given out yet.
 		if err := own.preload(f.pending.File, from, f.hashed-from); err != nil {

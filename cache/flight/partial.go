@@ -85,7 +85,7 @@ var bootID = sync.OnceValue(func() string {
 // bytes. In between it makes them durable, now at the latest if last is set.
 func (p *partial) note(k Key, filled spans, total int64, last bool) error {
 	if p.noted == 0 {
-		if err := p.record(header{k.Domain, k.Digest, p.size}); err != nil {
+		if err := p.appendRecord(header{k.Domain, k.Digest, p.size}); err != nil {
 			return err
 		}
 	}
@@ -101,10 +101,10 @@ func (p *partial) note(k Key, filled spans, total int64, last bool) error {
 		pr.Filled = append(pr.Filled, [2]int64{s.start, s.end})
 	}
 	p.noted = total
-	return p.record(pr)
+	return p.appendRecord(pr)
 }
 
-func (p *partial) record(v any) error {
+func (p *partial) appendRecord(v any) error {
 	data, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -115,17 +115,17 @@ func (p *partial) record(v any) error {
 	return p.pending.Note(data)
 }
 
-// close ends the journal, where it speaks of all that is in the file.
-func (p *partial) close() error {
+// closeJournal ends the journal, where it speaks of all that is in the file.
+func (p *partial) closeJournal() error {
 	if p.journal+closeRoom > journalRoom { // it may not, or could not be opened again
 		return nil
 	}
-	return p.record(progress{Closed: bootID()})
+	return p.appendRecord(progress{Closed: bootID()})
 }
 
-// reopen has a journal that was closed say so no more: from now on the file may
+// reopenJournal has a journal that was closed say so no more: from now on the file may
 // have bytes that it does not speak of.
-func (p *partial) reopen() error { return p.record(progress{}) }
+func (p *partial) reopenJournal() error { return p.appendRecord(progress{}) }
 
 // restore reads a journal. A wrong one costs a refetch and never a wrong byte:
 // all that is there is hashed again, and the last bytes are always fetched. Bytes
@@ -205,8 +205,13 @@ func (f *flight) park() {
 	if other != nil {
 		e.discard(f.key, other)
 	}
-	// Of a flight that was superseded, it may be late: another one has stored
-	// the object. Its commit looks here after its row is written.
+	// Of a flight that was superseded, it may be late: another one has stored the
+	// object. Both write first and look then, park the file and the commit the row, so
+	// that one of them sees the other. If this looked before it parks:
+	//
+	//	1: park sees no row
+	//	2: the commit writes its row, and committed finds nothing parked
+	//	3: the file is parked, for a flight that never comes
 	if e.store.Stored(f.key.Domain, f.key.Digest) {
 		if late := e.takeParked(f.key); late != nil {
 			e.discard(f.key, late)
@@ -295,7 +300,7 @@ func (e *Engine) closeParked() {
 	e.parked = make(map[Key]*partial)
 	e.mu.Unlock()
 	for k, p := range parked {
-		if err := p.close(); err != nil {
+		if err := p.closeJournal(); err != nil {
 			e.store.NoteTrouble(err) // the next process refuses ranges
 		}
 		p.pending.Close()
@@ -320,7 +325,7 @@ func (e *Engine) restoreAll(left []*blobstore.Pending) int {
 			err = e.store.ReserveFree(k.Domain, p.claim)
 		}
 		if err == nil && closed {
-			if err = p.reopen(); err != nil {
+			if err = p.reopenJournal(); err != nil {
 				e.store.Unreserve(k.Domain, p.claim)
 			}
 		}

@@ -9,6 +9,7 @@ import "context"
 // who was answered, but not with a yes that opens what is stored. It looks like
 // the flight of what is not.
 func (e *Engine) Pass(ctx context.Context, req Request) (*Object, error) {
+	req.Wrong = nil // it may be a sign-on page, see below
 	o, err := e.openStream(ctx, req, ownAnswer{})
 	if err != nil {
 		return nil, err

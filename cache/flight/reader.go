@@ -123,7 +123,7 @@ func (f *flight) addTicket(req Request) {
 		i := max(0, slices.IndexFunc(f.tickets, func(t *ticket) bool { return t.refused }))
 		f.tickets = slices.Delete(f.tickets, i, i+1)
 	}
-	f.tickets = append(f.tickets, &ticket{source: req.Source, fetch: req.Fetch, verified: req.Verified})
+	f.tickets = append(f.tickets, &ticket{source: req.Source, fetch: req.Fetch, verified: req.Verified, wrong: req.Wrong})
 	f.work.Broadcast()
 }
 

@@ -67,7 +67,7 @@ func (e *Engine) openRelay(ctx context.Context, req Request, own ownAnswer) (*Ob
 			n = relayStep
 		}
 		var err error
-		if own, err = e.askFor(ctx, req, req.Offset, n); err != nil {
+		if own, err = e.askSource(ctx, req, req.Offset, n); err != nil {
 			return nil, err
 		}
 	}
@@ -93,9 +93,9 @@ func (o ownAnswer) close() {
 	}
 }
 
-// askFor asks the source on a reader's own behalf. The caller's context ends only
+// askSource asks the source on a reader's own behalf. The caller's context ends only
 // the asking.
-func (e *Engine) askFor(ctx context.Context, req Request, off, n int64) (ownAnswer, error) {
+func (e *Engine) askSource(ctx context.Context, req Request, off, n int64) (ownAnswer, error) {
 	sctx, cancel := context.WithCancel(e.ctx)
 	stop := context.AfterFunc(ctx, cancel)
 	body, info, err := req.Fetch(sctx, off, n)
@@ -137,7 +137,7 @@ func (r *relay) Seek(offset int64, whence int) (int64, error) {
 // Read reads where the reader is: on in the answer that there is, or in another.
 func (r *relay) Read(p []byte) (int, error) {
 	if r.want != r.pos {
-		r.move(r.want)
+		r.moveTo(r.want)
 	}
 	n, err := r.steady.Read(p)
 	r.want = r.pos

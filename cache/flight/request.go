@@ -122,6 +122,11 @@ type Request struct {
 	// object's, before any reader has the last of them. nil means nobody wants
 	// to know.
 	Verified func()
+	// Wrong is called when bytes that the Fetch may have brought are not the
+	// object's, or contradict what came before, and before anybody can ask anew.
+	// Where several brought parts, nobody knows whose were wrong: each is told. nil
+	// means nobody wants to know.
+	Wrong func()
 	// Check looks at the verified bytes before they are stored; its error
 	// fails the flight. nil checks nothing. It is for manifests, which the
 	// Fetch has bounded, since it is given the whole body.

@@ -31,9 +31,9 @@ func newSteady(ctx context.Context, fetch Fetch, a *answer) *steady {
 	return &steady{ctx: ctx, fetch: fetch, now: a, size: a.Size, pos: a.Offset, step: -1}
 }
 
-// move goes on at another byte, in another answer unless this one leads there and
+// moveTo goes on at another byte, in another answer unless this one leads there and
 // there is no shorter way.
-func (s *steady) move(to int64) {
+func (s *steady) moveTo(to int64) {
 	if s.now != nil && (to < s.pos || s.now.Offset > 0 || s.now.End > 0) {
 		s.Close()
 		s.now = nil
@@ -53,7 +53,7 @@ func (s *steady) Read(p []byte) (int, error) {
 			return 0, io.EOF
 		}
 		if s.now == nil {
-			if err := s.again(); err != nil {
+			if err := s.askForMissing(); err != nil {
 				return 0, err
 			}
 		}
@@ -66,7 +66,7 @@ func (s *steady) Read(p []byte) (int, error) {
 			return n, err
 		}
 		// Only an answer that was to end here did not fail.
-		if failed := err != io.EOF || s.pos != s.now.end(); failed && !s.bear() {
+		if failed := err != io.EOF || s.pos != s.now.end(); failed && !s.backOff() {
 			return n, err
 		}
 		s.Close()
@@ -77,8 +77,8 @@ func (s *steady) Read(p []byte) (int, error) {
 	}
 }
 
-// bear counts a failure, and rests; it tells whether to try again.
-func (s *steady) bear() bool {
+// backOff counts a failure, and rests; it tells whether to try again.
+func (s *steady) backOff() bool {
 	if s.pos-s.reached >= goodProgress {
 		s.reached, s.failures = s.pos, 0
 	}
@@ -96,8 +96,8 @@ func (s *steady) bear() bool {
 	}
 }
 
-// again asks for what is missing.
-func (s *steady) again() error {
+// askForMissing asks for what is missing.
+func (s *steady) askForMissing() error {
 	for {
 		off, n := s.pos, s.step
 		if s.whole {
@@ -120,7 +120,7 @@ func (s *steady) again() error {
 		case errors.Is(err, ErrRefused), errors.Is(err, ErrRange):
 			return err
 		}
-		if !s.bear() {
+		if !s.backOff() {
 			return fmt.Errorf("%w: after %d bytes: %w", ErrBroken, s.pos, err)
 		}
 	}

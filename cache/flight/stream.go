@@ -22,19 +22,20 @@ type stream struct {
 	key    Key
 	size   int64 // -1 until the end
 
-	body     io.ReadCloser
-	told     func() // Request.Verified
-	cancel   context.CancelFunc
-	hash     hash.Hash // of all bytes up to start+len(buf)
-	buf      []byte    // hashed, not given out
-	start    int64     // offset of buf[0]
-	pos      int64     // next byte the reader wants
-	verified bool
-	wrong    bool // the bytes are not the object's, as opposed to not all of them
-	err      error
-	gave     bool // the reader has bytes of this object
-	alone    bool // nobody else is refused anything for what this one brings, see Pass
-	once     sync.Once
+	body       io.ReadCloser
+	onVerified func() // Request.Verified
+	onWrong    func() // Request.Wrong
+	cancel     context.CancelFunc
+	hash       hash.Hash // of all bytes up to start+len(buf)
+	buf        []byte    // hashed, not given out
+	start      int64     // offset of buf[0]
+	pos        int64     // next byte the reader wants
+	verified   bool
+	wrong      bool // the bytes are not the object's, as opposed to not all of them
+	err        error
+	gave       bool // the reader has bytes of this object
+	alone      bool // nobody else is refused anything for what this one brings, see Pass
+	once       sync.Once
 }
 
 // newStream starts from the state h that the hash has at byte at. It fails with
@@ -43,11 +44,11 @@ func newStream(e *Engine, req Request, h hash.Hash, at, size int64) (*stream, er
 	if e.dropped.refuses(req.Key, req.Offset) {
 		return nil, ErrDropped
 	}
-	return &stream{engine: e, key: req.Key, size: size, hash: h, start: at, told: req.Verified}, nil
+	return &stream{engine: e, key: req.Key, size: size, hash: h, start: at, onVerified: req.Verified, onWrong: req.Wrong}, nil
 }
 
-// take gives the stream its body, and what ends its context.
-func (s *stream) take(body io.ReadCloser, cancel context.CancelFunc) {
+// setBody gives the stream its body, and what ends its context.
+func (s *stream) setBody(body io.ReadCloser, cancel context.CancelFunc) {
 	s.body, s.cancel = body, cancel
 }
 
@@ -78,6 +79,9 @@ func (s *stream) Close() {
 			s.cancel()
 			s.body.Close()
 		}
+		if s.wrong && s.onWrong != nil {
+			s.onWrong()
+		}
 		if s.wrong && s.gave && !s.alone {
 			s.engine.dropped.add(s.key)
 		}
@@ -107,10 +111,10 @@ func (s *stream) Read(p []byte) (int, error) {
 	}
 	for s.err == nil {
 		skip := min(int(min(s.pos-s.start, int64(len(s.buf)))), s.ready())
-		s.drop(skip)
+		s.consume(skip)
 		if ready := s.ready(); ready > 0 && s.start == s.pos {
 			n := copy(p, s.buf[:ready])
-			s.drop(n)
+			s.consume(n)
 			s.pos += int64(n)
 			s.gave = true
 			return n, nil
@@ -118,12 +122,12 @@ func (s *stream) Read(p []byte) (int, error) {
 		if s.verified {
 			return 0, io.EOF
 		}
-		s.err = s.more()
+		s.err = s.readMore()
 	}
 	return 0, s.err
 }
 
-func (s *stream) drop(n int) {
+func (s *stream) consume(n int) {
 	s.buf = s.buf[n:]
 	s.start += int64(n)
 }
@@ -131,13 +135,13 @@ func (s *stream) drop(n int) {
 // verifyAll reads an object that is held back altogether to its end.
 func (s *stream) verifyAll() error {
 	for !s.verified && s.err == nil {
-		s.err = s.more()
+		s.err = s.readMore()
 	}
 	return s.err
 }
 
-// more reads a piece, and checks what can be checked.
-func (s *stream) more() error {
+// readMore reads a piece, and checks what can be checked.
+func (s *stream) readMore() error {
 	chunk := make([]byte, 64<<10)
 	n, err := s.body.Read(chunk)
 	s.hash.Write(chunk[:n])
@@ -160,8 +164,8 @@ func (s *stream) more() error {
 		return fmt.Errorf("%w: the bytes are %s, not %s", ErrBroken, got, s.key.Digest)
 	}
 	s.size, s.verified = at, true
-	if s.told != nil {
-		s.told()
+	if s.onVerified != nil {
+		s.onVerified()
 	}
 	return nil
 }
@@ -175,7 +179,7 @@ func (e *Engine) openStream(ctx context.Context, req Request, own ownAnswer) (*O
 	}
 	if own.answer == nil {
 		var err error
-		if own, err = e.askFor(ctx, req, 0, -1); err != nil {
+		if own, err = e.askSource(ctx, req, 0, -1); err != nil {
 			return nil, err
 		}
 	}
@@ -184,7 +188,7 @@ func (e *Engine) openStream(ctx context.Context, req Request, own ownAnswer) (*O
 		own.close()
 		return nil, err
 	}
-	s.take(newSteady(own.ctx, req.Fetch, own.answer), own.cancel)
+	s.setBody(newSteady(own.ctx, req.Fetch, own.answer), own.cancel)
 	if size := own.Size; size >= 0 && size <= tailHold {
 		// As with a flight: what is held back altogether is verified before
 		// there is an answer.
