@@ -210,6 +210,80 @@ func TestAFastSourceIsReadInOrder(t *testing.T) {
 	}
 }
 
+// TestASlowSourceIsAskedForAllAtOnce: what one object showed of a source is known for
+// the next, and so is a size that the manifest told.
+func TestASlowSourceIsAskedForAllAtOnce(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir(), 1<<30)
+	defer c.Close()
+	slow := &origin{body: randomBytes(large)}
+	second := make(chan struct{})
+	slow.answer = func(n int, _, length int64) (io.ReadCloser, Info, error) {
+		if n > 0 {
+			if n == 1 {
+				close(second)
+			}
+			return nil, Info{}, nil
+		}
+		late := io.MultiReader(gated(second), bytes.NewReader(slow.body[:length]))
+		return io.NopCloser(late), Info{Size: large, End: length}, nil
+	}
+	if got, err := readAll(c, parallelRequest(slow, "a")); err != nil || !bytes.Equal(got, slow.body) {
+		t.Fatal(len(got), err)
+	}
+	for name, size := range map[string]int64{"as it is": large, "shorter": large - 1_000, "longer": 2 * large} {
+		t.Run(name, func(t *testing.T) {
+			o := &origin{body: randomBytes(large)}
+			all := make(chan struct{})
+			var open atomic.Int64
+			o.answer = func(n int, off, length int64) (io.ReadCloser, Info, error) {
+				if n == 2 {
+					close(all)
+				}
+				<-all // three are asked for before any is answered
+				end := min(off+length, large)
+				if off >= end {
+					return nil, Info{}, ErrRange
+				}
+				open.Add(1)
+				body := &closes{o.part(off, end), func() { open.Add(-1) }}
+				return body, Info{Size: large, Offset: off, End: end}, nil
+			}
+			req := parallelRequest(o, "a")
+			req.Size = size
+			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, o.body) {
+				t.Fatal(len(got), err)
+			}
+			until(t, "all answers are closed", func() bool { return open.Load() == 0 })
+			if o.sent() != large {
+				t.Errorf("%d bytes of %d", o.sent(), large)
+			}
+		})
+	}
+	t.Run("what it is refused", func(t *testing.T) {
+		o := &origin{body: randomBytes(large)}
+		o.answer = func(int, int64, int64) (io.ReadCloser, Info, error) {
+			return nil, Info{}, fmt.Errorf("%w: no", ErrRefused)
+		}
+		req := parallelRequest(o, "a")
+		req.Size = large
+		if _, err := readAll(c, req); !errors.Is(err, ErrRefused) {
+			t.Fatal(err)
+		}
+	})
+}
+
+// closes tells when it is closed.
+type closes struct {
+	io.Reader
+	closed func()
+}
+
+func (c *closes) Close() error {
+	c.closed()
+	return nil
+}
+
 // TestWhoWantsTheMiddleDoesNotWaitForTheStart holds the beginning back.
 func TestWhoWantsTheMiddleDoesNotWaitForTheStart(t *testing.T) {
 	t.Parallel()

@@ -123,6 +123,9 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
 		req.Ahead = q.asker.Credential.Authorization != "" && !p.lendsNode(q)
+		if (authorised || p.rights.Granted(q.asker)) && !p.upstreams.Registry(q.upstream).Has(upstream.NoRanges) {
+			req.Size = p.sizes.of(q.repositoryKey(), q.digest)
+		}
 	} else {
 		req.Check = checkAs(func() string { return f.answer().MediaType }) // runs after the fetch
 	}
@@ -352,6 +355,7 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 	if err != nil {
 		return err
 	}
+	p.sizes.note(q.repositoryKey(), data)
 	if o.Source == cache.Fetched {
 		p.fetchAhead(q, data)
 	}

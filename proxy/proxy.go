@@ -104,6 +104,7 @@ type Proxy struct {
 	pending   pendingTags
 	memory    memory
 	infos     manifestInfos
+	sizes     sizes
 	wrongs    wrongs
 	metrics   *Metrics
 	log       *zap.Logger

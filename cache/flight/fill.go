@@ -64,9 +64,11 @@ const (
 type fillState struct {
 	work    sync.Cond // signalled when a worker has done something, or a reader wants something
 	workers map[*worker]struct{}
-	working sync.WaitGroup // workers and the one that notes
-	whole   bool           // ranges are not to be had: one answer from byte 0
-	several bool           // more than one answer at once comes sooner, see weigh
+	early   []*worker          // asked for with the first part, until they are sent
+	noEarly context.CancelFunc // ends their questions
+	working sync.WaitGroup     // workers and the one that notes
+	whole   bool               // ranges are not to be had: one answer from byte 0
+	several bool               // more than one answer at once comes sooner, see weigh
 	noting  bool
 	hashing bool // somebody has the hash, without the lock
 
@@ -93,8 +95,13 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset == 0))
 	case f.parallel > 1:
 		n = firstSegment
-		if lead.Offset >= startHere {
+		switch {
+		case lead.Offset >= startHere:
 			off = lead.Offset
+		case f.several && lead.Size > firstSegment:
+			parts := f.parts(lead.Size)
+			n = parts[0].end
+			f.askEarly(parts[1:])
 		}
 	}
 	ctx, giveUp := context.WithCancelCause(f.ctx)
@@ -123,6 +130,37 @@ func (f *flight) ask(lead Request) (*answer, error) {
 	return &answer{info, body, giveUp}, nil
 }
 
+// askEarly asks for further parts of an object whose size its manifest told, without
+// waiting for the first answer. A first answer that tells otherwise, or none, ends them.
+func (f *flight) askEarly(parts []span) {
+	var ctx context.Context
+	ctx, f.noEarly = context.WithCancel(f.ctx)
+	for _, part := range parts {
+		w := newWorker(f.tickets[0], part.start, part.end)
+		w.inOrder, w.early = true, make(chan opened, 1)
+		f.early = append(f.early, w)
+		go func() {
+			a, err := f.question(ctx, w)
+			w.early <- opened{a, err}
+		}()
+	}
+}
+
+// dropEarly ends those that no worker waits for.
+func (f *flight) dropEarly() {
+	if f.early == nil {
+		return
+	}
+	f.noEarly()
+	for _, w := range f.early {
+		if o := <-w.early; o.err == nil {
+			o.answer.body.Close()
+			o.answer.giveUp(nil)
+		}
+	}
+	f.early = nil
+}
+
 // fill is the rest of a flight, from the first answer on.
 func (f *flight) fill(first *answer) {
 	if f.hash == nil {
@@ -131,6 +169,10 @@ func (f *flight) fill(first *answer) {
 	f.mu.Lock()
 	f.workers = make(map[*worker]struct{})
 	f.send(newWorker(f.tickets[0], first.Offset, first.end()), first)
+	for _, w := range f.early {
+		f.send(w, nil)
+	}
+	f.early = nil
 	for {
 		switch {
 		case f.disk != nil, f.wrong != nil, f.ctx.Err() != nil:

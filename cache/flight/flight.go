@@ -321,12 +321,16 @@ func (f *flight) run(lead Request) {
 		return
 	}
 	a, err := f.ask(lead)
+	if err != nil || f.whole || a.Size != lead.Size {
+		f.dropEarly()
+	}
 	if err != nil {
 		f.park()
 		f.end(failed, err)
 		return
 	}
 	if !f.holdTable() {
+		f.dropEarly()
 		a.body.Close()
 		f.park()
 		f.end(gone, nil)
@@ -334,6 +338,7 @@ func (f *flight) run(lead Request) {
 	}
 	f.doubtful = a.Doubtful
 	if err := f.begin(a.Info); err != nil {
+		f.dropEarly()
 		e.store.NoteTrouble(err)
 		f.passThrough(f.key.Digest.Algorithm().Hash(), a)
 		return

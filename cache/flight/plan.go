@@ -29,6 +29,23 @@ func (f *flight) segment(left int64, inOrder bool) int64 {
 	return n
 }
 
+// parts are what an object of this size is asked for in, at the beginning and all at
+// once.
+func (f *flight) parts(size int64) (parts []span) {
+	for at := int64(0); at < size && len(parts) < f.parallel; {
+		n := max((size-at)/int64(f.parallel-len(parts)), minSegment)
+		if !f.ahead {
+			n = min(n, maxSegment)
+		}
+		if size-at-n < minSegment/2 {
+			n = size - at
+		}
+		parts = append(parts, span{at, at + n})
+		at += n
+	}
+	return parts
+}
+
 // noteDue is called with the lock.
 func (f *flight) noteDue() bool {
 	return !f.noting && f.size > firstSegment && f.filled.total()-f.noted >= max(noteStep, f.size/maxNotes)

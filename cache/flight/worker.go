@@ -23,7 +23,14 @@ type worker struct {
 	inOrder         bool // its bytes are read when they are next, see awaitTurn
 	slow            bool // it is given up, see rate.go
 	ticket          *ticket
-	beside          bool // others were at work when it began
+	beside          bool        // others were at work when it began
+	early           chan opened // it was asked for with the first part; nil: it is not yet
+}
+
+// opened is what a question came to.
+type opened struct {
+	answer *answer
+	err    error
 }
 
 func newWorker(t *ticket, start, end int64) *worker {
@@ -52,19 +59,17 @@ var errDisk = errors.New("disk")
 
 // bring is what a worker does: ask, unless there is an answer already, and
 // bring its body into the file.
-func (f *flight) bring(w *worker, a *answer) error {
-	if a == nil {
-		n := w.end - w.start
-		if w.whole {
-			n = -1
-		}
-		ctx, giveUp := context.WithCancelCause(f.ctx)
-		body, info, err := w.ticket.fetch(ctx, w.start, n)
-		if err != nil {
-			giveUp(nil)
-			return err
-		}
-		a = &answer{info, body, giveUp}
+func (f *flight) bring(w *worker, a *answer) (err error) {
+	switch {
+	case a != nil:
+	case w.early != nil:
+		o := <-w.early
+		a, err = o.answer, o.err
+	default:
+		a, err = f.question(f.ctx, w)
+	}
+	if err != nil {
+		return err
 	}
 	defer a.giveUp(nil)
 	defer a.body.Close()
@@ -75,6 +80,21 @@ func (f *flight) bring(w *worker, a *answer) error {
 	defer f.watchRate(w, a)()
 	defer f.watchStall(w)()
 	return f.copy(w, a.body)
+}
+
+// question asks for what a worker is to bring.
+func (f *flight) question(ctx context.Context, w *worker) (*answer, error) {
+	n := w.end - w.start
+	if w.whole {
+		n = -1
+	}
+	ctx, giveUp := context.WithCancelCause(ctx)
+	body, info, err := w.ticket.fetch(ctx, w.start, n)
+	if err != nil {
+		giveUp(nil)
+		return nil, err
+	}
+	return &answer{info, body, giveUp}, nil
 }
 
 // errCut ends a worker whose segment was shortened.
