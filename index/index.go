@@ -194,7 +194,7 @@ func (ix *Index) Row(d digest.Digest) (Object, bool) {
 	return o.row.unpack(), true
 }
 
-// Use returns when an object that is stored was used last.
+// Use returns when an object that is stored was used last, as far as that was noted.
 func (ix *Index) Use(d digest.Digest) (Use, bool) {
 	ix.mu.RLock()
 	defer ix.mu.RUnlock()

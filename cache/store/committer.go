@@ -136,6 +136,7 @@ func (s *Store) housekeep(all bool) {
 		s.untag(s.index.Trim())
 	}
 	s.follow()
+	s.noteUses()
 	if s.hooks.Tick != nil {
 		s.hooks.Tick()
 	}

@@ -29,18 +29,27 @@ type File struct {
 	store  *Store
 	digest digest.Digest
 	held   Lease
+	used   bool
 }
 
 // Lease is what holds a File that has no Body, for who closes the file and releases
 // that himself.
 func (f *File) Lease() Lease { return f.held }
 
+// Use has Close count a use of it: until then it is held, and its rank is nobody's
+// affair.
+func (f *File) Use() { f.used = true }
+
 // Close lets go of it.
 func (f *File) Close() {
 	if f.File != nil {
 		f.File.Close()
 	}
-	f.store.Release(f.held)
+	if f.used {
+		f.store.releaseUsed(f.digest, f.held)
+	} else {
+		f.store.Release(f.held)
+	}
 }
 
 // Read implements io.Reader, of a File that has no Body. The store hears of it when
@@ -87,7 +96,7 @@ func (s *Store) Stored(domain string, d digest.Digest) bool {
 // just now, or its file is not as its row says.
 func (s *Store) Open(domain string, d digest.Digest) *File {
 	if body := s.hot.get(hotKey{domain, d}); body != nil {
-		return &File{Size: int64(len(body)), Body: body, store: s}
+		return &File{Size: int64(len(body)), Body: body, store: s, digest: d}
 	}
 	row, ok := s.index.Object(domain, d)
 	if !ok {
@@ -101,7 +110,7 @@ func (s *Store) Open(domain string, d digest.Digest) *File {
 	if small {
 		if body := s.readSmall(hotKey{domain, d}, row.Size); body != nil {
 			s.Release(held)
-			return &File{Size: row.Size, Body: body, store: s}
+			return &File{Size: row.Size, Body: body, store: s, digest: d}
 		}
 	}
 	file, info, err := s.openFile(d, row)
