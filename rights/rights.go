@@ -240,20 +240,35 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 		return Yes{Size: -1}
 	}
 	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
-	if o.Digest != "" {
-		key := a.key(o)
-		if does.member {
-			r.member(a, o, key, e)
-		}
-		r.claim(a, key, y)
+	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	until := e.Asked.Add(terms.Grant)
+	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
+		until = end
 	}
-	if does.grant || does.anonymous && a.Anonymous() {
-		r.granted(a, e.Asked)
+	key := a.key(o)
+	r.mu.Lock()
+	asker := !r.crossed(e.Asked, a.name)
+	object := asker && o.Digest != "" && !r.crossed(e.Asked, key.String())
+	member := object && does.member
+	if object {
+		r.claim(a, key, claim{yes: y, until: until}, terms, now)
+	}
+	if member && a.Anonymous() {
+		delete(r.closed, a.Repository)
+	}
+	if asker && (does.grant || does.anonymous && a.Anonymous()) {
+		r.granted(a, grant{e.Asked, until}, terms, now)
+	}
+	r.mu.Unlock()
+	if member {
+		r.member(a, o, key, e)
 	}
 	return y
 }
 
-// member notes that the authority served the object.
+// member notes that the authority served the object. A refusal that is received after
+// Learn looked, and before the index has the row, finds nothing to delete: so Learn
+// looks again, and deletes it itself.
 func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) {
 	m := index.Membership{Time: e.Asked}
 	if o.Kind == manifests {
@@ -262,20 +277,15 @@ func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) 
 	if a.Anonymous() {
 		m.Anonymous = e.Asked
 	}
-	if r.crossed(e.Asked, key.String(), a.name) {
-		return
-	}
-	if a.Anonymous() {
-		r.mu.Lock()
-		delete(r.closed, a.Repository)
-		r.mu.Unlock()
-	}
 	r.opts.Index.NoteMembership(key, m)
+	r.mu.Lock()
+	object, asker := r.crossed(e.Asked, key.String()), a.Anonymous() && r.crossed(e.Asked, a.name)
+	r.mu.Unlock()
 	taken := false
-	switch { // just now, and what was deleted has come back
-	case r.crossed(e.Asked, key.String()):
+	switch {
+	case object:
 		taken = r.opts.Index.DeleteMembership(key)
-	case a.Anonymous() && r.crossed(e.Asked, a.name):
+	case asker:
 		taken = r.opts.Index.CloseRepository(a.Repository)
 	}
 	if taken {
@@ -285,26 +295,16 @@ func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) 
 
 const manifests = "manifests"
 
-// granted notes a yes to a credential.
-func (r *Rights) granted(a Asker, asked time.Time) {
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
-	g := grant{asked, asked.Add(terms.Grant)}
-	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(g.until) {
-		g.until = end
-	}
+// granted notes a yes to a credential. Called with the lock.
+func (r *Rights) granted(a Asker, g grant, terms Terms, now time.Time) {
 	keep := g.until
-	if stale := asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
+	if stale := g.asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
 		keep = stale
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.crossedLocked(asked, a.name) {
-		return
 	}
 	if a.Anonymous() {
 		delete(r.challenges, a.Repository)
 	}
-	if !now.Before(keep) || r.grants[a.name].asked.After(asked) {
+	if !now.Before(keep) || r.grants[a.name].asked.After(g.asked) {
 		return
 	}
 	if _, known := r.grants[a.name]; !known && len(r.grants) >= maxRights {
@@ -377,14 +377,8 @@ func (r *Rights) refuse(name string, now time.Time) {
 }
 
 // crossed tells whether a refusal of one of the names was received after a yes
-// was asked for.
+// was asked for. Called with the lock.
 func (r *Rights) crossed(asked time.Time, names ...string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.crossedLocked(asked, names...)
-}
-
-func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
 	for _, name := range names {
 		if !r.lastNo[name].Before(asked) {
 			return true
@@ -414,7 +408,7 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 	var claimed Yes
 	has := false
 	if c := r.claims.by[a.name][key]; c != nil {
-		claimed, has = c.stands(resumes, r.crossedLocked(c.yes.Asked, a.name, key.String()), now)
+		claimed, has = c.stands(resumes, r.crossed(c.yes.Asked, a.name, key.String()), now)
 	}
 	r.mu.Unlock()
 	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {

@@ -391,7 +391,7 @@ func TestEachTableIsBounded(t *testing.T) {
 	for i := range maxRights + 1000 {
 		a := d.Asker(index.RepositoryKey{Upstream: "ghcr.io", Repository: fmt.Sprint("r", i)}, Credential{Authorization: "Basic YTpi"})
 		d.Learn(a, layer, Evidence{Says: Mute, Asked: d.now, Size: size})
-		d.granted(a, d.now)
+		d.Learn(a, Object{Kind: "manifests"}, Evidence{Says: Named, Asked: d.now, Size: -1})
 		d.Learn(a, Object{Kind: "manifests"}, Evidence{Says: NoTag, Asked: d.now.Add(-time.Hour)})
 		b := d.Asker(a.Repository, Credential{})
 		d.Learn(b, Object{Kind: "manifests"}, Evidence{Says: Unauthorised, Asked: d.now})
