@@ -124,7 +124,7 @@ func (r *Rights) claim(a Asker, key index.MembershipKey, is claim, terms Terms, 
 // size (-1: not known), which may be finished with further ranges. The caller
 // calls end after it.
 func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
-	if r.opts.Terms(a.Repository.Upstream).Grant <= 0 || o.Digest == "" || size >= 0 && size <= onePiece || !y.Proved && y.Size < 0 {
+	if r.opts.Terms(a.repository.Upstream).Grant <= 0 || o.Digest == "" || size >= 0 && size <= onePiece || !y.Proved && y.Size < 0 {
 		return func() {}
 	}
 	key := a.key(o)

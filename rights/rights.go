@@ -240,7 +240,7 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 		return Yes{Size: -1}
 	}
 	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	terms, now := r.opts.Terms(a.repository.Upstream), r.opts.Now()
 	until := e.Asked.Add(terms.Grant)
 	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
 		until = end
@@ -253,10 +253,10 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 	if object {
 		r.claim(a, key, claim{yes: y, until: until}, terms, now)
 	}
-	if member && a.Anonymous() {
-		delete(r.closed, a.Repository)
+	if member && a.anonymous() {
+		delete(r.closed, a.repository)
 	}
-	if asker && (does.grant || does.anonymous && a.Anonymous()) {
+	if asker && (does.grant || does.anonymous && a.anonymous()) {
 		r.granted(a, grant{e.Asked, until}, terms, now)
 	}
 	r.mu.Unlock()
@@ -274,19 +274,19 @@ func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) 
 	if o.Kind == manifests {
 		m.MediaType = e.MediaType
 	}
-	if a.Anonymous() {
+	if a.anonymous() {
 		m.Anonymous = e.Asked
 	}
 	r.opts.Index.NoteMembership(key, m)
 	r.mu.Lock()
-	object, asker := r.crossed(e.Asked, key.String()), a.Anonymous() && r.crossed(e.Asked, a.name)
+	object, asker := r.crossed(e.Asked, key.String()), a.anonymous() && r.crossed(e.Asked, a.name)
 	r.mu.Unlock()
 	taken := false
 	switch {
 	case object:
 		taken = r.opts.Index.DeleteMembership(key)
 	case asker:
-		taken = r.opts.Index.CloseRepository(a.Repository)
+		taken = r.opts.Index.CloseRepository(a.repository)
 	}
 	if taken {
 		r.opts.Keep()
@@ -301,8 +301,8 @@ func (r *Rights) granted(a Asker, g grant, terms Terms, now time.Time) {
 	if stale := g.asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
 		keep = stale
 	}
-	if a.Anonymous() {
-		delete(r.challenges, a.Repository)
+	if a.anonymous() {
+		delete(r.challenges, a.repository)
 	}
 	if !now.Before(keep) || r.grants[a.name].asked.After(g.asked) {
 		return
@@ -323,7 +323,7 @@ func (r *Rights) granted(a Asker, g grant, terms Terms, now time.Time) {
 // end takes back what a refusal ends.
 func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	now, taken := r.opts.Now(), false
-	stale := r.opts.Terms(a.Repository.Upstream).Stale
+	stale := r.opts.Terms(a.repository.Upstream).Stale
 	key := a.key(o)
 	r.mu.Lock()
 	if does.endMember {
@@ -338,21 +338,21 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	if does.endBegun || does.endGrant && e.Denied {
 		r.claims.drop(a.name)
 	}
-	if e.Says == Unauthorised && a.Anonymous() {
-		r.noteRefusal(a.Repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now, stale)
+	if e.Says == Unauthorised && a.anonymous() {
+		r.noteRefusal(a.repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now, stale)
 	}
-	closes := does.endAnonymous && a.Anonymous() && !r.closed[a.Repository]
+	closes := does.endAnonymous && a.anonymous() && !r.closed[a.repository]
 	if closes {
 		if len(r.closed) >= maxRights {
 			clear(r.closed)
 		}
-		r.closed[a.Repository] = true
+		r.closed[a.repository] = true
 	}
 	r.mu.Unlock()
 	if does.endMember {
 		taken = r.opts.Index.DeleteMembership(key)
 	}
-	if closes && r.opts.Index.CloseRepository(a.Repository) {
+	if closes && r.opts.Index.CloseRepository(a.repository) {
 		taken = true
 	}
 	if taken || r.opts.Index.Owes() { // whoever has had it forgotten may not have kept that yet
@@ -392,7 +392,7 @@ func (r *Rights) crossed(asked time.Time, names ...string) bool {
 // way, -1 where it is not, if it matters. resumes says that only a part is wanted
 // which begins above byte 0.
 func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y Yes, ok bool) {
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	terms, now := r.opts.Terms(a.repository.Upstream), r.opts.Now()
 	if terms.Grant <= 0 {
 		return Yes{}, false
 	}
@@ -411,7 +411,7 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 		claimed, has = c.stands(resumes, r.crossed(c.yes.Asked, a.name, key.String()), now)
 	}
 	r.mu.Unlock()
-	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {
+	if now.Before(own.until) && lives(m.Time) && !a.anonymous() {
 		y.Asked = own.asked
 		return y, true
 	}
@@ -433,7 +433,7 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 // Granted tells whether a yes for the repository is believed still.
 func (r *Rights) Granted(a Asker) bool {
 	now := r.opts.Now()
-	if r.opts.Terms(a.Repository.Upstream).Grant <= 0 {
+	if r.opts.Terms(a.repository.Upstream).Grant <= 0 {
 		return false
 	}
 	r.mu.Lock()
@@ -445,7 +445,7 @@ func (r *Rights) Granted(a Asker) bool {
 // remembered, so that its no about a tag is news: to anonymous about the object
 // that the tag meant, to a credential anywhere in the repository.
 func (r *Rights) Had(a Asker, o Object) bool {
-	if a.Anonymous() {
+	if a.anonymous() {
 		m, _ := r.opts.Index.Membership(a.key(o))
 		return !m.Anonymous.IsZero()
 	}
