@@ -38,7 +38,6 @@ import (
 type (
 	Key     = flight.Key
 	Request = flight.Request
-	Fetch   = flight.Fetch
 	Info    = flight.Info
 	Object  = flight.Object
 	Source  = flight.Source

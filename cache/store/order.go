@@ -38,14 +38,14 @@ func newOrder() *order {
 // A Lease holds an object until its Release. nil holds nothing.
 type Lease = *evict.Entry[digest.Digest]
 
-// Hold holds an object that is stored. nil: it is not, or goes just now.
-func (s *Store) Hold(d digest.Digest) Lease {
+// hold holds an object that is stored. nil: it is not, or goes just now.
+func (s *Store) hold(d digest.Digest) Lease {
 	s.order.mu.Lock()
 	defer s.order.mu.Unlock()
 	return s.order.queue.Hold(d)
 }
 
-// Rehold is Hold for who has a lease of that digest, perhaps of an object that has
+// Rehold is hold for who has a lease of that digest, perhaps of an object that has
 // gone, in whose place another one has come.
 func (s *Store) Rehold(d digest.Digest, l Lease) Lease {
 	s.order.mu.Lock()

@@ -86,7 +86,7 @@ func (s *Store) Stored(domain string, d digest.Digest) bool {
 	if _, ok := s.index.Object(domain, d); !ok {
 		return false
 	}
-	held := s.Hold(d)
+	held := s.hold(d)
 	defer s.Release(held)
 	_, ok := s.sound(d)
 	return ok && held != nil
@@ -102,7 +102,7 @@ func (s *Store) Open(domain string, d digest.Digest) *File {
 	if !ok {
 		return nil
 	}
-	held := s.Hold(d)
+	held := s.hold(d)
 	if held == nil {
 		return nil
 	}
@@ -116,7 +116,7 @@ func (s *Store) Open(domain string, d digest.Digest) *File {
 	file, info, err := s.openFile(d, row)
 	if err != nil {
 		s.Release(held)
-		if errors.Is(err, ErrChanged) {
+		if errors.Is(err, errChanged) {
 			s.changed(d) // before anybody is given something else in its place
 		}
 		if !lacksDescriptors(err) {
@@ -181,7 +181,7 @@ func (s *Store) openFile(d digest.Digest, row index.Object) (*os.File, os.FileIn
 	}
 	info, err := file.Stat()
 	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
-		err = fmt.Errorf("%w: %s has %d bytes, its row says %d", ErrChanged, d, info.Size(), row.Size)
+		err = fmt.Errorf("%w: %s has %d bytes, its row says %d", errChanged, d, info.Size(), row.Size)
 	}
 	if err != nil {
 		file.Close()
@@ -199,8 +199,8 @@ func (s *Store) IsHere(d digest.Digest) (size int64, ok bool) {
 
 // ReadAll returns what is stored under a digest, if only as a file, and checks it. It
 // is for small objects: what has more than most bytes is returned as none, with its
-// size. It fails with ErrNotStored, with ErrChanged, and when the disk does not give it
-// now.
+// size. It fails with ErrNotStored, and when the file is not what it was, or the disk
+// does not give it now.
 func (s *Store) ReadAll(d digest.Digest, most int64) (body []byte, size int64, err error) {
 	row, known := s.index.Row(d)
 	switch {
@@ -225,7 +225,7 @@ func (s *Store) ReadAll(d digest.Digest, most int64) (body []byte, size int64, e
 			s.doubts.distrust(d, info)
 			s.dropSoon(d)
 		}
-		return nil, size, ErrChanged
+		return nil, size, errChanged
 	}
 	return body, size, nil
 }
