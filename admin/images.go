@@ -140,7 +140,7 @@ func (i imageAPI) named(w http.ResponseWriter, r *http.Request) (o Order, n prox
 func serveFailure(w http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	switch {
-	case errors.Is(err, images.ErrNotStored), errors.Is(err, images.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
+	case errors.Is(err, images.ErrNotHere), errors.Is(err, images.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
 		status = http.StatusNotFound
 	case errors.Is(err, store.ErrVerifying), errors.Is(err, images.ErrPinned), errors.Is(err, images.ErrPinsTooLarge), errors.Is(err, images.ErrShared), errors.Is(err, errSeveral):
 		status = http.StatusConflict
@@ -255,7 +255,7 @@ func (i imageAPI) evict(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	e, err := i.cache.Images().Evict(n.Repository, n.Tag, n.Digest)
-	if errors.Is(err, images.ErrNotStored) {
+	if errors.Is(err, images.ErrNotHere) {
 		err = notHere(n, i.cache.Images().List())
 	}
 	if err != nil {

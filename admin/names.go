@@ -143,11 +143,11 @@ func notHere(n proxy.ImageName, all []images.Image) error {
 	}
 	switch alike = slices.Compact(alike); {
 	case len(names) > 0:
-		return fmt.Errorf("%s: %w; of this repository here are: %s", n, images.ErrNotStored, listed(names))
+		return fmt.Errorf("%s: %w; of this repository here are: %s", n, images.ErrNotHere, listed(names))
 	case len(alike) > 0:
-		return fmt.Errorf("%s: %w; nothing of this repository is, but of %s", n, images.ErrNotStored, listed(alike))
+		return fmt.Errorf("%s: %w; nothing of this repository is, but of %s", n, images.ErrNotHere, listed(alike))
 	}
-	return fmt.Errorf("%s: %w", n, images.ErrNotStored)
+	return fmt.Errorf("%s: %w", n, images.ErrNotHere)
 }
 
 func several(n proxy.ImageName, found []images.Image) error {

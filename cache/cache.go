@@ -23,7 +23,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"sync"
 
 	"tarn/cache/flight"
@@ -39,7 +38,6 @@ import (
 type (
 	Key     = flight.Key
 	Request = flight.Request
-	Fetch   = flight.Fetch
 	Info    = flight.Info
 	Object  = flight.Object
 	Source  = flight.Source
@@ -215,11 +213,8 @@ func (c *Cache) openStored(req Request) (*Object, *flight.Suspect, error) {
 	switch {
 	case f == nil:
 		return nil, nil, nil
-	case f.Body != nil:
-		o, err := c.hit(req, f.Size, bytes.NewReader(f.Body), func() {})
-		return o, nil, err
 	case !f.Suspect:
-		o, err := c.hit(req, f.Size, f, f.Close)
+		o, err := c.hit(req, f)
 		return o, nil, err
 	case !req.Authorised:
 		f.Close()
@@ -229,7 +224,7 @@ func (c *Cache) openStored(req Request) (*Object, *flight.Suspect, error) {
 }
 
 // hit is what is stored, for who may have it.
-func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()) (*Object, error) {
+func (c *Cache) hit(req Request, f *store.File) (*Object, error) {
 	var err error
 	switch {
 	case !req.Authorised:
@@ -238,13 +233,16 @@ func (c *Cache) hit(req Request, size int64, content io.ReadSeeker, close func()
 		err = ErrDropped
 	}
 	if err != nil {
-		close()
+		f.Close()
 		return nil, err
 	}
 	if req.Offset == 0 { // the other parts of it are the same use
-		c.store.Used(req.Digest)
+		f.Use()
 	}
-	return flight.Stored(size, content, close), nil
+	if f.Body != nil {
+		return flight.Stored(f.Size, bytes.NewReader(f.Body), f.Close), nil
+	}
+	return flight.Stored(f.Size, f, f.Close), nil
 }
 
 // Stats are for people and metrics.

@@ -948,6 +948,31 @@ func TestMinFreeIsKept(t *testing.T) {
 	}
 }
 
+// TestAUseIsKnownToTheNextProcess: the index hears of it at the end, if not before.
+func TestAUseIsKnownToTheNextProcess(t *testing.T) {
+	t.Parallel()
+	for what, size := range map[string]int{"in memory": 1000, "as a file": 1 << 20} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			c := openChaos(t, dir, 1<<30)
+			req := storedBy(t, c, &origin{body: randomBytes(size)})
+			before, _ := c.Index().Use(req.Digest)
+			if _, err := readAll(c, req); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			c = openChaos(t, dir, 1<<30)
+			defer c.Close()
+			if after, _ := c.Index().Use(req.Digest); after.Uses != before.Uses+1 || !after.Time.After(before.Time) {
+				t.Errorf("%+v, and before the use %+v", after, before)
+			}
+		})
+	}
+}
+
 // TestPartsOfADownloadAreOneUse: a client that asks for a layer in ten ranges has used it once.
 func TestPartsOfADownloadAreOneUse(t *testing.T) {
 	t.Parallel()
@@ -955,6 +980,7 @@ func TestPartsOfADownloadAreOneUse(t *testing.T) {
 	defer c.Close()
 	req := storedBy(t, c, &origin{body: randomBytes(1 << 20)})
 	uses := func() int {
+		c.store.Housekeep() // has the index know
 		u, _ := c.Index().Use(req.Digest)
 		return u.Uses
 	}

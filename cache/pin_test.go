@@ -322,7 +322,7 @@ func TestEvictingAnImageLeavesWhatOthersHave(t *testing.T) {
 			t.Error("something of another image is gone")
 		}
 	}
-	if _, err := c.images.Evict(appKey, "v1", ""); !errors.Is(err, images.ErrNotStored) {
+	if _, err := c.images.Evict(appKey, "v1", ""); !errors.Is(err, images.ErrNotHere) {
 		t.Error(err)
 	}
 	pullImage(t, c, "v1", 2, one.own()...) // and all is as before
@@ -564,7 +564,7 @@ func TestEverythingThatChangesTheStoreAtOnce(t *testing.T) {
 		}
 	})
 	many(1, func(r *rand.Rand) {
-		if _, err := c.images.Evict(appKey, tag(r), ""); err != nil && !errors.Is(err, images.ErrNotStored) && !errors.Is(err, images.ErrPinned) {
+		if _, err := c.images.Evict(appKey, tag(r), ""); err != nil && !errors.Is(err, images.ErrNotHere) && !errors.Is(err, images.ErrPinned) {
 			t.Error(err)
 		}
 		c.images.List()

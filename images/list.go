@@ -77,7 +77,7 @@ func (im *Images) List() (images []Image) {
 
 // Evict removes what a tag means, or a digest, under whatever other names it is
 // known, and all that nothing else that is stored leads to. Who reads
-// something of it reads on. It fails with ErrNotStored, with ErrPinned, and with ErrShared.
+// something of it reads on. It fails with ErrNotHere, with ErrPinned, and with ErrShared.
 func (im *Images) Evict(k index.RepositoryKey, tag string, d digest.Digest) (e store.Evicted, err error) {
 	err = im.store.Do(func() error {
 		if d == "" {
@@ -85,7 +85,7 @@ func (im *Images) Evict(k index.RepositoryKey, tag string, d digest.Digest) (e s
 			d = t.Digest
 		}
 		if _, ok := im.store.Index().Row(d); d == "" || !ok {
-			return ErrNotStored
+			return ErrNotHere
 		}
 		im.follow()
 		if im.pins.wanted[d] {

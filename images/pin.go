@@ -102,8 +102,8 @@ var (
 	ErrNoPin = errors.New("not a pin")
 	// ErrNotPinned: there is no such pin.
 	ErrNotPinned = errors.New("the image is not pinned")
-	// ErrNotStored: nothing of the image is here.
-	ErrNotStored = errors.New("the image is not here")
+	// ErrNotHere: nothing of the image is here.
+	ErrNotHere = errors.New("the image is not here")
 	// ErrShared: the image is one of another's, which stays.
 	ErrShared = errors.New("the image belongs to another one that is here")
 )

@@ -38,8 +38,8 @@ func mediaTypeOf(m manifest.Manifest) string {
 }
 
 // storedManifest reads a manifest that is stored, or has no row yet. Anything else that
-// is stored leads nowhere. It fails with store.ErrNotStored, with store.ErrChanged, and
-// when the disk does not give it now.
+// is stored leads nowhere. It fails with store.ErrNotStored, and when the file is not
+// what it was, or the disk does not give it now.
 func (im *Images) storedManifest(d digest.Digest) (m manifest.Manifest, size int64, err error) {
 	row, known := im.store.Index().Row(d)
 	if known && !im.store.Index().Leads(d) {

@@ -17,9 +17,9 @@ import (
 // before the bound is reached; what comes faster than that is not noted. Either
 // costs a question.
 const (
-	// DefaultRows is what nodes have of tags and memberships many times over, in
+	// usualRows is what nodes have of tags and memberships many times over, in
 	// bytes of memory: some 600,000 rows.
-	DefaultRows = 64 << 20
+	usualRows = 64 << 20
 	// StrangersShare is which part of whatever is bounded, one in so many, registries
 	// that are not listed may have.
 	StrangersShare = 4
@@ -45,7 +45,7 @@ const (
 // defaultRows leaves most of a small memory to what requests take.
 func defaultRows() int64 {
 	const share = 32
-	return min(DefaultRows, debug.SetMemoryLimit(-1)/share)
+	return min(usualRows, debug.SetMemoryLimit(-1)/share)
 }
 
 // extent is what rows take, in bytes.

@@ -43,7 +43,7 @@ func TestWhatAnybodyCanHaveNotedIsBounded(t *testing.T) {
 		}
 	}
 	note("evil.example", 0, 500_000)
-	bound := int64(DefaultRows / StrangersShare)
+	bound := int64(usualRows / StrangersShare)
 	counts := ix.Counts()
 	if took := int64(counts.Tags)*tagBytes + int64(counts.Memberships)*membershipBytes; took > bound || took < bound*9/10 {
 		t.Errorf("%+v are taken for %d bytes of %d", counts, took, bound)
@@ -199,7 +199,7 @@ func TestWhatManifestsLeadToIsBounded(t *testing.T) {
 	const bytes = 10_000 * 33
 	manifest := func(domain string, i int) digest.Digest {
 		d := digest.FromString(fmt.Sprint(domain, i))
-		ix.Put(Stored{Digest: d, Domain: domain, Object: Object{Size: 1}, Children: children})
+		ix.Put(Possession{Digest: d, Domain: domain, Object: Object{Size: 1}, Children: children})
 		return d
 	}
 	n := 0
@@ -216,7 +216,7 @@ func TestWhatManifestsLeadToIsBounded(t *testing.T) {
 		t.Error("a listed one leads nowhere")
 	}
 	first := digest.FromString("evil.example0")
-	ix.Put(Stored{Digest: first, Domain: ListedDomain, Object: Object{Size: 1}}) // now it is a listed one's
+	ix.Put(Possession{Digest: first, Domain: ListedDomain, Object: Object{Size: 1}}) // now it is a listed one's
 	if !ix.Leads(manifest("evil.example", 1<<20)) {
 		t.Error("what is a listed registry's, too, counts as a stranger's still")
 	}

@@ -73,9 +73,9 @@ type Use struct {
 	Lost bool
 }
 
-// A Stored object is one that was committed: its row, and the source domain
-// that delivered it; "" where only the row is new.
-type Stored struct {
+// A Possession is that a source domain delivered an object which was committed, with
+// the object's row. Domain is "" where only the row is new.
+type Possession struct {
 	Digest digest.Digest
 	Domain string
 	Object Object
@@ -90,7 +90,7 @@ type Options struct {
 	// Listed tells whether the operator has named an upstream. nil: all are.
 	Listed func(upstream string) bool
 	// Rows bounds what tags and memberships take in memory, in bytes, about;
-	// 0: DefaultRows, or a part of GOMEMLIMIT where that is less. Registries that
+	// 0: 64 MiB, or a part of GOMEMLIMIT where that is less. Registries that
 	// are not listed have a quarter of it.
 	Rows int64
 	// StrangersFile bounds what the rows of registries that are not listed take in
@@ -194,7 +194,7 @@ func (ix *Index) Row(d digest.Digest) (Object, bool) {
 	return o.row.unpack(), true
 }
 
-// Use returns when an object that is stored was used last.
+// Use returns when an object that is stored was used last, as far as that was noted.
 func (ix *Index) Use(d digest.Digest) (Use, bool) {
 	ix.mu.RLock()
 	defer ix.mu.RUnlock()

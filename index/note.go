@@ -9,46 +9,46 @@ import (
 )
 
 // Put enters objects that were committed. The bbolt file has them soon.
-func (ix *Index) Put(put ...Stored) {
+func (ix *Index) Put(put ...Possession) {
 	if len(put) == 0 {
 		return
 	}
 	ix.mu.Lock()
-	for _, s := range put {
-		ix.put(s)
+	for _, p := range put {
+		ix.put(p)
 	}
 	ix.mu.Unlock()
 	ix.hurry()
 }
 
 // put is called with the lock.
-func (ix *Index) put(s Stored) {
-	o, known := ix.objects.get(s.Digest)
+func (ix *Index) put(p Possession) {
+	o, known := ix.objects.get(p.Digest)
 	if !known {
 		o = &object{}
-		if !ix.objects.put(s.Digest, o) {
+		if !ix.objects.put(p.Digest, o) {
 			return
 		}
 	}
-	o.row = s.Object.pack()
+	o.row = p.Object.pack()
 	ix.leads.count(o, -1)
-	if s.Domain != "" {
-		o.possess(s.Domain)
+	if p.Domain != "" {
+		o.possess(p.Domain)
 	}
-	if s.Children != nil {
-		o.children = packDigests(s.Children)
+	if p.Children != nil {
+		o.children = packDigests(p.Children)
 	}
 	if ix.leads.count(o, 1); ix.leads.full() {
 		ix.leads.count(o, -1)
 		o.children = nil
 	}
-	ix.dirty.object(s.Digest, !known || s.Children != nil)
+	ix.dirty.object(p.Digest, !known || p.Children != nil)
 }
 
 // Drop forgets objects, and with them who possesses them, what they lead to and
 // when they were used. The bbolt file has their rows until the writer comes by: a row
 // whose blob is gone means nothing. It returns what it forgot, for Put.
-func (ix *Index) Drop(gone ...digest.Digest) (was []Stored) {
+func (ix *Index) Drop(gone ...digest.Digest) (was []Possession) {
 	ix.mu.Lock()
 	defer ix.mu.Unlock()
 	for _, d := range gone {
@@ -57,7 +57,7 @@ func (ix *Index) Drop(gone ...digest.Digest) (was []Stored) {
 			continue
 		}
 		for _, domain := range o.domains {
-			was = append(was, Stored{d, domain, o.row.unpack(), unpackDigests(o.children)})
+			was = append(was, Possession{d, domain, o.row.unpack(), unpackDigests(o.children)})
 		}
 		ix.leads.count(o, -1)
 		ix.objects.delete(d)

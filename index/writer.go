@@ -30,8 +30,9 @@ const (
 	maxDirty = 1 << 17
 )
 
-// errClosed: the index is being closed.
-var errClosed = errors.New("index is closed")
+// ErrClosed: what lies in the data directory is being closed. It is the error of the
+// packages above as well.
+var ErrClosed = errors.New("cache is closed")
 
 // dirty names the rows that memory has otherwise than the file. A row is looked at
 // when it is written, so the last word is always memory's.
@@ -87,7 +88,7 @@ func (ix *Index) Sync() error {
 	case ix.syncs <- done:
 		return <-done
 	case <-ix.closed:
-		return errClosed
+		return ErrClosed
 	}
 }
 

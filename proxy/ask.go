@@ -44,7 +44,7 @@ func (p *Proxy) sourceDomain(name upstream.Name) string {
 // requests for layers from containerd's. Who is refused here goes to the
 // registry itself.
 func (p *Proxy) mayPass(q *request) bool {
-	return p.upstreams.Listed(q.upstream) || q.form == formNS && !p.brokers
+	return p.upstreams.Listed(q.upstream) || q.form == formNS && !p.ruleset.brokers
 }
 
 // credentialOf is how the upstream is asked on behalf of this client: with what

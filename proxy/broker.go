@@ -57,7 +57,7 @@ func withoutMarker(authorization string) string {
 // so tarn asks for none itself, unless there is a broker to send clients to.
 func (p *Proxy) serveBase(w *response, r *http.Request, q *request) error {
 	h := w.Header()
-	broker := q.ns == "" && (q.upstream == "" && p.brokers || p.rules(q.upstream).TokenBroker)
+	broker := q.ns == "" && (q.upstream == "" && p.ruleset.brokers || p.rules(q.upstream).TokenBroker)
 	scheme, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if broker && !strings.EqualFold(scheme, "Bearer") {
 		if err := challengeToken(w, r, q); err != nil {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"runtime"
+	"sync"
 	"time"
 
 	"tarn/cache"
@@ -39,12 +40,35 @@ const (
 	aheadTime = time.Minute
 )
 
+// ahead is what is fetched ahead of clients; Wait for it.
+type ahead struct {
+	sync.WaitGroup
+	what  Prefetch
+	slots chan struct{} // one is taken by each object
+}
+
+func newAhead(what Prefetch) *ahead {
+	return &ahead{what: what, slots: make(chan struct{}, maxAhead)}
+}
+
+// enter waits for an object's turn, as long as patience. ok is false when it did not
+// come.
+func (a *ahead) enter(ctx context.Context, patience time.Duration) (leave func(), ok bool) {
+	select {
+	case a.slots <- struct{}{}:
+		return func() { <-a.slots }, true
+	case <-ctx.Done():
+	case <-time.After(patience):
+	}
+	return nil, false
+}
+
 // fetchAhead begins with what the manifest refers to. It is asked for with the
 // credential of the client that has just been given the manifest, object by
 // object, and each GET is its own authorisation; where a yes is not believed
 // for a while, nothing is fetched ahead.
 func (p *Proxy) fetchAhead(q *request, manifest []byte) {
-	if p.prefetch == PrefetchOff || q.method != http.MethodGet || p.rules(q.upstream).GrantTTL <= 0 {
+	if p.ahead.what == PrefetchOff || q.method != http.MethodGet || p.rules(q.upstream).GrantTTL <= 0 {
 		return
 	}
 	p.ahead.Go(func() { p.fetchImage(q, manifest, maxAheadDepth) })
@@ -62,7 +86,7 @@ func (p *Proxy) fetchImage(q *request, body []byte, depth int) {
 		return
 	}
 	wanted := []manifest.Descriptor{m.Config}
-	if p.prefetch == PrefetchLayers {
+	if p.ahead.what == PrefetchLayers {
 		wanted = append(wanted, m.Layers...)
 	}
 	left := int64(maxAheadBytes)
@@ -88,21 +112,18 @@ func ownPlatform(manifests []manifest.Descriptor) (manifest.Descriptor, bool) {
 // fetchOne fetches an object unless it is here or on its way, and returns the
 // bytes of a manifest.
 func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d manifest.Descriptor) []byte {
-	select {
-	case p.aheadSlots <- struct{}{}:
-		defer func() { <-p.aheadSlots }()
-	case <-p.ctx.Done():
-		return nil
-	case <-time.After(p.rules(q.upstream).GrantTTL):
+	leave, ok := p.ahead.enter(p.ctx, p.rules(q.upstream).GrantTTL)
+	if !ok {
 		return nil
 	}
+	defer leave()
 	if !p.rights.Granted(q.asker) { // it may have ended while others had their turn
 		return nil
 	}
 	one := *q
 	one.size = d.Size
 	one.kind, one.tag, one.digest = kind, "", d.Digest
-	one.first, one.length, one.ranged, one.resumes = 0, 0, false, false
+	one.span = span{}
 	if _, here := p.cache.Size(p.key(&one, d.Digest)); here && kind == upstream.Blob {
 		return nil
 	}

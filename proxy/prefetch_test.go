@@ -151,14 +151,14 @@ func TestFetchingAheadIsBounded(t *testing.T) {
 	}
 	// What waited for its turn until the right had ended is left.
 	for range maxAhead {
-		d.proxy.aheadSlots <- struct{}{}
+		d.proxy.ahead.slots <- struct{}{}
 	}
 	push("late", many[maxAheadObjects])
 	r.Reset()
 	d.get(manifestPath("app", "late")).must(t, 200)
 	d.advance(2 * time.Minute)
 	for range maxAhead {
-		<-d.proxy.aheadSlots
+		<-d.proxy.ahead.slots
 	}
 	d.proxy.ahead.Wait()
 	if n := r.Count("GET", "/blobs/"); n != 0 {

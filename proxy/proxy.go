@@ -69,31 +69,6 @@ type Options struct {
 	Logger *zap.Logger
 }
 
-// Rules say how far an authority's yes is believed, and by whom, and how it is
-// asked for bytes.
-type Rules struct {
-	// GrantTTL is how long a yes to a credential is believed for further
-	// objects of the repository. 0 means asking for each.
-	GrantTTL time.Duration
-	// MembershipTTL is how long the authority is believed to have what it
-	// had. 0 means asking every time.
-	MembershipTTL time.Duration
-	// StaleIfError is how old an answer may be that is given while the
-	// authority cannot be asked. 0 means that none is.
-	StaleIfError time.Duration
-	// StaleForNode gives such an answer to every client of this node that
-	// somebody of it was given, while the authority cannot be reached or
-	// answers nobody.
-	StaleForNode bool
-	// Parallel is how many connections one large blob is fetched over.
-	Parallel int
-	// TokenBroker passes clients' credentials on to the token service.
-	TokenBroker bool
-	// Share are patterns (path.Match) of repositories that every client of
-	// this node may have, with the node's credential.
-	Share []string
-}
-
 // Proxy serves the registry API. It is an http.Handler.
 type Proxy struct {
 	upstreams *upstream.Client
@@ -110,18 +85,13 @@ type Proxy struct {
 	log       *zap.Logger
 	router    *mux.Router
 	rights    *rights.Rights
-	ruleOf    map[upstream.Name]Rules
-	defaults  Rules
-	brokers   bool // some upstream has a token broker
+	ruleset   ruleset
 	sealer    sealer
+	ahead     *ahead
 
 	writeTimeout time.Duration
 	now          func() time.Time
-
-	prefetch   Prefetch
-	ahead      sync.WaitGroup // what is fetched ahead
-	aheadSlots chan struct{}
-	pruning    sync.WaitGroup
+	pruning      sync.WaitGroup
 
 	nodeTrouble sync.Map // upstream.Name to what ails the node's credential, "" for nothing
 
@@ -153,19 +123,13 @@ func New(opts Options) (*Proxy, error) {
 			defaultUpstream: opts.DefaultUpstream,
 			listedOnly:      opts.ListedOnly,
 		},
-		ruleOf:   opts.Rules,
-		defaults: opts.Defaults,
-		sealer:   newSealer(),
-		memory:   newMemory(),
-		now:      time.Now,
+		ruleset: newRuleset(opts.Rules, opts.Defaults),
+		sealer:  newSealer(),
+		memory:  newMemory(),
+		ahead:   newAhead(opts.Prefetch),
+		now:     time.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
-
-		prefetch:   opts.Prefetch,
-		aheadSlots: make(chan struct{}, maxAhead),
-	}
-	for _, rules := range opts.Rules {
-		p.brokers = p.brokers || rules.TokenBroker
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.fresh = &freshness{ask: p.askTag, queues: make(map[headKey]*headQueue), sequence: sequence}
@@ -179,7 +143,7 @@ func New(opts Options) (*Proxy, error) {
 	p.prune()
 	p.pruning.Go(p.pruneLoop)
 	p.router = newRouter(p.serveAPI)
-	if p.brokers {
+	if p.ruleset.brokers {
 		p.router.MatcherFunc(isToken).Methods(http.MethodGet, http.MethodPost).HandlerFunc(p.serveToken)
 	}
 	return p, nil
@@ -203,19 +167,6 @@ func route(router *mux.Router, w http.ResponseWriter, r *http.Request) {
 	var match mux.RouteMatch
 	router.Match(r, &match) // there is a handler also for what does not match
 	match.Handler.ServeHTTP(w, r)
-}
-
-func (p *Proxy) rules(name upstream.Name) Rules {
-	if r, ok := p.ruleOf[name]; ok {
-		return r
-	}
-	return p.defaults
-}
-
-// terms are the rules as far as they are about rights.
-func (p *Proxy) terms(name string) rights.Terms {
-	r := p.rules(upstream.Name(name))
-	return rights.Terms{Grant: r.GrantTTL, Membership: r.MembershipTTL, Stale: r.StaleIfError, StaleForNode: r.StaleForNode}
 }
 
 // Close ends what is shared between requests and waits for it. Call it when no

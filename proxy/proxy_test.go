@@ -532,7 +532,7 @@ func TestListsAreRelayedAndTheirLinksLeadBack(t *testing.T) {
 
 func TestALinkIsOneToTheNextPage(t *testing.T) {
 	t.Parallel()
-	q := &request{kind: upstream.Tags, repository: "app", named: "lab.test/app", prefix: "/v2/"}
+	q := &request{kind: upstream.Tags, repository: "app", spelling: spelling{named: "lab.test/app", prefix: "/v2/"}}
 	for lines, want := range map[string]string{
 		`</v2/app/tags/list?last=b&n=2>; rel="next"`:                     `</v2/lab.test/app/tags/list?last=b&n=2>; rel="next"`,
 		`</v2/app/tags/list?next_page=x%2Cy>; rel=next`:                  `</v2/lab.test/app/tags/list?next_page=x%2Cy>; rel="next"`,

@@ -108,7 +108,7 @@ func (q *request) rewriteLink(lines []string) string {
 			query.Set("ns", q.ns)
 		}
 		back := url.URL{
-			Path:     q.prefix + q.named + "/" + string(q.kind) + "/" + q.reference(),
+			Path:     q.link(q.kind, q.reference()),
 			RawQuery: query.Encode(),
 		}
 		return "<" + back.String() + `>; rel="next"`

@@ -33,6 +33,27 @@ const (
 	formPrefix              // /ghcr.io/v2/app/...
 )
 
+// spelling is how the client wrote what it asks for.
+type spelling struct {
+	form   form
+	ns     string // as it came; "" when there was none
+	prefix string // path before the repository
+	named  string // repository
+}
+
+// link is the path of what else the client may ask for of that repository.
+func (s spelling) link(kind upstream.Kind, reference string) string {
+	return s.prefix + s.named + "/" + string(kind) + "/" + reference
+}
+
+// span is what of an object a client wants. The zero value is all of it.
+type span struct {
+	first   int64 // byte
+	length  int64 // how many from there; 0: all that follow
+	ranged  bool  // there is a Range that is honoured, whatever the object's tag
+	resumes bool  // it is the middle of an object, whatever the object's size
+}
+
 // request is a client's request as a value: parsed once, names canonical,
 // nothing of it looked at again.
 type request struct {
@@ -44,18 +65,11 @@ type request struct {
 	repository string // as the upstream knows it
 	tag        string // of a manifest; "" when digest is set
 	digest     digest.Digest
-
-	form   form
-	ns     string // as it came; "" when there was none
-	prefix string // path before the repository as the client writes it, for links
-	named  string // repository as the client writes it, for links
+	spelling
+	span
 
 	accept        []string   // "" means anything; see acceptOf
 	authorization string     // "" for none, also where the client sent the broker's marker
-	first         int64      // first byte that the client wants, see parseRange
-	length        int64      // how many from there; 0: all that follow
-	ranged        bool       // it has a Range that is honoured, whatever the object's tag
-	resumes       bool       // it is the middle of an object that is wanted, whatever the object's size
 	query         url.Values // what the upstream may see of it
 	size          int64      // the only one that is taken; 0 for any
 
@@ -143,10 +157,9 @@ func (n names) parse(r *http.Request) (*request, error) {
 		method:        r.Method,
 		accept:        acceptOf(r.Header),
 		authorization: withoutMarker(r.Header.Get("Authorization")),
+		span:          parseRange(r),
 		gone:          r.Context().Done(),
 	}
-	q.first, q.length, q.resumes = parseRange(r)
-	q.ranged = r.Header.Get("Range") != "" && r.Header.Get("If-Range") == ""
 
 	head, rest, ok := strings.Cut(path, "/v2")
 	if !ok || rest != "" && rest[0] != '/' || strings.Count(head, "/") > 1 {
@@ -182,36 +195,38 @@ func (q *request) completeRepository() error {
 	return checkRepository(q.repository)
 }
 
-// parseRange returns the first byte that is wanted, how many from there, 0 for all that
-// follow, and whether the request is for a part that cannot be the whole object. It leaves the one kind of range
+// parseRange returns what is wanted of the object. It leaves the one kind of range
 // that registries' clients send, so that the answer is the same whether the
 // object is complete or on its way, and so that what is authorised here is what
 // net/http serves later: a GET with one range of bytes. A server may ignore any
 // other (RFC 9110 14.2).
-func parseRange(r *http.Request) (first, length int64, resumes bool) {
+func parseRange(r *http.Request) span {
 	lines := r.Header["Range"]
 	if len(lines) == 0 {
-		return 0, 0, false
+		return span{}
 	}
+	ranged := lines[0] != "" && r.Header.Get("If-Range") == "" // which may turn it into a request for all
 	spec, bytes := strings.CutPrefix(lines[0], "bytes=")
 	switch {
 	case r.Method != http.MethodGet || len(lines) > 1:
 	case !bytes:
-		return 0, 0, false // 416 where ranges are known, see serveContent
+		return span{ranged: ranged} // 416 where ranges are known, see serveContent
 	case suffixRange.MatchString(spec):
-		return 1, 1, false // somewhere in the object, whose size is to be known first
+		return span{first: 1, length: 1, ranged: ranged} // somewhere in the object, whose size is to be known first
 	case simpleRange.MatchString(spec):
 		from, to, _ := strings.Cut(spec, "-")
-		if n, err := strconv.ParseInt(from, 10, 64); err == nil {
-			if last, err := strconv.ParseInt(to, 10, 64); err == nil && last >= n && last < math.MaxInt64 {
-				length = last - n + 1
-			}
-			// If-Range may turn it into a request for all.
-			return n, length, n > 0 && r.Header.Get("If-Range") == ""
+		first, err := strconv.ParseInt(from, 10, 64)
+		if err != nil {
+			break
 		}
+		length := int64(0)
+		if last, err := strconv.ParseInt(to, 10, 64); err == nil && last >= first && last < math.MaxInt64 {
+			length = last - first + 1
+		}
+		return span{first: first, length: length, ranged: ranged, resumes: ranged && first > 0}
 	}
 	r.Header.Del("Range")
-	return 0, 0, false
+	return span{}
 }
 
 var (

@@ -969,9 +969,8 @@ func TestOnlyStrictRangesResume(t *testing.T) {
 		if header != "" {
 			r.Header.Set("Range", header)
 		}
-		first, _, resumes := parseRange(r)
-		if first != want.first || resumes != want.resumes {
-			t.Errorf("%q: %d, %v", header, first, resumes)
+		if got := parseRange(r); got.first != want.first || got.resumes != want.resumes {
+			t.Errorf("%q: %+v", header, got)
 		}
 		kept := r.Header.Get("Range") != ""
 		if served := slices.Contains([]string{"bytes=0-", "bytes=0-5", "bytes=5-", "bytes=5-9", "bytes=-5", "lines=5-"}, header); kept != served {

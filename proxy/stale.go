@@ -65,10 +65,7 @@ const tagsFor = 7 * 24 * time.Hour
 
 // prune drops what neither stale_if_error nor membership_ttl reaches back to.
 func (p *Proxy) prune() {
-	stale, membership := p.defaults.StaleIfError, p.defaults.MembershipTTL
-	for _, r := range p.ruleOf {
-		stale, membership = max(stale, r.StaleIfError), max(membership, r.MembershipTTL)
-	}
+	stale, membership := p.ruleset.longest()
 	now := p.now()
 	p.cache.Store().Prune(index.Pruning{
 		Memberships: now.Add(-max(stale, membership)), Tags: now.Add(-max(stale, tagsFor)),

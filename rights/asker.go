@@ -30,14 +30,14 @@ func (c Credential) Anonymous() bool { return c == Credential{} }
 
 // Asker is a credential in a repository.
 type Asker struct {
-	Repository index.RepositoryKey
 	Credential Credential
 
+	repository      index.RepositoryKey
 	name, everybody string
 }
 
-// Anonymous tells whether it has no credential.
-func (a Asker) Anonymous() bool { return a.Credential.Anonymous() }
+// anonymous tells whether it has no credential.
+func (a Asker) anonymous() bool { return a.Credential.Anonymous() }
 
 // Name is worth nothing outside of this process.
 func (a Asker) Name() string { return a.name }
@@ -46,17 +46,17 @@ func (a Asker) Name() string { return a.name }
 // token says itself how long it is good for.
 func (a Asker) lasts() bool {
 	scheme, _, _ := strings.Cut(a.Credential.Authorization, " ")
-	return a.Anonymous() || a.Credential.Node || strings.EqualFold(scheme, "Basic")
+	return a.anonymous() || a.Credential.Node || strings.EqualFold(scheme, "Basic")
 }
 
 // key is an object's in the repository.
-func (a Asker) key(o Object) index.MembershipKey { return a.Repository.MembershipKey(o.Kind, o.Digest) }
+func (a Asker) key(o Object) index.MembershipKey { return a.repository.MembershipKey(o.Kind, o.Digest) }
 
 // Asker works out once who a request is.
 func (r *Rights) Asker(k index.RepositoryKey, c Credential) Asker {
-	a := Asker{Repository: k, Credential: c, name: r.names.of(k, c)}
+	a := Asker{repository: k, Credential: c, name: r.names.of(k, c)}
 	a.everybody = a.name
-	if !a.Anonymous() {
+	if !a.anonymous() {
 		a.everybody = r.names.of(k, Credential{})
 	}
 	return a

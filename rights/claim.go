@@ -106,39 +106,31 @@ func (c *claim) stands(resumes, refused bool, now time.Time) (Yes, bool) {
 	return Yes{}, false
 }
 
-// claim notes a yes about an object.
-func (r *Rights) claim(a Asker, key index.MembershipKey, y Yes) {
-	ttl, now := r.opts.Terms(a.Repository.Upstream).Grant, r.opts.Now()
-	until := y.Asked.Add(ttl)
-	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
-		until = end
-	}
-	if ttl <= 0 || !now.Before(y.Asked.Add(max(ttl, finishFor))) || !y.Proved && y.Size < 0 {
-		return
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.crossedLocked(y.Asked, a.name, key.String()) {
+// claim notes a yes about an object, and until when it stands for another question.
+// Called with the lock.
+func (r *Rights) claim(a Asker, key index.MembershipKey, is claim, terms Terms, now time.Time) {
+	y := is.yes
+	if terms.Grant <= 0 || !now.Before(y.Asked.Add(max(terms.Grant, finishFor))) || !y.Proved && y.Size < 0 {
 		return
 	}
 	c := r.claims.find(a.name, key, now)
 	if c == nil || c.yes.Asked.After(y.Asked) || c.yes.Proved && !y.Proved && !c.ended(now) {
 		return
 	}
-	c.yes, c.until = y, until
+	c.yes, c.until = y, is.until
 }
 
 // Begin notes that an answer to the asker is being sent, of an object of that
 // size (-1: not known), which may be finished with further ranges. The caller
 // calls end after it.
 func (r *Rights) Begin(a Asker, o Object, y Yes, size int64) (end func()) {
-	if r.opts.Terms(a.Repository.Upstream).Grant <= 0 || o.Digest == "" || size >= 0 && size <= onePiece || !y.Proved && y.Size < 0 {
+	if r.opts.Terms(a.repository.Upstream).Grant <= 0 || o.Digest == "" || size >= 0 && size <= onePiece || !y.Proved && y.Size < 0 {
 		return func() {}
 	}
 	key := a.key(o)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	crossed := r.crossedLocked(y.Asked, a.name, key.String())
+	crossed := r.crossed(y.Asked, a.name, key.String())
 	if crossed && r.claims.by[a.name][key] == nil {
 		return func() {} // a refusal has ended what could be finished
 	}

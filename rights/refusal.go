@@ -52,13 +52,13 @@ func (r *Rights) noteRefusal(k index.RepositoryKey, refusal Refusal, now time.Ti
 
 // Refused returns the 401 that anonymous was answered with here a moment ago.
 func (r *Rights) Refused(a Asker) (Refusal, bool) {
-	if !a.Anonymous() {
+	if !a.anonymous() {
 		return Refusal{}, false
 	}
 	now := r.opts.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	one, ok := r.challenges[a.Repository]
+	one, ok := r.challenges[a.repository]
 	return one, ok && now.Sub(one.received) < refusedFor
 }
 
@@ -66,7 +66,7 @@ func (r *Rights) Refused(a Asker) (Refusal, bool) {
 // be asked, and how old that is. away says that its host cannot be reached, or
 // answers nobody. Where it may not, a challenge may say how to show a password.
 func (r *Rights) Stale(a Asker, o Object, away bool) (y Yes, age time.Duration, challenge string, ok bool) {
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	terms, now := r.opts.Terms(a.repository.Upstream), r.opts.Now()
 	within := func(t time.Time) bool {
 		d := now.Sub(t)
 		return !t.IsZero() && d >= 0 && d < terms.Stale
@@ -82,12 +82,12 @@ func (r *Rights) Stale(a Asker, o Object, away bool) (y Yes, age time.Duration, 
 	switch {
 	case within(m.Anonymous):
 		return y, now.Sub(m.Anonymous), "", true
-	case !a.Anonymous() && a.lasts() && within(g.asked) && within(m.Time):
+	case !a.anonymous() && a.lasts() && within(g.asked) && within(m.Time):
 		return y, max(now.Sub(g.asked), now.Sub(m.Time)), "", true
 	case terms.StaleForNode && away && within(m.Time):
 		return y, now.Sub(m.Time), "", true
 	}
-	if one, known := r.challenges[a.Repository]; known && a.Anonymous() && within(one.received) {
+	if one, known := r.challenges[a.repository]; known && a.anonymous() && within(one.received) {
 		for _, c := range one.Challenge {
 			if scheme, _, _ := strings.Cut(c, " "); strings.EqualFold(scheme, "Basic") {
 				return Yes{}, 0, c, false

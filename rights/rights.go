@@ -240,43 +240,53 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 		return Yes{Size: -1}
 	}
 	y := Yes{Asked: e.Asked, MediaType: e.MediaType, Size: e.Size, Proved: does.member}
-	if o.Digest != "" {
-		key := a.key(o)
-		if does.member {
-			r.member(a, o, key, e)
-		}
-		r.claim(a, key, y)
+	terms, now := r.opts.Terms(a.repository.Upstream), r.opts.Now()
+	until := e.Asked.Add(terms.Grant)
+	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(until) {
+		until = end
 	}
-	if does.grant || does.anonymous && a.Anonymous() {
-		r.granted(a, e.Asked)
+	key := a.key(o)
+	r.mu.Lock()
+	asker := !r.crossed(e.Asked, a.name)
+	object := asker && o.Digest != "" && !r.crossed(e.Asked, key.String())
+	member := object && does.member
+	if object {
+		r.claim(a, key, claim{yes: y, until: until}, terms, now)
+	}
+	if member && a.anonymous() {
+		delete(r.closed, a.repository)
+	}
+	if asker && (does.grant || does.anonymous && a.anonymous()) {
+		r.granted(a, grant{e.Asked, until}, terms, now)
+	}
+	r.mu.Unlock()
+	if member {
+		r.member(a, o, key, e)
 	}
 	return y
 }
 
-// member notes that the authority served the object.
+// member notes that the authority served the object. A refusal that is received after
+// Learn looked, and before the index has the row, finds nothing to delete: so Learn
+// looks again, and deletes it itself.
 func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) {
 	m := index.Membership{Time: e.Asked}
 	if o.Kind == manifests {
 		m.MediaType = e.MediaType
 	}
-	if a.Anonymous() {
+	if a.anonymous() {
 		m.Anonymous = e.Asked
 	}
-	if r.crossed(e.Asked, key.String(), a.name) {
-		return
-	}
-	if a.Anonymous() {
-		r.mu.Lock()
-		delete(r.closed, a.Repository)
-		r.mu.Unlock()
-	}
 	r.opts.Index.NoteMembership(key, m)
+	r.mu.Lock()
+	object, asker := r.crossed(e.Asked, key.String()), a.anonymous() && r.crossed(e.Asked, a.name)
+	r.mu.Unlock()
 	taken := false
-	switch { // just now, and what was deleted has come back
-	case r.crossed(e.Asked, key.String()):
+	switch {
+	case object:
 		taken = r.opts.Index.DeleteMembership(key)
-	case a.Anonymous() && r.crossed(e.Asked, a.name):
-		taken = r.opts.Index.CloseRepository(a.Repository)
+	case asker:
+		taken = r.opts.Index.CloseRepository(a.repository)
 	}
 	if taken {
 		r.opts.Keep()
@@ -285,26 +295,16 @@ func (r *Rights) member(a Asker, o Object, key index.MembershipKey, e Evidence) 
 
 const manifests = "manifests"
 
-// granted notes a yes to a credential.
-func (r *Rights) granted(a Asker, asked time.Time) {
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
-	g := grant{asked, asked.Add(terms.Grant)}
-	if end, ok := tokenEnd(a.Credential.Authorization); ok && end.Before(g.until) {
-		g.until = end
-	}
+// granted notes a yes to a credential. Called with the lock.
+func (r *Rights) granted(a Asker, g grant, terms Terms, now time.Time) {
 	keep := g.until
-	if stale := asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
+	if stale := g.asked.Add(terms.Stale); a.lasts() && stale.After(keep) {
 		keep = stale
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.crossedLocked(asked, a.name) {
-		return
+	if a.anonymous() {
+		delete(r.challenges, a.repository)
 	}
-	if a.Anonymous() {
-		delete(r.challenges, a.Repository)
-	}
-	if !now.Before(keep) || r.grants[a.name].asked.After(asked) {
+	if !now.Before(keep) || r.grants[a.name].asked.After(g.asked) {
 		return
 	}
 	if _, known := r.grants[a.name]; !known && len(r.grants) >= maxRights {
@@ -323,7 +323,7 @@ func (r *Rights) granted(a Asker, asked time.Time) {
 // end takes back what a refusal ends.
 func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	now, taken := r.opts.Now(), false
-	stale := r.opts.Terms(a.Repository.Upstream).Stale
+	stale := r.opts.Terms(a.repository.Upstream).Stale
 	key := a.key(o)
 	r.mu.Lock()
 	if does.endMember {
@@ -338,21 +338,21 @@ func (r *Rights) end(a Asker, o Object, e Evidence, does effect) {
 	if does.endBegun || does.endGrant && e.Denied {
 		r.claims.drop(a.name)
 	}
-	if e.Says == Unauthorised && a.Anonymous() {
-		r.noteRefusal(a.Repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now, stale)
+	if e.Says == Unauthorised && a.anonymous() {
+		r.noteRefusal(a.repository, Refusal{Challenge: e.Challenge, Denied: e.Denied, received: now}, now, stale)
 	}
-	closes := does.endAnonymous && a.Anonymous() && !r.closed[a.Repository]
+	closes := does.endAnonymous && a.anonymous() && !r.closed[a.repository]
 	if closes {
 		if len(r.closed) >= maxRights {
 			clear(r.closed)
 		}
-		r.closed[a.Repository] = true
+		r.closed[a.repository] = true
 	}
 	r.mu.Unlock()
 	if does.endMember {
 		taken = r.opts.Index.DeleteMembership(key)
 	}
-	if closes && r.opts.Index.CloseRepository(a.Repository) {
+	if closes && r.opts.Index.CloseRepository(a.repository) {
 		taken = true
 	}
 	if taken || r.opts.Index.Owes() { // whoever has had it forgotten may not have kept that yet
@@ -377,14 +377,8 @@ func (r *Rights) refuse(name string, now time.Time) {
 }
 
 // crossed tells whether a refusal of one of the names was received after a yes
-// was asked for.
+// was asked for. Called with the lock.
 func (r *Rights) crossed(asked time.Time, names ...string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.crossedLocked(asked, names...)
-}
-
-func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
 	for _, name := range names {
 		if !r.lastNo[name].Before(asked) {
 			return true
@@ -398,7 +392,7 @@ func (r *Rights) crossedLocked(asked time.Time, names ...string) bool {
 // way, -1 where it is not, if it matters. resumes says that only a part is wanted
 // which begins above byte 0.
 func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y Yes, ok bool) {
-	terms, now := r.opts.Terms(a.Repository.Upstream), r.opts.Now()
+	terms, now := r.opts.Terms(a.repository.Upstream), r.opts.Now()
 	if terms.Grant <= 0 {
 		return Yes{}, false
 	}
@@ -414,10 +408,10 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 	var claimed Yes
 	has := false
 	if c := r.claims.by[a.name][key]; c != nil {
-		claimed, has = c.stands(resumes, r.crossedLocked(c.yes.Asked, a.name, key.String()), now)
+		claimed, has = c.stands(resumes, r.crossed(c.yes.Asked, a.name, key.String()), now)
 	}
 	r.mu.Unlock()
-	if now.Before(own.until) && lives(m.Time) && !a.Anonymous() {
+	if now.Before(own.until) && lives(m.Time) && !a.anonymous() {
 		y.Asked = own.asked
 		return y, true
 	}
@@ -439,7 +433,7 @@ func (r *Rights) Entitled(a Asker, o Object, size func() int64, resumes bool) (y
 // Granted tells whether a yes for the repository is believed still.
 func (r *Rights) Granted(a Asker) bool {
 	now := r.opts.Now()
-	if r.opts.Terms(a.Repository.Upstream).Grant <= 0 {
+	if r.opts.Terms(a.repository.Upstream).Grant <= 0 {
 		return false
 	}
 	r.mu.Lock()
@@ -451,7 +445,7 @@ func (r *Rights) Granted(a Asker) bool {
 // remembered, so that its no about a tag is news: to anonymous about the object
 // that the tag meant, to a credential anywhere in the repository.
 func (r *Rights) Had(a Asker, o Object) bool {
-	if a.Anonymous() {
+	if a.anonymous() {
 		m, _ := r.opts.Index.Membership(a.key(o))
 		return !m.Anonymous.IsZero()
 	}

@@ -105,13 +105,13 @@ func TestTheTable(t *testing.T) {
 				a := d.asker(name)
 				e := Evidence{Says: says, Asked: d.now, Redirected: redirected, Size: -1}
 				y := d.Learn(a, layer, e)
-				w := want(a.Anonymous())
+				w := want(a.anonymous())
 				what := fmt.Sprintf("%d, redirected %v, %s", says, redirected, name)
 				if y.Proved != w.member {
 					t.Errorf("%s: the yes is proved %v", what, y.Proved)
 				}
 				m, _ := d.index.Membership(a.key(layer))
-				if !m.Time.IsZero() != w.member || !m.Anonymous.IsZero() != (w.member && a.Anonymous()) {
+				if !m.Time.IsZero() != w.member || !m.Anonymous.IsZero() != (w.member && a.anonymous()) {
 					t.Errorf("%s: the membership is %+v", what, m)
 				}
 				if d.Granted(a) != w.grant {
@@ -121,11 +121,11 @@ func TestTheTable(t *testing.T) {
 					t.Errorf("%s: it may have the object: %v", what, d.may(a, layer))
 				}
 				// What somebody else was served, never for anonymous.
-				if got := d.may(a, other); got != (w.grant && !a.Anonymous()) {
+				if got := d.may(a, other); got != (w.grant && !a.anonymous()) {
 					t.Errorf("%s: it may have another object: %v", what, got)
 				}
 				for stranger := range askers {
-					if b := d.asker(stranger); stranger != name && d.may(b, layer) != (a.Anonymous() && w.grant) {
+					if b := d.asker(stranger); stranger != name && d.may(b, layer) != (a.anonymous() && w.grant) {
 						t.Errorf("%s: %s may have it: %v", what, stranger, d.may(b, layer))
 					}
 				}
@@ -391,9 +391,9 @@ func TestEachTableIsBounded(t *testing.T) {
 	for i := range maxRights + 1000 {
 		a := d.Asker(index.RepositoryKey{Upstream: "ghcr.io", Repository: fmt.Sprint("r", i)}, Credential{Authorization: "Basic YTpi"})
 		d.Learn(a, layer, Evidence{Says: Mute, Asked: d.now, Size: size})
-		d.granted(a, d.now)
+		d.Learn(a, Object{Kind: "manifests"}, Evidence{Says: Named, Asked: d.now, Size: -1})
 		d.Learn(a, Object{Kind: "manifests"}, Evidence{Says: NoTag, Asked: d.now.Add(-time.Hour)})
-		b := d.Asker(a.Repository, Credential{})
+		b := d.Asker(a.repository, Credential{})
 		d.Learn(b, Object{Kind: "manifests"}, Evidence{Says: Unauthorised, Asked: d.now})
 	}
 	d.mu.Lock()

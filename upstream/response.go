@@ -104,6 +104,8 @@ func refusesRange(req Request, status int) bool {
 	return false
 }
 
+// newResponse reads an answer. It fails with a *StatusError, with ErrRange, and with
+// ErrProtocol.
 func newResponse(req Request, a *answer) (*Response, error) {
 	if !req.ranged() {
 		// All of it, by other names.
@@ -114,29 +116,7 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		}
 	}
 	if a.StatusCode != http.StatusOK && a.StatusCode != http.StatusPartialContent {
-		if refusesRange(req, a.StatusCode) {
-			return nil, fmt.Errorf("%w, but %d", ErrRange, a.StatusCode)
-		}
-		if a.foreign && a.StatusCode < 400 {
-			return nil, fmt.Errorf("%w: the redirect target answered %d", ErrProtocol, a.StatusCode)
-		}
-		e := &StatusError{Status: a.StatusCode, Foreign: a.foreign, Web: isWeb(mediaTypeOf(a.Header))}
-		switch a.StatusCode {
-		case http.StatusUnauthorized:
-			if a.foreign {
-				break // how to show a credential elsewhere
-			}
-			if e.Challenge = cleanChallenges(a.Header); challengeSize(e.Challenge) > maxChallenge {
-				e.Challenge = nil
-			}
-			for _, c := range a.Header.Values("WWW-Authenticate") {
-				_, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
-				e.insufficient = e.insufficient || authParams(rest)["error"] == "insufficient_scope"
-			}
-		case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-			e.RetryAfter = retryAfter(a.Header, time.Now())
-		}
-		return nil, e
+		return nil, newStatusError(req, a)
 	}
 	r := &Response{
 		Header:     a.Header,
@@ -165,6 +145,35 @@ func newResponse(req Request, a *answer) (*Response, error) {
 		r.Offset, r.End, r.Size = first, want, size
 	}
 	return r, nil
+}
+
+// newStatusError is what an answer says that is neither a 200 nor a 206: a *StatusError,
+// or, where the status is none that a registry means the object with, ErrRange or
+// ErrProtocol.
+func newStatusError(req Request, a *answer) error {
+	if refusesRange(req, a.StatusCode) {
+		return fmt.Errorf("%w, but %d", ErrRange, a.StatusCode)
+	}
+	if a.foreign && a.StatusCode < 400 {
+		return fmt.Errorf("%w: the redirect target answered %d", ErrProtocol, a.StatusCode)
+	}
+	e := &StatusError{Status: a.StatusCode, Foreign: a.foreign, Web: isWeb(mediaTypeOf(a.Header))}
+	switch a.StatusCode {
+	case http.StatusUnauthorized:
+		if a.foreign {
+			break // how to show a credential elsewhere
+		}
+		if e.Challenge = cleanChallenges(a.Header); challengeSize(e.Challenge) > maxChallenge {
+			e.Challenge = nil
+		}
+		for _, c := range a.Header.Values("WWW-Authenticate") {
+			_, rest, _ := strings.Cut(strings.TrimSpace(c), " ")
+			e.insufficient = e.insufficient || authParams(rest)["error"] == "insufficient_scope"
+		}
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		e.RetryAfter = retryAfter(a.Header, time.Now())
+	}
+	return e
 }
 
 // maxMediaType is the longest name of a media type (RFC 6838 4.2).

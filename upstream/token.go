@@ -118,41 +118,12 @@ func (r *Registry) fetchToken(ctx context.Context, t tokenRequest, far reach, ho
 	return unlessLimited(r, name, func() (Token, error) { return r.askToken(ctx, t, far, home) })
 }
 
+// askToken asks, and reads the answer. A token is counted from the question on.
 func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home bool) (Token, error) {
-	hreq, err := t.httpRequest(ctx)
-	if err != nil {
-		return Token{}, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
-	}
 	issued := time.Now()
-	var resp *http.Response
-	for hop := 0; ; hop++ {
-		at := zoneNever
-		if resp, at, err = r.roundTrip(hreq, strings.Join(t.scopes, " "), far, home); err != nil {
-			return Token{}, err
-		}
-		next, err := redirectTarget(hreq.URL, resp)
-		if next == nil && err == nil || t.authorization != "" || t.refreshToken != "" {
-			break
-		}
-		drain(resp.Body)
-		if err != nil {
-			return Token{}, err
-		}
-		if hop == maxRedirects {
-			return Token{}, fmt.Errorf("%w: the token service of %s redirects more than %d times", ErrProtocol, r.name, maxRedirects)
-		}
-		reached := reachPublic
-		if r.listed {
-			reached = reachFrom(at)
-		}
-		if far = min(far, reached); home && sameOrigin(next, t.realm) {
-			far = r.endpointReach()
-		} else {
-			home = false
-		}
-		if hreq, err = http.NewRequestWithContext(ctx, http.MethodGet, next.String(), nil); err != nil {
-			return Token{}, fmt.Errorf("%w: the token service of %s redirects to no URL", ErrProtocol, r.name)
-		}
+	resp, err := r.sendTokenRequest(ctx, t, far, home)
+	if err != nil {
+		return Token{}, err
 	}
 	defer resp.Body.Close()
 	switch {
@@ -164,6 +135,55 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	default:
 		return Token{}, &StatusError{Status: http.StatusBadGateway}
 	}
+	out, err := readToken(resp)
+	if err != nil {
+		return Token{}, fmt.Errorf("%w: the token service of %s sent %w", ErrProtocol, r.name, err)
+	}
+	out.Issued = issued
+	return out, nil
+}
+
+// sendTokenRequest returns the token service's answer, whatever its status, after the
+// redirects that may be followed. far is how far the realm may reach, and no redirect
+// reaches further than the host that sent it.
+func (r *Registry) sendTokenRequest(ctx context.Context, t tokenRequest, far reach, home bool) (*http.Response, error) {
+	hreq, err := t.httpRequest(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
+	}
+	for hop := 0; ; hop++ {
+		resp, at, err := r.roundTrip(hreq, strings.Join(t.scopes, " "), far, home)
+		if err != nil {
+			return nil, err
+		}
+		next, err := redirectTarget(hreq.URL, resp)
+		if next == nil && err == nil || t.authorization != "" || t.refreshToken != "" {
+			return resp, nil
+		}
+		drain(resp.Body)
+		if err != nil {
+			return nil, err
+		}
+		if hop == maxRedirects {
+			return nil, fmt.Errorf("%w: the token service of %s redirects more than %d times", ErrProtocol, r.name, maxRedirects)
+		}
+		reached := reachPublic
+		if r.listed {
+			reached = reachFrom(at)
+		}
+		if far = min(far, reached); home && sameOrigin(next, t.realm) {
+			far = r.endpointReach()
+		} else {
+			home = false
+		}
+		if hreq, err = http.NewRequestWithContext(ctx, http.MethodGet, next.String(), nil); err != nil {
+			return nil, fmt.Errorf("%w: the token service of %s redirects to no URL", ErrProtocol, r.name)
+		}
+	}
+}
+
+// readToken reads what a token service sent with a 2xx. Its error says what that was.
+func readToken(resp *http.Response) (Token, error) {
 	var body struct {
 		Token       string `json:"token"`
 		AccessToken string `json:"access_token"`
@@ -171,19 +191,21 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	}
 	plain := io.Reader(resp.Body)
 	if strings.Contains(asciiLower(resp.Header.Get("Content-Encoding")), "gzip") {
-		if plain, err = gzip.NewReader(resp.Body); err != nil {
-			return Token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, r.name)
+		unzipped, err := gzip.NewReader(resp.Body)
+		if err != nil {
+			return Token{}, errors.New("no JSON")
 		}
+		plain = unzipped
 	}
 	if err := json.NewDecoder(io.LimitReader(plain, maxTokenBody)).Decode(&body); err != nil {
-		return Token{}, fmt.Errorf("%w: the token service of %s sent no JSON", ErrProtocol, r.name)
+		return Token{}, errors.New("no JSON")
 	}
-	out := Token{Value: cmp.Or(body.Token, body.AccessToken), Life: defaultTokenLife, Issued: issued}
+	out := Token{Value: cmp.Or(body.Token, body.AccessToken), Life: defaultTokenLife}
 	if out.Value == "" || strings.IndexFunc(out.Value, func(c rune) bool { return c <= ' ' || c >= 0x7f }) >= 0 {
-		return Token{}, fmt.Errorf("%w: the token service of %s sent no token", ErrProtocol, r.name)
+		return Token{}, errors.New("no token")
 	}
 	if len(out.Value) > maxToken {
-		return Token{}, fmt.Errorf("%w: the token service of %s sent a token of %d bytes, of at most %d", ErrProtocol, r.name, len(out.Value), maxToken)
+		return Token{}, fmt.Errorf("a token of %d bytes, of at most %d", len(out.Value), maxToken)
 	}
 	// Some write it as a string, some with a fraction.
 	if life, err := strconv.ParseFloat(fmt.Sprint(body.ExpiresIn), 64); err == nil && life > 0 {

@@ -15,7 +15,7 @@ import (
 
 var (
 	// ErrClosed: the engine is being closed.
-	ErrClosed = errors.New("cache is closed")
+	ErrClosed = index.ErrClosed
 	// ErrLookAgain: the object is stored by now, or what was waited for was somebody
 	// else's affair.
 	ErrLookAgain = errors.New("look at the store again")

@@ -136,6 +136,7 @@ func (s *Store) housekeep(all bool) {
 		s.untag(s.index.Trim())
 	}
 	s.follow()
+	s.noteUses()
 	if s.hooks.Tick != nil {
 		s.hooks.Tick()
 	}
@@ -176,7 +177,7 @@ type landing struct {
 // commitBatch stores a batch. What cannot be stored is dropped: the next who asks
 // fetches it again.
 func (s *Store) commitBatch(batch []Landing) {
-	var rows []index.Stored
+	var rows []index.Possession
 	var files []*blobstore.Pending
 	var fresh []*landing                      // one for each file
 	lands := make(map[digest.Digest]*landing) // those
@@ -185,7 +186,7 @@ func (s *Store) commitBatch(batch []Landing) {
 		one := &landing{Landing: l}
 		all = append(all, one)
 		if row, ok := s.sound(l.Digest); ok {
-			rows = append(rows, index.Stored{Digest: l.Digest, Domain: l.Domain, Object: row, Children: l.Children})
+			rows = append(rows, index.Possession{Digest: l.Digest, Domain: l.Domain, Object: row, Children: l.Children})
 		} else if lands[l.Digest] == nil { // else it is of another domain: one file, two possessions
 			one.counted = s.countedOf(l.Digest)
 			one.hashed, _ = l.Pending.File.Stat()
@@ -203,7 +204,7 @@ func (s *Store) commitBatch(batch []Landing) {
 	}
 	for _, l := range all {
 		if file := lands[l.Digest]; file != nil && file.stored {
-			rows = append(rows, index.Stored{Digest: l.Digest, Domain: l.Domain, Object: file.row, Children: file.Children})
+			rows = append(rows, index.Possession{Digest: l.Digest, Domain: l.Domain, Object: file.row, Children: file.Children})
 		}
 	}
 	s.index.Put(rows...)
@@ -326,7 +327,7 @@ func (s *Store) drop(d digest.Digest) {
 	if _, sound := s.sound(d); !ok || sound {
 		return // it was replaced meanwhile
 	}
-	s.remove(index.Stored{Digest: d, Object: row})
+	s.remove(d, row)
 	s.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
 }
 
@@ -349,7 +350,7 @@ func (s *Store) Remove(ds []digest.Digest) (gone Evicted, failed error) {
 		if !ok {
 			continue
 		}
-		if err := s.remove(index.Stored{Digest: d, Object: row}); err != nil {
+		if err := s.remove(d, row); err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}
@@ -361,14 +362,14 @@ func (s *Store) Remove(ds []digest.Digest) (gone Evicted, failed error) {
 
 // remove takes an object away, row first. What the disk does not let go of makes room
 // before all others.
-func (s *Store) remove(o index.Stored) error {
-	s.index.Drop(o.Digest)
-	s.hot.drop(o.Digest) // with the row gone, nobody brings it back
-	if err := s.blobs.Remove(o.Digest); err != nil {
-		s.leftOver(o.Digest, o.Object.Alloc)
+func (s *Store) remove(d digest.Digest, row index.Object) error {
+	s.index.Drop(d)
+	s.hot.drop(d) // with the row gone, nobody brings it back
+	if err := s.blobs.Remove(d); err != nil {
+		s.leftOver(d, row.Alloc)
 		s.NoteTrouble(err)
 		return err
 	}
-	s.forget(o.Digest, o.Object.Alloc)
+	s.forget(d, row.Alloc)
 	return nil
 }

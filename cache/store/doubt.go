@@ -209,6 +209,6 @@ func (s *Store) adopt(one stray, sound bool, children []digest.Digest) {
 		return
 	}
 	row := describe(index.Object{Size: one.info.Size(), Alloc: alloc, Created: time.Now()}, one.info)
-	s.index.Put(index.Stored{Digest: one.digest, Domain: ListedDomain, Object: row, Children: children})
+	s.index.Put(index.Possession{Digest: one.digest, Domain: index.ListedDomain, Object: row, Children: children})
 	s.enter(one.digest, alloc, children)
 }

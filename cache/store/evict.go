@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"tarn/index"
+
 	"github.com/opencontainers/go-digest"
 )
 
@@ -24,8 +26,8 @@ const (
 	maxSlack   = 64 << 20
 )
 
-// errSlow is the ErrNoRoom of a disk that is slow to make any.
-var errSlow = fmt.Errorf("%w: the disk is slow to make any", ErrNoRoom)
+// errSlow is the errNoRoom of a disk that is slow to make any.
+var errSlow = fmt.Errorf("%w: the disk is slow to make any", errNoRoom)
 
 // reserveByEvicting has the committer make room for n more bytes and claim it.
 func (s *Store) reserveByEvicting(domain string, n int64) error {
@@ -86,7 +88,7 @@ func (s *Store) Evictable() int64 {
 // keepBounds runs in the committer, now and then: others write to the disk, and the
 // bound may be lower than it was.
 func (s *Store) keepBounds() {
-	short, _, err := s.tryReserve(ListedDomain, 0)
+	short, _, err := s.tryReserve(index.ListedDomain, 0)
 	switch {
 	case short <= 0:
 		return

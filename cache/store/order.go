@@ -28,21 +28,24 @@ import (
 type order struct {
 	mu    sync.Mutex
 	queue *evict.Queue[digest.Digest]
+	used  map[digest.Digest]time.Time // what was used since the index was told, and when
 }
 
-func newOrder() *order { return &order{queue: evict.New[digest.Digest]()} }
+func newOrder() *order {
+	return &order{queue: evict.New[digest.Digest](), used: make(map[digest.Digest]time.Time)}
+}
 
 // A Lease holds an object until its Release. nil holds nothing.
 type Lease = *evict.Entry[digest.Digest]
 
-// Hold holds an object that is stored. nil: it is not, or goes just now.
-func (s *Store) Hold(d digest.Digest) Lease {
+// hold holds an object that is stored. nil: it is not, or goes just now.
+func (s *Store) hold(d digest.Digest) Lease {
 	s.order.mu.Lock()
 	defer s.order.mu.Unlock()
 	return s.order.queue.Hold(d)
 }
 
-// Rehold is Hold for who has a lease of that digest, perhaps of an object that has
+// Rehold is hold for who has a lease of that digest, perhaps of an object that has
 // gone, in whose place another one has come.
 func (s *Store) Rehold(d digest.Digest, l Lease) Lease {
 	s.order.mu.Lock()
@@ -77,14 +80,36 @@ func (s *Store) Release(l Lease) {
 	}
 }
 
-// Used counts a use.
-func (s *Store) Used(d digest.Digest) {
+// releaseUsed is Release for who has used the object, with a lease or without one.
+func (s *Store) releaseUsed(d digest.Digest, l Lease) {
+	now := time.Now()
 	s.order.mu.Lock()
-	s.order.queue.Use(d)
-	rank, ok := s.order.queue.Rank(d)
+	s.order.queue.Use(d) // before it may go
+	s.order.used[d] = now
+	freed := int64(0)
+	if l != nil {
+		freed = s.order.queue.Release(l)
+	}
 	s.order.mu.Unlock()
-	if ok {
-		s.noteRank(d, time.Now(), rank)
+	if freed > 0 {
+		s.room.addUsed(-freed)
+	}
+}
+
+// noteUses has the index know what was used since the last time. The committer calls it
+// every few seconds, so that no hit waits for the index's lock.
+func (s *Store) noteUses() {
+	s.order.mu.Lock()
+	used := s.order.used
+	s.order.used = make(map[digest.Digest]time.Time)
+	s.order.mu.Unlock()
+	for d, when := range used {
+		s.order.mu.Lock() // for each, so that hits have their turn, and the rank is that of now
+		rank, ok := s.order.queue.Rank(d)
+		s.order.mu.Unlock()
+		if ok {
+			s.noteRank(d, when, rank)
+		}
 	}
 }
 

@@ -29,18 +29,27 @@ type File struct {
 	store  *Store
 	digest digest.Digest
 	held   Lease
+	used   bool
 }
 
 // Lease is what holds a File that has no Body, for who closes the file and releases
 // that himself.
 func (f *File) Lease() Lease { return f.held }
 
+// Use has Close count a use of it: until then it is held, and its rank is nobody's
+// affair.
+func (f *File) Use() { f.used = true }
+
 // Close lets go of it.
 func (f *File) Close() {
 	if f.File != nil {
 		f.File.Close()
 	}
-	f.store.Release(f.held)
+	if f.used {
+		f.store.releaseUsed(f.digest, f.held)
+	} else {
+		f.store.Release(f.held)
+	}
 }
 
 // Read implements io.Reader, of a File that has no Body. The store hears of it when
@@ -77,7 +86,7 @@ func (s *Store) Stored(domain string, d digest.Digest) bool {
 	if _, ok := s.index.Object(domain, d); !ok {
 		return false
 	}
-	held := s.Hold(d)
+	held := s.hold(d)
 	defer s.Release(held)
 	_, ok := s.sound(d)
 	return ok && held != nil
@@ -87,13 +96,13 @@ func (s *Store) Stored(domain string, d digest.Digest) bool {
 // just now, or its file is not as its row says.
 func (s *Store) Open(domain string, d digest.Digest) *File {
 	if body := s.hot.get(hotKey{domain, d}); body != nil {
-		return &File{Size: int64(len(body)), Body: body, store: s}
+		return &File{Size: int64(len(body)), Body: body, store: s, digest: d}
 	}
 	row, ok := s.index.Object(domain, d)
 	if !ok {
 		return nil
 	}
-	held := s.Hold(d)
+	held := s.hold(d)
 	if held == nil {
 		return nil
 	}
@@ -101,13 +110,13 @@ func (s *Store) Open(domain string, d digest.Digest) *File {
 	if small {
 		if body := s.readSmall(hotKey{domain, d}, row.Size); body != nil {
 			s.Release(held)
-			return &File{Size: row.Size, Body: body, store: s}
+			return &File{Size: row.Size, Body: body, store: s, digest: d}
 		}
 	}
 	file, info, err := s.openFile(d, row)
 	if err != nil {
 		s.Release(held)
-		if errors.Is(err, ErrChanged) {
+		if errors.Is(err, errChanged) {
 			s.changed(d) // before anybody is given something else in its place
 		}
 		if !lacksDescriptors(err) {
@@ -172,7 +181,7 @@ func (s *Store) openFile(d digest.Digest, row index.Object) (*os.File, os.FileIn
 	}
 	info, err := file.Stat()
 	if err == nil && (!info.Mode().IsRegular() || info.Size() != row.Size) {
-		err = fmt.Errorf("%w: %s has %d bytes, its row says %d", ErrChanged, d, info.Size(), row.Size)
+		err = fmt.Errorf("%w: %s has %d bytes, its row says %d", errChanged, d, info.Size(), row.Size)
 	}
 	if err != nil {
 		file.Close()
@@ -190,8 +199,8 @@ func (s *Store) IsHere(d digest.Digest) (size int64, ok bool) {
 
 // ReadAll returns what is stored under a digest, if only as a file, and checks it. It
 // is for small objects: what has more than most bytes is returned as none, with its
-// size. It fails with ErrNotStored, with ErrChanged, and when the disk does not give it
-// now.
+// size. It fails with ErrNotStored, and when the file is not what it was, or the disk
+// does not give it now.
 func (s *Store) ReadAll(d digest.Digest, most int64) (body []byte, size int64, err error) {
 	row, known := s.index.Row(d)
 	switch {
@@ -216,7 +225,7 @@ func (s *Store) ReadAll(d digest.Digest, most int64) (body []byte, size int64, e
 			s.doubts.distrust(d, info)
 			s.dropSoon(d)
 		}
-		return nil, size, ErrChanged
+		return nil, size, errChanged
 	}
 	return body, size, nil
 }

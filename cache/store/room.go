@@ -52,7 +52,7 @@ const StrangersShare = index.StrangersShare
 func (r *room) claim(domain string, n int64) {
 	r.claimed += n
 	r.made += max(0, n)
-	if domain != ListedDomain {
+	if domain != index.ListedDomain {
 		r.strangers += n
 	}
 }
@@ -67,7 +67,7 @@ func (r *room) addUsed(n int64) {
 // Reserve claims room for n more bytes of a pending file before any of them is
 // written. The caller gives the claim back with Unreserve or Discard, or lands the
 // file. Pending files that nobody fills make room, and then what is stored. It fails
-// with ErrNoRoom.
+// with errNoRoom.
 func (s *Store) Reserve(domain string, n int64) error {
 	short, share, err := s.reserveFree(domain, n)
 	if short > 0 && !share && n <= s.opts.MaxSize {
@@ -85,7 +85,7 @@ func (s *Store) ReserveFree(domain string, n int64) error {
 // reserveFree returns besides what tryReserve does.
 func (s *Store) reserveFree(domain string, n int64) (short int64, share bool, err error) {
 	if n < 0 || n > s.opts.MaxSize { // before any sum: it may be as large as a number gets
-		return n, false, fmt.Errorf("%w: %d bytes are more than max_size, %d", ErrNoRoom, n, s.opts.MaxSize)
+		return n, false, fmt.Errorf("%w: %d bytes are more than max_size, %d", errNoRoom, n, s.opts.MaxSize)
 	}
 	for {
 		short, share, err := s.tryReserve(domain, roundUp(n))
@@ -95,8 +95,8 @@ func (s *Store) reserveFree(domain string, n int64) (short int64, share bool, er
 	}
 }
 
-// errMinFree is the ErrNoRoom of the filesystem.
-var errMinFree = fmt.Errorf("%w on the filesystem", ErrNoRoom)
+// errMinFree is the errNoRoom of the filesystem.
+var errMinFree = fmt.Errorf("%w on the filesystem", errNoRoom)
 
 // tryReserve returns besides by how many bytes it falls short, and whether that
 // is by the share of registries that are not listed.
@@ -129,10 +129,10 @@ func (s *Store) tryWith(domain string, n int64, pending func() int64) (short int
 		return short, false, fmt.Errorf("%w: %d bytes more would leave less than %d free", errMinFree, n, opts.MinFree)
 	}
 	if short := r.used + r.overhead + r.claimed + n - opts.MaxSize; short > 0 {
-		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", ErrNoRoom, n, opts.MaxSize)
+		return short, false, fmt.Errorf("%w: %d bytes more would pass max_size, %d", errNoRoom, n, opts.MaxSize)
 	}
-	if short := r.strangers + rows + n - opts.MaxSize/StrangersShare; short > 0 && domain != ListedDomain {
-		return short, true, fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", ErrNoRoom, n)
+	if short := r.strangers + rows + n - opts.MaxSize/StrangersShare; short > 0 && domain != index.ListedDomain {
+		return short, true, fmt.Errorf("%w: %d bytes more would pass the share of registries that are not listed", errNoRoom, n)
 	}
 	r.claim(domain, n)
 	return 0, false, nil
@@ -252,13 +252,13 @@ func (s *Store) measureOverhead() {
 // index's writer when the committer has ended.
 func (s *Store) Expand(n int64) error {
 	n = roundUp(n)
-	if err := s.claimByEvicting(ListedDomain, n); err != nil {
+	if err := s.claimByEvicting(index.ListedDomain, n); err != nil {
 		return err
 	}
 	r := &s.room
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.claim(ListedDomain, -n)
+	r.claim(index.ListedDomain, -n)
 	r.overhead += n
 	r.ahead += n
 	return nil

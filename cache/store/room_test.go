@@ -5,6 +5,8 @@ package store
 import (
 	"errors"
 	"testing"
+
+	"tarn/index"
 )
 
 // TestWhatIsWrittenIsNotFreeOnce, and not once more because it was claimed; what is claimed
@@ -21,7 +23,7 @@ func TestWhatIsWrittenIsNotFreeOnce(t *testing.T) {
 	claim := func(n int64) {
 		s.room.mu.Lock()
 		defer s.room.mu.Unlock()
-		s.room.claim(ListedDomain, n)
+		s.room.claim(index.ListedDomain, n)
 	}
 	claim(much)
 	for _, step := range []struct {
@@ -34,7 +36,7 @@ func TestWhatIsWrittenIsNotFreeOnce(t *testing.T) {
 		{"more is claimed meanwhile", func() int64 { claim(much); return much }, true},
 		{"that is given back", func() int64 { claim(-much); return 2 * much }, false},
 	} {
-		if short, _, err := s.tryWith(ListedDomain, 0, step.pending); short > 0 != step.short || errors.Is(err, errMinFree) != step.short {
+		if short, _, err := s.tryWith(index.ListedDomain, 0, step.pending); short > 0 != step.short || errors.Is(err, errMinFree) != step.short {
 			t.Errorf("%s: %d bytes short: %v", step.what, short, err)
 		}
 	}
@@ -42,7 +44,7 @@ func TestWhatIsWrittenIsNotFreeOnce(t *testing.T) {
 	s.room.mu.Lock()
 	s.room.ahead += much
 	s.room.mu.Unlock()
-	if short, _, err := s.tryReserve(ListedDomain, 0); short <= 0 || !errors.Is(err, errMinFree) {
+	if short, _, err := s.tryReserve(index.ListedDomain, 0); short <= 0 || !errors.Is(err, errMinFree) {
 		t.Errorf("the index: %d bytes short: %v", short, err)
 	}
 }

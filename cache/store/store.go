@@ -60,17 +60,14 @@ var (
 	// this tarn does not know.
 	ErrForeign = errors.New("data directory is not tarn's")
 	// ErrClosed: the store is being closed.
-	ErrClosed = errors.New("cache is closed")
-	// ErrNoRoom: the bound or the filesystem's minimum of free space is reached.
-	ErrNoRoom = errors.New("no room")
+	ErrClosed = index.ErrClosed
 	// ErrNotStored: there is no such object.
 	ErrNotStored = errors.New("not stored")
-	// ErrChanged: the file on the disk is not what it was.
-	ErrChanged = errors.New("the file on the disk was changed")
+	// errNoRoom: the bound or the filesystem's minimum of free space is reached.
+	errNoRoom = errors.New("no room")
+	// errChanged: the file on the disk is not what it was.
+	errChanged = errors.New("the file on the disk was changed")
 )
-
-// ListedDomain is the source domain that all listed upstreams share.
-const ListedDomain = index.ListedDomain
 
 // Options of a store.
 type Options struct {

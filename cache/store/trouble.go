@@ -87,7 +87,7 @@ func (s *Store) probe() {
 	if os.Remove(path) != nil {
 		return
 	}
-	if _, _, err := s.tryReserve(ListedDomain, 0); err == nil {
+	if _, _, err := s.tryReserve(index.ListedDomain, 0); err == nil {
 		s.NoteTrouble(nil)
 	}
 }

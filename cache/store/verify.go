@@ -106,10 +106,10 @@ func (s *Store) settleHash(d digest.Digest, was fs.FileInfo, sound bool, childre
 		if err != nil || !s.doubts.isStray(d) {
 			return
 		}
-		domain, row = ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
+		domain, row = index.ListedDomain, index.Object{Size: info.Size(), Alloc: blobstore.Allocated(info), Created: time.Now()}
 	}
 	if sound && err == nil {
-		s.index.Put(index.Stored{Digest: d, Domain: domain, Object: describe(row, info), Children: children})
+		s.index.Put(index.Possession{Digest: d, Domain: domain, Object: describe(row, info), Children: children})
 		if !ok {
 			s.doubts.unstray(d)
 			s.enter(d, row.Alloc, children)
@@ -118,7 +118,7 @@ func (s *Store) settleHash(d digest.Digest, was fs.FileInfo, sound bool, childre
 		return
 	}
 	s.doubts.unstray(d)
-	s.remove(index.Stored{Digest: d, Object: row})
+	s.remove(d, row)
 	s.log.Sugar().Errorw("a file on the disk was changed or has gone, and is dropped", "digest", d)
 }
 

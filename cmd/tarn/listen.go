@@ -22,6 +22,26 @@ func listen(network, addr string) (net.Listener, error) {
 	return l, err
 }
 
+// listenTCP opens where clients are served, and the admin listener, nil where there is
+// none.
+func listenTCP(cfg Config) (clients, admin net.Listener, err error) {
+	if clients, err = listen("tcp", cfg.Listen); err != nil {
+		return nil, nil, fmt.Errorf("listen: %w", err)
+	}
+	if admin, err = listenAdmin(cfg.AdminListen); err != nil {
+		clients.Close()
+		return nil, nil, fmt.Errorf("admin_listen: %w", err)
+	}
+	return clients, admin, nil
+}
+
+// closeListener is for those that may be nil.
+func closeListener(l net.Listener) {
+	if l != nil {
+		l.Close()
+	}
+}
+
 // listenAdmin takes host:port or unix:/path; "" is no listener.
 func listenAdmin(addr string) (net.Listener, error) {
 	if addr == "" {

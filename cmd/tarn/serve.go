@@ -68,18 +68,12 @@ func serve(ctx context.Context, cfg Config) (err error) {
 
 	// The listeners first: a taken port is the commonest mistake, and the
 	// dial guard must know them.
-	listener, err := listen("tcp", cfg.Listen)
+	listener, adminListener, err := listenTCP(cfg)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return err
 	}
 	defer listener.Close()
-	adminListener, err := listenAdmin(cfg.AdminListen)
-	if err != nil {
-		return fmt.Errorf("admin_listen: %w", err)
-	}
-	if adminListener != nil {
-		defer adminListener.Close()
-	}
+	defer closeListener(adminListener)
 
 	registry := newRegistry()
 	metrics := proxy.NewMetrics(registry)
@@ -90,7 +84,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	defer upstreams.Close()
 	registerUpstreams(registry, upstreams)
-	rules, err := newRules(cfg)
+	options, err := proxyOptions(cfg)
 	if err != nil {
 		return err
 	}
@@ -105,37 +99,19 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return fmt.Errorf("admin_socket: %w", err)
 	}
-	if socket != nil {
-		defer socket.Close()
-	}
+	defer closeListener(socket)
 	registerCache(registry, store)
 
-	p, err := proxy.New(proxy.Options{
-		Upstreams:       upstreams,
-		Cache:           store,
-		DefaultUpstream: defaultUpstream,
-		ListedOnly:      cfg.Allow == "listed",
-		Names:           cfg.Names,
-		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
-		Rules:           rules,
-		Defaults:        rulesOf(cfg.Defaults),
-		Metrics:         metrics,
-		Logger:          log,
-	})
+	options.Upstreams, options.DefaultUpstream, options.Cache = upstreams, defaultUpstream, store
+	options.Metrics, options.Logger = metrics, log
+	p, err := proxy.New(options)
 	if err != nil {
 		return err
 	}
 	defer p.Close()
 
 	services := []service{{newServer(p, log), listener, shutdownGrace}}
-	asked := adminOptions(cfg, store, p, upstreams, registry, socket)
-	if adminListener != nil {
-		warnOfChanges(cfg, log, adminListener)
-		services = append(services, newAdmin(asked, log, adminListener, readOnly(cfg, adminListener, socket)))
-	}
-	if socket != nil {
-		services = append(services, newAdmin(asked, log, socket, ""))
-	}
+	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
 	return serveAll(ctx, log, services)
@@ -234,6 +210,19 @@ type status struct {
 	Index       any         `json:"index"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
+}
+
+// newAdmins are the services for people and probes: at the admin listener and at the
+// socket, where there are such.
+func newAdmins(cfg Config, opts admin.Options, log *zap.Logger, listener, socket net.Listener) (services []service) {
+	if listener != nil {
+		warnOfChanges(cfg, log, listener)
+		services = append(services, newAdmin(opts, log, listener, readOnly(cfg, listener, socket)))
+	}
+	if socket != nil {
+		services = append(services, newAdmin(opts, log, socket, ""))
+	}
+	return services
 }
 
 // newAdmin answers people and probes at the listener; readOnly is what admin.Options

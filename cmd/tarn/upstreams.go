@@ -56,6 +56,18 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners
 	return client, defaultUpstream, err
 }
 
+// proxyOptions are what the configuration says of the proxy itself.
+func proxyOptions(cfg Config) (proxy.Options, error) {
+	rules, err := newRules(cfg)
+	return proxy.Options{
+		ListedOnly: cfg.Allow == "listed",
+		Names:      cfg.Names,
+		Prefetch:   map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
+		Rules:      rules,
+		Defaults:   rulesOf(cfg.Defaults),
+	}, err
+}
+
 // newRules are who may have what from each listed registry.
 func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 	rules := make(map[upstream.Name]proxy.Rules)
