@@ -65,7 +65,8 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 	f.begun = true
 	f.mu.Unlock()
 	if (begun || asked) && f.q.hasLeft() {
-		if _, ok := f.proxy.entitled(f.q); !ok {
+		// Before the first answer the grant is the right: parts are asked for at once.
+		if _, ok := f.proxy.entitled(f.q); !ok && (asked || !f.proxy.rights.Granted(f.q.asker)) {
 			return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errClientLeft)
 		}
 	}

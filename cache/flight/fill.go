@@ -92,16 +92,14 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		if start == end {
 			start, end = f.filled.gap(0, f.size)
 		}
-		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset == 0))
+		off, n = start, min(end-start, f.segment(f.size-f.filled.total(), lead.Offset == 0, 0))
 	case f.parallel > 1:
 		n = firstSegment
 		switch {
 		case lead.Offset >= startHere:
 			off = lead.Offset
 		case f.several && lead.Size > firstSegment:
-			parts := f.parts(lead.Size)
-			n = parts[0].end
-			f.askEarly(parts[1:])
+			f.askEarly(f.parts(lead.Size)[1:])
 		}
 	}
 	ctx, giveUp := context.WithCancelCause(f.ctx)

@@ -10,8 +10,8 @@ import (
 // What of an object is asked for next, and with whose right.
 
 // segment is how much of what is left is asked for at once, in order or for a reader
-// that waits in the middle.
-func (f *flight) segment(left int64, inOrder bool) int64 {
+// that waits in the middle, where so many workers are busy.
+func (f *flight) segment(left int64, inOrder bool, workers int) int64 {
 	if f.parallel == 1 {
 		return left
 	}
@@ -21,7 +21,7 @@ func (f *flight) segment(left int64, inOrder bool) int64 {
 	}
 	n := min(max(left/int64(f.parallel), least), maxSegment)
 	if f.ahead {
-		n = max(left/int64(max(1, f.parallel-len(f.workers))), minSegment)
+		n = max(left/int64(max(1, f.parallel-workers)), minSegment)
 	}
 	if left-n < minSegment/2 {
 		return left // no crumbs
@@ -30,16 +30,11 @@ func (f *flight) segment(left int64, inOrder bool) int64 {
 }
 
 // parts are what an object of this size is asked for in, at the beginning and all at
-// once.
-func (f *flight) parts(size int64) (parts []span) {
-	for at := int64(0); at < size && len(parts) < f.parallel; {
-		n := max((size-at)/int64(f.parallel-len(parts)), minSegment)
-		if !f.ahead {
-			n = min(n, maxSegment)
-		}
-		if size-at-n < minSegment/2 {
-			n = size - at
-		}
+// once: they are those that would be asked for once the first answer told the size.
+func (f *flight) parts(size int64) []span {
+	parts := []span{{0, min(size, firstSegment)}}
+	for at := parts[0].end; at < size && len(parts) < f.parallel; {
+		n := f.segment(size-at, true, len(parts))
 		parts = append(parts, span{at, at + n})
 		at += n
 	}
@@ -86,7 +81,7 @@ func (f *flight) next() *worker {
 		return newWhole(t, f.size)
 	}
 	first, _ := taken.gap(0, f.size)
-	w := newWorker(t, start, min(end, start+f.segment(f.size-taken.total(), start == first)))
+	w := newWorker(t, start, min(end, start+f.segment(f.size-taken.total(), start == first, len(f.workers))))
 	w.inOrder = start == first
 	return w
 }
