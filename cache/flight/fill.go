@@ -41,7 +41,7 @@ const (
 	startHere = 64 << 10
 	// askAhead is how little a worker has left when the next one may ask: the
 	// answer takes a round trip or two.
-	askAhead = 1 << 20
+	askAhead = 2 << 20
 	// farAhead is how far after the place of a worker a reader's may be
 	// before another one is sent, of which there may be maxExtra besides the
 	// usual ones: a client that asks for many parts at once would have as many
