@@ -83,6 +83,15 @@ func (c *containerd) mirror(t *testing.T, addr string) {
 	}
 }
 
+// direct sends containerd to the registry itself.
+func (c *containerd) direct(t *testing.T) {
+	t.Helper()
+	hosts := fmt.Sprintf("server = \"http://%s:5002\"\n", upstreamName)
+	if err := os.WriteFile(filepath.Join(c.hosts, upstreamName, "hosts.toml"), []byte(hosts), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // containerd is a running containerd without any image.
 type containerd struct {
 	*process

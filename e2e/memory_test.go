@@ -36,10 +36,9 @@ const (
 	podMemory = 512 << 20
 	goMemory  = "400MiB"
 	// restMemory is what tarn may hold of its own once the attack is over, and
-	// restWithin when: the heap of a process that does nothing is collected every two
-	// minutes, and given back after that.
+	// restWithin when.
 	restMemory = 128 << 20
-	restWithin = 4 * time.Minute
+	restWithin = 2 * time.Minute
 	memoryName = "evil.test"
 	longLine   = 4 << 10
 )
