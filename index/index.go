@@ -257,24 +257,15 @@ func (ix *Index) Objects(f func(digest.Digest, Object)) {
 	ix.each(func(d digest.Digest, o *object) { f(d, o.row.unpack()) })
 }
 
-// Uses calls f for each object that was used, and is stored. f must not call the
-// index.
-func (ix *Index) Uses(f func(digest.Digest, Use)) {
-	ix.each(func(d digest.Digest, o *object) {
-		if o.use.known() {
-			f(d, o.use.unpack())
-		}
-	})
-}
-
 // Children calls f for each object that leads to others. f must not call the
 // index.
 func (ix *Index) Children(f func(digest.Digest, []digest.Digest)) {
-	ix.each(func(d digest.Digest, o *object) {
-		if len(o.children) > 0 {
-			f(d, unpackDigests(o.children))
-		}
-	})
+	ix.mu.RLock()
+	defer ix.mu.RUnlock()
+	for _, d := range ix.objects.where(func(o *object) bool { return len(o.children) > 0 }) {
+		o, _ := ix.objects.get(d)
+		f(d, unpackDigests(o.children))
+	}
 }
 
 func (ix *Index) each(f func(digest.Digest, *object)) {
@@ -301,6 +292,13 @@ func (ix *Index) LastSequence() uint64 {
 	ix.mu.RLock()
 	defer ix.mu.RUnlock()
 	return ix.sequence
+}
+
+// Len is how many objects there are.
+func (ix *Index) Len() int {
+	ix.mu.RLock()
+	defer ix.mu.RUnlock()
+	return ix.objects.len()
 }
 
 // Counts are numbers of rows.

@@ -199,8 +199,8 @@ func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
 	}
 
 	ix = again(t, ix)
-	uses, children, tags := make(map[digest.Digest]Use), make(map[digest.Digest][]digest.Digest), 0
-	ix.Uses(func(d digest.Digest, u Use) { uses[d] = u })
+	use, used := ix.Use(d1)
+	children, tags := make(map[digest.Digest][]digest.Digest), 0
 	ix.Children(func(d digest.Digest, c []digest.Digest) { children[d] = c })
 	ix.Tags(func(k TagKey, tg Tag) {
 		if k != repository.TagKey("1") || tg.Digest != d2 {
@@ -208,8 +208,8 @@ func TestWhatWasUsedAndWhatLeadsWhereIsKept(t *testing.T) {
 		}
 		tags++
 	})
-	if len(uses) != 1 || !uses[d1].Time.Equal(at) || uses[d1].Uses != 7 || uses[d1].Priority != 1234.5 || len(children) != 1 || !slices.Equal(children[manifest], leads) || tags != 1 {
-		t.Errorf("%v %v %d tags", uses, children, tags)
+	if !used || !use.Time.Equal(at) || use.Uses != 7 || use.Priority != 1234.5 || len(children) != 1 || !slices.Equal(children[manifest], leads) || tags != 1 {
+		t.Errorf("%v %v %d tags", use, children, tags)
 	}
 	ix.Drop(manifest)
 	ix = again(t, ix)

@@ -231,11 +231,11 @@ func (s *Store) restoreOrder(stored map[digest.Digest]int64) {
 		u index.Use
 	}
 	var known []ranked
-	s.index.Uses(func(d digest.Digest, u index.Use) {
-		if _, ok := stored[d]; ok {
+	for d := range stored {
+		if u, ok := s.index.Use(d); ok {
 			known = append(known, ranked{d, u})
 		}
-	})
+	}
 	slices.SortFunc(known, func(a, b ranked) int { return a.u.Time.Compare(b.u.Time) })
 	q := s.order.queue // nobody else has it yet
 	for _, k := range known {

@@ -36,10 +36,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -190,14 +188,13 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 	if err := s.openIndex(); err != nil {
 		return left, nil, err
 	}
-	rows := make(map[digest.Digest]index.Object)
-	s.index.Objects(func(d digest.Digest, o index.Object) { rows[d] = o })
-	foreign, stored := 0, make(map[digest.Digest]int64, len(rows))
+	rows := s.index.Len()
+	foreign, found, stored := 0, 0, make(map[digest.Digest]int64, rows)
 	err = s.blobs.Walk(func(d digest.Digest, e fs.DirEntry) error {
-		if row, ok := rows[d]; ok {
+		if row, ok := s.index.Row(d); ok {
 			s.room.used += row.Alloc
 			stored[d] = row.Alloc
-			delete(rows, d)
+			found++
 			return nil
 		}
 		info, err := e.Info()
@@ -221,8 +218,15 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 	if err != nil {
 		return left, nil, err
 	}
-	gone := slices.Collect(maps.Keys(rows))
-	s.index.Drop(gone...)
+	var gone []digest.Digest
+	if found < rows {
+		s.index.Objects(func(d digest.Digest, _ index.Object) {
+			if _, there := stored[d]; !there {
+				gone = append(gone, d)
+			}
+		})
+		s.index.Drop(gone...)
+	}
 	s.restoreOrder(stored)
 	s.measureOverhead()
 	if n := len(gone) + len(s.doubts.strays) + foreign; n > 0 {

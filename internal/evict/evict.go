@@ -52,17 +52,18 @@ type Queue[K comparable] struct {
 	lingering int64
 }
 
-// An Entry is what Hold or Await has held.
+// An Entry is what Hold or Await has held. There may be a million of them.
 type Entry[K comparable] struct {
-	key    K
-	size   int64
-	rank   Rank
-	turn   int
-	orphan bool
-	held   int
-	going  bool // it was taken
-	gone   bool // it was removed
-	at     int  // in the order; -1: it is held, going or gone
+	key      K
+	size     int64
+	priority float64
+	turn     int
+	uses     int32
+	held     int32
+	at       int32 // in the order; -1: it is held, going or gone
+	orphan   bool
+	going    bool // it was taken
+	gone     bool // it was removed
 }
 
 // link is what leads to a key, stored or not, and where it leads.
@@ -115,11 +116,11 @@ func (q *Queue[K]) Resume() {
 	first := true
 	for _, e := range q.entries {
 		switch {
-		case e.rank.Uses == 0:
+		case e.uses == 0:
 			unranked = append(unranked, e)
 		case e.at < 0 || e.orphan:
-		case first || e.rank.Priority < q.inflation:
-			q.inflation, first = e.rank.Priority, false // about what it was: the next victim's
+		case first || e.priority < q.inflation:
+			q.inflation, first = e.priority, false // about what it was: the next victim's
 		}
 	}
 	for _, e := range unranked {
@@ -134,7 +135,7 @@ func (q *Queue[K]) insert(k K, size int64, r Rank) {
 		e = &Entry[K]{key: k, at: -1}
 	}
 	delete(q.awaited, k)
-	e.size, e.rank, e.turn, e.orphan = size, r, q.turn, q.isLost(k)
+	e.size, e.uses, e.priority, e.turn, e.orphan = size, int32(r.Uses), r.Priority, q.turn, q.isLost(k)
 	q.entries[k] = e
 	if e.held == 0 {
 		q.enter(e)
@@ -149,7 +150,7 @@ func (q *Queue[K]) enter(e *Entry[K]) {
 
 func (q *Queue[K]) leave(e *Entry[K]) {
 	if e.at >= 0 {
-		heap.Remove(&q.order, e.at)
+		heap.Remove(&q.order, int(e.at))
 		q.free -= e.size
 	}
 }
@@ -171,9 +172,7 @@ func (q *Queue[K]) Rank(k K) (r Rank, ok bool) {
 	if e == nil {
 		return r, false
 	}
-	r = e.rank
-	r.Lost = e.orphan
-	return r, true
+	return Rank{int(e.uses), e.priority, e.orphan}, true
 }
 
 // Use counts a use. A key that is not there is none of its business.
@@ -184,8 +183,8 @@ func (q *Queue[K]) Use(k K) {
 	}
 	q.turn++
 	e.turn = q.turn
-	e.rank.Uses = min(e.rank.Uses+1, maxUses)
-	e.rank.Priority = q.inflation + float64(e.rank.Uses)*weight(e.size)
+	e.uses = min(e.uses+1, maxUses)
+	e.priority = q.inflation + float64(e.uses)*weight(e.size)
 	q.fix(e)
 	if q.isLost(k) { // somebody knows the way all the same
 		q.setLost(k, false)
@@ -196,7 +195,7 @@ func weight(size int64) float64 { return 1 + requestCost/float64(max(size, 1)) }
 
 func (q *Queue[K]) fix(e *Entry[K]) {
 	if e.at >= 0 {
-		heap.Fix(&q.order, e.at)
+		heap.Fix(&q.order, int(e.at))
 	}
 }
 
@@ -366,7 +365,7 @@ func (q *Queue[K]) Evict(k K) (freed int64) {
 		return 0
 	}
 	if !e.orphan {
-		q.inflation = max(q.inflation, e.rank.Priority)
+		q.inflation = max(q.inflation, e.priority)
 	}
 	return q.Remove(k)
 }
@@ -406,20 +405,20 @@ func (o order[K]) Less(i, j int) bool {
 	if o[i].orphan != o[j].orphan {
 		return o[i].orphan
 	}
-	if o[i].rank.Priority != o[j].rank.Priority {
-		return o[i].rank.Priority < o[j].rank.Priority
+	if o[i].priority != o[j].priority {
+		return o[i].priority < o[j].priority
 	}
 	return o[i].turn < o[j].turn
 }
 
 func (o order[K]) Swap(i, j int) {
 	o[i], o[j] = o[j], o[i]
-	o[i].at, o[j].at = i, j
+	o[i].at, o[j].at = int32(i), int32(j)
 }
 
 func (o *order[K]) Push(x any) {
 	e := x.(*Entry[K])
-	e.at = len(*o)
+	e.at = int32(len(*o))
 	*o = append(*o, e)
 }
 

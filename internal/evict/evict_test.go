@@ -368,7 +368,7 @@ func mustHold(t *testing.T, q *Queue[int], tags map[int]int) {
 	free := int64(0)
 	for i, e := range q.order {
 		free += e.size
-		if e.at != i || i > 0 && q.order.Less(i, (i-1)/2) {
+		if int(e.at) != i || i > 0 && q.order.Less(i, (i-1)/2) {
 			t.Fatal("no heap")
 		}
 	}
