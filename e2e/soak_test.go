@@ -400,6 +400,7 @@ func (s *soak) askTag(client *http.Client) {
 // end is the object, or it has no end.
 func (s *soak) assemble(client *http.Client, o v1.Descriptor, slow bool) {
 	var have bytes.Buffer
+	var answers []string // when, from where on, and what tarn says of it
 	for range 6 {
 		span := ""
 		if have.Len() > 0 {
@@ -424,6 +425,7 @@ func (s *soak) assemble(client *http.Client, o v1.Descriptor, slow bool) {
 			return
 		}
 		before := have.Len()
+		answers = append(answers, fmt.Sprint(time.Now().UTC().Format(time.StampMilli), " from ", before, ": ", resp.Header.Get("Cache-Status")))
 		err = s.read(&have, resp.Body, slow)
 		resp.Body.Close()
 		switch {
@@ -435,13 +437,37 @@ func (s *soak) assemble(client *http.Client, o v1.Descriptor, slow bool) {
 			return
 		case int64(have.Len()) >= o.Size:
 			if digest.FromBytes(have.Bytes()) != o.Digest {
-				s.t.Errorf("%d wrong bytes, whole; the last answer from %d on", have.Len(), before)
+				s.t.Errorf("%d wrong bytes, whole, of %s:\n%s\n%s", have.Len(), o.Digest, strings.Join(answers, "\n"), saidOf(o.Digest.Encoded()))
 			}
 			s.count("blobs whole")
 			return
 		}
 		s.count("bodies cut")
 	}
+}
+
+// saidOf is what the logs of the last processes say of an object.
+func saidOf(what string) string {
+	logs, _ := filepath.Glob(filepath.Join(work(), "tarn-*.log"))
+	slices.SortFunc(logs, func(a, b string) int { return modified(a).Compare(modified(b)) })
+	var said []string
+	for _, log := range logs[max(0, len(logs)-3):] {
+		said = append(said, log)
+		text, _ := os.ReadFile(log)
+		for line := range strings.Lines(string(text)) {
+			if strings.Contains(line, what) || strings.Contains(line, "pending") || strings.Contains(line, "shutting down") {
+				said = append(said, strings.TrimSpace(line))
+			}
+		}
+	}
+	return strings.Join(said[max(0, len(said)-60):], "\n")
+}
+
+func modified(file string) (at time.Time) {
+	if info, err := os.Stat(file); err == nil {
+		at = info.ModTime()
+	}
+	return at
 }
 
 var errLeft = errors.New("the client left")
