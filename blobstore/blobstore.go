@@ -10,8 +10,8 @@
 // the caller sees to that.
 //
 // Failure model: every method returns the error of the system call, wrapped
-// with what was being done; a failed Commit of one file leaves that file
-// pending and does not touch the others. A crash at any point leaves files
+// with what was being done. A Commit discards the files that it fails for, all of a
+// directory that cannot be synced, and does not touch the others. A crash at any point leaves files
 // that are whole under blobs/, and anything at all under pending/.
 //
 // It never hashes, never decides what to delete, never knows an index.

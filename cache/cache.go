@@ -6,7 +6,8 @@
 // Contract: Open gives an object's bytes, from the disk, from a flight that is
 // on its way, or from one that it starts. Rights are the caller's business: an
 // object that is there, stored or in flight, is only handed to a request that
-// says it is Authorised, and otherwise the request's own Fetch is what asks.
+// says it is Authorised, and any other is told to ask; of what is not there the
+// request's own Fetch is the question.
 // Objects are shared within a source domain and never across two.
 //
 // Failure model: the last bytes of an object leave only after its digest

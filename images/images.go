@@ -8,8 +8,9 @@
 // index.json and oci-layout make the data directory an OCI image layout (image-spec
 // "Image Layout"), whose list of images is some seconds behind.
 //
-// Failure model: pins that cannot be written fail, and are not held; pins that cannot
-// be read are kept as they are, and nothing is pinned until they can. A list that
+// Failure model: pins that cannot be written fail, and are not held; of a damaged file
+// the pins that are whole hold, and it is set aside; while the disk does not give it,
+// nothing is pinned. A list that
 // cannot be written is written later, and nothing else depends on it.
 //
 // It serves nobody: what it reads of manifests is for eviction, pins and lists.

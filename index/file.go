@@ -39,7 +39,7 @@ var (
 )
 
 const (
-	// version of the rows' format. A higher one is not read.
+	// version of the rows' format. Another one is not read.
 	version = 4
 	// growStep is how much a file beyond that size grows at a time. bbolt's own
 	// 16 MiB is too much where the bound on the directory is small.

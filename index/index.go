@@ -13,7 +13,7 @@
 // when Sync returns.
 //
 // Failure model: Open fails with ErrLocked when another process has the file,
-// and with ErrBroken when it is no index or one from a newer tarn; the caller
+// and with ErrBroken when it is no index or one of another version; the caller
 // sets it aside then, and the rows are lost. A file that breaks later is set aside
 // by the writer and written afresh from memory, and nobody who reads or notes
 // learns of it: bbolt panics on a page that is not what it should be, a file that

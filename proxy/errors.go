@@ -60,7 +60,7 @@ func (e *rangeError) Error() string { return "no such range" }
 
 // answerFor maps an error to the status, code and message of the answer. It is
 // the only place that does. The message of an upstream's refusal depends on
-// the endpoint and the status alone, so that it tells nobody what is cached.
+// the kind of request and the status alone, so that it tells nobody what is cached.
 func answerFor(q *request, err error) (status int, e errcode.Error) {
 	var api *apiError
 	var part *rangeError

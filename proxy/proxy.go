@@ -12,10 +12,10 @@
 // Failure model: an answer has its headers within headerDeadline, or is an
 // error that makes clients fall back to the upstream. A body that breaks is
 // cut, never padded and never ended early as if it were whole. errors.go is
-// the only place where an error becomes a status.
+// the only place where an error becomes an answer.
 //
 // It never redirects, never sends Content-Encoding, never answers 429, and
-// never tells one client what another has pulled.
+// never tells who is refused what others have pulled.
 package proxy
 
 import (

@@ -31,7 +31,8 @@ import (
 // authority alone, see ask.go.
 //
 // A further source, say a cache nearby, is an entry of the list and a file with its
-// ask. It has after, a turn, and a yields that always says yes.
+// ask. It has after, a turn, a place, a rest, and a yields that always says yes. What
+// asks whether there is another source (wrong, elsewhere) counts endpoints so far.
 
 // source is one place to ask for an object, with one credential.
 type source struct {

@@ -4,15 +4,15 @@
 //
 // Contract: one endpoint of a Registry is asked, with exactly the credential of
 // the request, or as anonymous or as the node, for which tarn fetches the tokens
-// itself. Only the first endpoint, the authority, and those that the operator
-// trusts see a credential, and only the authority's answers count as a yes or a
-// no. Which endpoint is asked, and which next, is the caller's to order; the
-// others are for bytes by digest, once the authority has said yes. Redirects are
+// itself. Of the endpoints only the first, the authority, and those that the
+// operator trusts see a credential, and only the authority's answers count as a yes
+// or a no. Which endpoint is asked, and which next, is the caller's to order; those
+// after the first are for bytes by digest, once the authority has said yes. Redirects are
 // followed here, never by the client, and every connection passes the dial guard.
 //
 // Failure model: every answer has its headers within the registry's head
 // timeout, and a body that brings no byte for bodyIdle fails. An error is a
-// *StatusError (the authority said no), or wraps ErrTimeout, ErrUnreachable,
+// *StatusError (who was asked said no), or wraps ErrTimeout, ErrUnreachable,
 // ErrProtocol, ErrGuard or ErrCredentials.
 //
 // It never stores anything, never hashes a body, never retries an answer that

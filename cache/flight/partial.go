@@ -37,8 +37,9 @@ type partial struct {
 func newPartial() partial { return partial{size: -1, synced: time.Now()} }
 
 const (
-	// noteStep is how many bytes at most are fetched again after a crash, for
-	// each file, besides those that came while the last note was written.
+	// noteStep is how many bytes are fetched again at most after a crash, for each
+	// file that maxNotes of them cover, besides those that came while the last note
+	// was written.
 	noteStep = 8 << 20
 	// syncInterval is the same for a power cut, in time: syncing each note
 	// would have the download wait for the disk.

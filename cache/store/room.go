@@ -21,7 +21,7 @@ type room struct {
 	used      int64 // allocated by blobs and by strangers' files under blobs/
 	claimed   int64 // reserved for pending files, written or not
 	made      int64 // all that was ever claimed
-	strangers int64 // of that, by registries that are not listed
+	strangers int64 // of claimed, by registries that are not listed
 	overhead  int64 // of the index and of all else in the directory, their next growth included
 	ahead     int64 // that growth
 	evicted   Evicted

@@ -24,7 +24,7 @@
 //
 // Failure model: a disk that refuses a commit loses that object, and the next one
 // who asks fetches it again. A file that is not what its digest says is dropped
-// before it goes out. An index that breaks is written afresh, and one that cannot be
+// before its last bytes go out. An index that breaks is written afresh, and one that cannot be
 // read at a start is set aside, and the blobs are adopted.
 //
 // It never asks anybody for an object, and never knows who may have one.
