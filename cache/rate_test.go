@@ -5,7 +5,9 @@ package cache
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -95,4 +97,102 @@ func TestWhoDripsIsGivenUpForAnother(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestWhoWaitsForItsTurnIsNotForgotten: an answer that was asked for ahead is read when
+// the one before it fails, in whatever way.
+func TestWhoWaitsForItsTurnIsNotForgotten(t *testing.T) {
+	const size = 64 << 20
+	for name, fails := range map[string]func(o *origin, off, end int64) (io.ReadCloser, Info, error){
+		"it breaks off": func(o *origin, off, end int64) (io.ReadCloser, Info, error) {
+			later := readerFunc(func([]byte) (int, error) {
+				time.Sleep(time.Millisecond) // the reader waits for it
+				return 0, errReset
+			})
+			return io.NopCloser(io.MultiReader(o.part(off, end-1<<20), later)), Info{Size: size, Offset: off, End: end}, nil
+		},
+		"it ends too early": func(o *origin, off, end int64) (io.ReadCloser, Info, error) {
+			return o.part(off, end-1), Info{Size: size, Offset: off, End: end}, nil
+		},
+		"it is less than asked for": func(o *origin, off, end int64) (io.ReadCloser, Info, error) {
+			return o.part(off, end-1), Info{Size: size, Offset: off, End: end - 1}, nil
+		},
+		"it is no range": func(*origin, int64, int64) (io.ReadCloser, Info, error) {
+			return nil, Info{}, ErrRange
+		},
+		"it is refused": func(*origin, int64, int64) (io.ReadCloser, Info, error) {
+			return nil, Info{}, fmt.Errorf("%w: too many connections", ErrRefused)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := open(t, t.TempDir(), 1<<30)
+				defer c.Close()
+				o := &origin{body: randomBytes(size)}
+				var failed atomic.Bool
+				o.answer = func(_ int, off, length int64) (io.ReadCloser, Info, error) {
+					if off != firstSegment || !failed.CompareAndSwap(false, true) {
+						return nil, Info{}, nil
+					}
+					time.Sleep(time.Millisecond) // the others are answered
+					return fails(o, off, off+length)
+				}
+				req := parallelRequest(o, "a")
+				req.Ahead = true
+				r, err := c.Open(t.Context(), req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer r.Close()
+				defer time.AfterFunc(time.Minute, r.Interrupt).Stop()
+				got, err := io.ReadAll(struct{ io.Reader }{r.Content})
+				if err != nil || !bytes.Equal(got, o.body) {
+					t.Fatal(len(got), err, o.questions())
+				}
+			})
+		})
+	}
+}
+
+// TestWhoWaitsForTheMiddleIsNotForgotten: an answer for a reader in the middle is read
+// when the one that leads there breaks off.
+func TestWhoWaitsForTheMiddleIsNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const size, middle = 64 << 20, 16 << 20
+		c := open(t, t.TempDir(), 1<<30)
+		defer c.Close()
+		o := &origin{body: randomBytes(size)}
+		begun := make(chan struct{})
+		cut := make(chan struct{})
+		o.answer = func(n int, off, length int64) (io.ReadCloser, Info, error) {
+			switch n {
+			case 1:
+				close(begun)
+				body := io.MultiReader(o.part(off, off+1<<20), gated(cut), failing{})
+				return io.NopCloser(body), Info{Size: size, Offset: off, End: off + length}, nil
+			case 2:
+				time.AfterFunc(time.Millisecond, func() { close(cut) })
+			}
+			return nil, Info{}, nil
+		}
+		r, err := c.Open(t.Context(), parallelRequest(o, "a"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		<-begun
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		at := parallelRequest(o, "b")
+		at.Offset, at.Ranged = middle, true
+		m, err := c.Open(ctx, at)
+		if err != nil {
+			t.Fatal(err, o.questions())
+		}
+		defer m.Close()
+		defer time.AfterFunc(time.Minute, r.Interrupt).Stop()
+		if got, err := io.ReadAll(struct{ io.Reader }{r.Content}); err != nil || !bytes.Equal(got, o.body) {
+			t.Fatal(len(got), err, o.questions())
+		}
+	})
 }

@@ -257,6 +257,7 @@ func (f *flight) send(w *worker, a *answer) {
 		delete(f.workers, w)
 		f.landed(w, err)
 		f.work.Broadcast()
+		f.changed.Broadcast() // for who waits for its turn
 	})
 }
 

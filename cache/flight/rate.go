@@ -136,13 +136,29 @@ func (f *flight) askSeveral() {
 }
 
 // awaitTurn has a worker wait that was asked for ahead, until its bytes are next: the
-// connection holds them.
+// connection holds them. It waits for nobody but who brings what comes before: where that
+// one breaks off, the gap may be given to nobody until this worker has ended.
 func (f *flight) awaitTurn(w *worker) {
 	stop := context.AfterFunc(f.ctx, f.wakeAll)
 	defer stop()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for w.inOrder && !f.several && w.pos > f.hashed && f.ctx.Err() == nil {
+	for w.inOrder && !f.several && w.pos > f.hashed && f.comesBefore(w) && f.ctx.Err() == nil {
 		f.changed.Wait()
 	}
+}
+
+// comesBefore tells whether somebody brings the first byte that is not there before the
+// worker's. Called with the lock.
+func (f *flight) comesBefore(w *worker) bool {
+	next := f.filled.reach(f.hashed)
+	if next >= w.pos {
+		return true // it is to be hashed
+	}
+	for other := range f.workers {
+		if other.pos <= next && next < other.end {
+			return true
+		}
+	}
+	return false
 }
