@@ -40,7 +40,7 @@ type fetcher struct {
 	mu      sync.Mutex
 	asked   bool             // the authority has said yes, here or before
 	yes     rights.Yes       // then
-	begun   bool             // fetch was called
+	begun   bool             // fetch was called; several may be at once
 	first   int              // which endpoint is asked first, counted round
 	names   []string         // of the sources that answered, each once
 	brought *rights.Evidence // of an answer of the authority's own that brought bytes
@@ -73,7 +73,7 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 	want := part{offset: off, length: max(n, 0)}
 	r, err := f.walk(ctx, f.sources(after, first), yes, want)
 	switch {
-	case errors.Is(err, upstream.ErrRange), err != nil && !begun && want.length > 0 && f.q.kind == upstream.Blob && refusesParts(err):
+	case errors.Is(err, upstream.ErrRange), err != nil && want.length > 0 && f.q.kind == upstream.Blob && refusesParts(err) && !f.heard():
 		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRange, err)
 	case err != nil:
 		return nil, cache.Info{}, refusedAlone(err)
@@ -142,6 +142,13 @@ func (f *fetcher) noteBrought(place string, e *rights.Evidence) {
 	if e != nil && (f.brought == nil || f.brought.Redirected && !e.Redirected) {
 		f.brought = e
 	}
+}
+
+// heard tells whether any source has answered with bytes so far.
+func (f *fetcher) heard() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.names) > 0
 }
 
 // from are the sources that answered so far, in the order of their first answers.

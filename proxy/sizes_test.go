@@ -3,6 +3,7 @@
 package proxy
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"tarn/cache"
 	"tarn/internal/registrytest"
 )
 
@@ -68,5 +70,27 @@ func TestALayersPartsAreAskedForAtOnce(t *testing.T) {
 				t.Errorf("a refusal took %d questions", before.Load())
 			}
 		})
+	}
+}
+
+// TestAFirewallThatLetsNoPartPass is asked for all by whichever question is the first,
+// where several parts are asked for at once.
+func TestAFirewallThatLetsNoPartPass(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	body := random(1, 300_000)
+	dgst := r.Blob("app", body)
+	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
+		if req.Header.Get("Range") != "" {
+			w.WriteHeader(http.StatusForbidden)
+			return true
+		}
+		return false
+	}
+	f := d.fetcherFor("app", "", dgst, nil)
+	for _, off := range []int64{100_000, 0} { // in whatever order they come
+		if _, _, err := f.fetch(t.Context(), off, 100_000); !errors.Is(err, cache.ErrRange) {
+			t.Errorf("from byte %d: %v", off, err)
+		}
 	}
 }
