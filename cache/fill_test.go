@@ -273,6 +273,59 @@ func TestASlowSourceIsAskedForAllAtOnce(t *testing.T) {
 	})
 }
 
+// TestAsManyQuestionsAsASourceBears: where one that was put together with others is
+// answered with a no, it is put alone, and for a while so is each first one of that
+// source.
+func TestAsManyQuestionsAsASourceBears(t *testing.T) {
+	for name, no := range map[string]error{"limited": ErrLimited, "refused": ErrRefused, "unavailable": errors.New("503")} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := open(t, t.TempDir(), 1<<30)
+				defer c.Close()
+				slow := &origin{body: randomBytes(2 << 20)}
+				slow.answer = func(int, int64, int64) (io.ReadCloser, Info, error) {
+					late := readerFunc(func([]byte) (int, error) { time.Sleep(time.Second); return 0, io.EOF })
+					return io.NopCloser(io.MultiReader(late, bytes.NewReader(slow.body))), Info{Size: 2 << 20}, nil
+				}
+				if _, err := readAll(c, parallelRequest(slow, "a")); err != nil {
+					t.Fatal(err)
+				}
+				for n := range 2 {
+					o := &origin{body: randomBytes(large)}
+					var mu sync.Mutex
+					questions, until := 0, time.Time{}
+					done := func() { mu.Lock(); defer mu.Unlock(); questions-- }
+					o.answer = func(_ int, off, length int64) (io.ReadCloser, Info, error) {
+						if off == 0 {
+							time.Sleep(time.Millisecond) // the others come before
+							if n > 0 && len(o.questions()) > 1 {
+								t.Errorf("asked for %v before there was an answer", o.questions())
+							}
+						}
+						mu.Lock()
+						defer mu.Unlock()
+						if questions > 0 && no == ErrLimited {
+							until = time.Now().Add(time.Second)
+						}
+						if questions > 0 || time.Now().Before(until) {
+							return nil, Info{}, no
+						}
+						questions++
+						end := min(off+length, large)
+						body := &closes{o.part(off, end), done}
+						return body, Info{Size: large, Offset: off, End: end}, nil
+					}
+					req := parallelRequest(o, "a")
+					req.Size = large
+					if got, err := readAll(c, req); err != nil || !bytes.Equal(got, o.body) {
+						t.Fatal(len(got), err, o.questions())
+					}
+				}
+			})
+		})
+	}
+}
+
 // closes tells when it is closed.
 type closes struct {
 	io.Reader

@@ -90,7 +90,8 @@ type Engine struct {
 	store   Store
 	log     *zap.Logger
 	dropped *dropped
-	slow    slowSources
+	slow    sources // that several answers come sooner from than one
+	narrow  sources // that bear few questions at once
 
 	ctx    context.Context // ends with Close: flights live on it, not on a request's
 	cancel context.CancelFunc
@@ -113,7 +114,8 @@ func New(st Store, left []*blobstore.Pending, deleted []digest.Digest, log *zap.
 		store:   st,
 		log:     log,
 		dropped: newDropped(),
-		slow:    slowSources{recent: make(recent)},
+		slow:    sources{recent: make(recent)},
+		narrow:  sources{recent: make(recent)},
 		flights: make(map[Key]*flight),
 		parked:  make(map[Key]*partial),
 		passing: make(recent),

@@ -58,6 +58,8 @@ const (
 	// Before the next try it rests, twice as long each time, and jittered.
 	firstRest = 50 * time.Millisecond
 	lastRest  = 2 * time.Second
+	// limitedRest is for who is told to wait and not how long: see upstream's limit.go.
+	limitedRest = 1100 * time.Millisecond
 )
 
 // fillState is what fill and its workers say to each other.
@@ -98,7 +100,7 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		switch {
 		case lead.Offset >= startHere:
 			off = lead.Offset
-		case f.several && lead.Size > firstSegment:
+		case f.several && lead.Size > firstSegment && !f.engine.narrow.has(f.source):
 			f.askEarly(f.parts(lead.Size)[1:])
 		}
 	}
@@ -142,6 +144,27 @@ func (f *flight) askEarly(parts []span) {
 			w.early <- opened{a, err}
 		}()
 	}
+}
+
+// askAlone puts the first question once more, without others at its side: some sources
+// bear few at once, and which one they refuse is chance.
+func (f *flight) askAlone(lead Request, no error) (*answer, error) {
+	f.dropEarly()
+	if errors.Is(no, ErrLimited) {
+		select {
+		case <-time.After(limitedRest):
+		case <-f.ctx.Done():
+		}
+	}
+	if f.ctx.Err() != nil {
+		return nil, no
+	}
+	lead.Size, f.whole = 0, false
+	a, err := f.ask(lead)
+	if err == nil {
+		f.engine.narrow.add(f.source)
+	}
+	return a, err
 }
 
 // dropEarly ends those that no worker waits for.
@@ -263,6 +286,11 @@ func (f *flight) send(w *worker, a *answer) {
 
 // landed takes how a worker ended. Called with the lock.
 func (f *flight) landed(w *worker, err error) {
+	// The first answer was a part, so a no to a question at its side is not to parts.
+	beside := w.early != nil && !w.answered
+	if beside && err != nil && f.ctx.Err() == nil {
+		f.engine.narrow.add(f.source)
+	}
 	switch {
 	case errors.Is(err, errCut):
 		return
@@ -278,7 +306,7 @@ func (f *flight) landed(w *worker, err error) {
 	case errors.Is(err, errWrong):
 		f.wrong = err
 		return
-	case errors.Is(err, ErrRange) && !f.whole:
+	case errors.Is(err, ErrRange) && !f.whole && !beside:
 		f.whole, f.cause = true, err
 		return
 	case errors.Is(err, ErrRefused) && (len(f.workers) > 0 || w.beside):

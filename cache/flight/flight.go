@@ -321,6 +321,9 @@ func (f *flight) run(lead Request) {
 		return
 	}
 	a, err := f.ask(lead)
+	if err != nil && f.early != nil {
+		a, err = f.askAlone(lead, err)
+	}
 	if err != nil || f.whole || a.Size != lead.Size {
 		f.dropEarly()
 	}

@@ -88,8 +88,6 @@ const (
 	// stallBytes in stallFor are what an answer brings unless it stalls.
 	stallBytes = 64 << 10
 	stallFor   = 100 * time.Millisecond
-	// slowSourceFor is how long a source is known to be the slower one.
-	slowSourceFor = 10 * time.Minute
 )
 
 // pace is of how many reads since it was weighed a worker waited longer for the source

@@ -44,19 +44,22 @@ func (e *Engine) noteMixed(k Key) {
 	e.mixed.add(k, mixedFor)
 }
 
-// slowSources are those that several answers come sooner from than one.
-type slowSources struct {
+// sourceFor is how long it is known of a source that it is slow, or bears few questions.
+const sourceFor = 10 * time.Minute
+
+// sources are those of which something is remembered for sourceFor.
+type sources struct {
 	mu sync.Mutex // taken after any other
 	recent
 }
 
-func (s *slowSources) add(source string) {
+func (s *sources) add(source string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.recent.add(Key{Domain: source}, slowSourceFor)
+	s.recent.add(Key{Domain: source}, sourceFor)
 }
 
-func (s *slowSources) has(source string) bool {
+func (s *sources) has(source string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.recent.has(Key{Domain: source})
