@@ -250,7 +250,7 @@ func decodePath(u *url.URL) (string, error) {
 	if len(p) > maxPath {
 		return "", badName("the path is too long")
 	}
-	return p, nil
+	return strings.Clone(p), nil // what is kept of it must not keep the whole request line
 }
 
 // maxPath is generous: a host, a repository of 255 characters, and a sha512.
@@ -318,8 +318,8 @@ func (n names) parseUpstream(q *request, head, named string, ns []string) error 
 	first, remainder, hasMore := strings.Cut(named, "/")
 	switch {
 	case len(ns) > 0:
-		q.ns, q.form = ns[0], formNS
-		if q.upstream, err = upstream.ParseName(ns[0]); err != nil {
+		q.ns, q.form = strings.Clone(ns[0]), formNS // as in decodePath
+		if q.upstream, err = upstream.ParseName(q.ns); err != nil {
 			return badName("ns: " + err.Error())
 		}
 		if head != "" {

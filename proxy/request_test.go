@@ -3,11 +3,13 @@
 package proxy
 
 import (
+	"bufio"
 	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"tarn/blobstore"
 	"tarn/upstream"
@@ -145,4 +147,27 @@ func FuzzManifest(f *testing.F) {
 			t.Fatalf("%q as %q: %q", body, contentType, got)
 		}
 	})
+}
+
+// TestWhatIsKeptOfARequestKeepsNoMoreOfIt: names live in tables that are bounded by
+// their own length, and a query may be as long as all headers.
+func TestWhatIsKeptOfARequestKeepsNoMoreOfIt(t *testing.T) {
+	t.Parallel()
+	line := "GET /v2/ghcr.io/org/app/manifests/v1?ns=ghcr.io&f=" + strings.Repeat("x", 30_000) + " HTTP/1.1\r\nHost: tarn\r\n\r\n"
+	for _, line := range []string{line, strings.Replace(line, "ns=", "n=", 1), strings.Replace(line, "manifests/v1", "blobs/"+sum, 1)} {
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(line)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		q, err := testNames.parse(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin := uintptr(unsafe.Pointer(unsafe.StringData(r.RequestURI)))
+		for _, kept := range []string{string(q.upstream), q.repository, q.tag, string(q.digest), q.ns, q.prefix, q.named} {
+			if at := uintptr(unsafe.Pointer(unsafe.StringData(kept))); kept != "" && begin <= at && at < begin+uintptr(len(r.RequestURI)) {
+				t.Errorf("%q is a part of the request line", kept)
+			}
+		}
+	}
 }
