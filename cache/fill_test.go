@@ -270,6 +270,9 @@ func TestASlowSourceIsAskedForAllAtOnce(t *testing.T) {
 		if _, err := readAll(c, req); !errors.Is(err, ErrRefused) {
 			t.Fatal(err)
 		}
+		if asked := o.questions(); len(asked) != 3 {
+			t.Errorf("asked for %v", asked)
+		}
 	})
 }
 

@@ -146,10 +146,22 @@ func (f *flight) askEarly(parts []span) {
 	}
 }
 
-// askAlone puts the first question once more, without others at its side: some sources
-// bear few at once, and which one they refuse is chance.
+// askAlone puts the first question once more, without others at its side, where one of
+// those was answered: some sources bear few at once, and which one they refuse is
+// chance. Where all are refused, the no is about the object.
 func (f *flight) askAlone(lead Request, no error) (*answer, error) {
+	answered := false
+	for _, w := range f.early {
+		o := <-w.early
+		w.early <- o
+		if answered = o.err == nil; answered {
+			break
+		}
+	}
 	f.dropEarly()
+	if !answered {
+		return nil, no
+	}
 	if errors.Is(no, ErrLimited) {
 		select {
 		case <-time.After(limitedRest):
