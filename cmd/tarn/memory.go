@@ -23,20 +23,31 @@ const (
 func giveBack(ctx context.Context) {
 	ticker := time.NewTicker(giveBackEvery)
 	defer ticker.Stop()
-	collections, held := heap()
-	for rest := held; ; {
+	var last calm
+	for last.take(heap()); ; {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
 			return
 		}
-		before := collections
-		if collections, held = heap(); collections != before || held < rest+worthGiving {
-			continue
+		if last.over(heap()) {
+			debug.FreeOSMemory()
+			last.take(heap())
 		}
-		debug.FreeOSMemory()
-		collections, rest = heap()
 	}
+}
+
+// calm is what heap told last, and the least that was held since memory was given back:
+// what was in use then may be garbage by now.
+type calm struct{ collections, held uint64 }
+
+func (c *calm) take(collections, held uint64) { *c = calm{collections, held} }
+
+// over tells, of what there is now, whether a burst is over that is worth a collection.
+func (c *calm) over(collections, held uint64) bool {
+	idle := collections == c.collections
+	c.collections, c.held = collections, min(c.held, held)
+	return idle && held >= c.held+worthGiving
 }
 
 // heap is how many collections there were, and how many bytes the heap holds of the
