@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -143,6 +144,13 @@ func (n names) parse(r *http.Request) (*request, error) {
 	if err != nil {
 		return nil, badName("the query string cannot be parsed")
 	}
+	ns := query["ns"]
+	if len(r.RequestURI) > maxKept { // or what is remembered by a name would keep all of it
+		path, ns = strings.Clone(path), slices.Clone(ns)
+		for i := range ns {
+			ns[i] = strings.Clone(ns[i])
+		}
+	}
 	if len(r.Header.Values("Authorization")) > 1 {
 		return nil, badName("more than one Authorization header")
 	}
@@ -173,7 +181,7 @@ func (n names) parse(r *http.Request) (*request, error) {
 	} else {
 		q.base = true
 	}
-	if err := n.parseUpstream(q, head, rest, query["ns"]); err != nil {
+	if err := n.parseUpstream(q, head, rest, ns); err != nil {
 		return nil, err
 	}
 	if q.base {
@@ -250,8 +258,11 @@ func decodePath(u *url.URL) (string, error) {
 	if len(p) > maxPath {
 		return "", badName("the path is too long")
 	}
-	return strings.Clone(p), nil // what is kept of it must not keep the whole request line
+	return p, nil
 }
+
+// maxKept is how long a request line may be of which names are parts.
+const maxKept = 512
 
 // maxPath is generous: a host, a repository of 255 characters, and a sha512.
 const maxPath = 1024
@@ -318,7 +329,7 @@ func (n names) parseUpstream(q *request, head, named string, ns []string) error 
 	first, remainder, hasMore := strings.Cut(named, "/")
 	switch {
 	case len(ns) > 0:
-		q.ns, q.form = strings.Clone(ns[0]), formNS // as in decodePath
+		q.ns, q.form = ns[0], formNS
 		if q.upstream, err = upstream.ParseName(q.ns); err != nil {
 			return badName("ns: " + err.Error())
 		}
