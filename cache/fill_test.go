@@ -250,7 +250,7 @@ func TestASlowSourceIsAskedForAllAtOnce(t *testing.T) {
 				return body, Info{Size: large, Offset: off, End: end}, nil
 			}
 			req := parallelRequest(o, "a")
-			req.Size = size
+			req.Size = func() int64 { return size }
 			if got, err := readAll(c, req); err != nil || !bytes.Equal(got, o.body) {
 				t.Fatal(len(got), err)
 			}
@@ -266,7 +266,7 @@ func TestASlowSourceIsAskedForAllAtOnce(t *testing.T) {
 			return nil, Info{}, fmt.Errorf("%w: no", ErrRefused)
 		}
 		req := parallelRequest(o, "a")
-		req.Size = large
+		req.Size = func() int64 { return large }
 		if _, err := readAll(c, req); !errors.Is(err, ErrRefused) {
 			t.Fatal(err)
 		}
@@ -319,7 +319,7 @@ func TestAsManyQuestionsAsASourceBears(t *testing.T) {
 						return body, Info{Size: large, Offset: off, End: end}, nil
 					}
 					req := parallelRequest(o, "a")
-					req.Size = large
+					req.Size = func() int64 { return large }
 					if got, err := readAll(c, req); err != nil || !bytes.Equal(got, o.body) {
 						t.Fatal(len(got), err, o.questions())
 					}

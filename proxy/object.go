@@ -123,8 +123,11 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 	if q.kind == upstream.Blob {
 		req.Parallel = p.rules(q.upstream).Parallel
 		req.Ahead = q.asker.Credential.Authorization != "" && !p.lendsNode(q)
-		if (authorised || p.rights.Granted(q.asker)) && !p.upstreams.Registry(q.upstream).Has(upstream.NoRanges) {
-			req.Size = p.sizes.of(q.repositoryKey(), q.digest)
+		req.Size = func() int64 {
+			if !authorised && !p.rights.Granted(q.asker) || p.upstreams.Registry(q.upstream).Has(upstream.NoRanges) {
+				return 0
+			}
+			return p.sizes.of(q.repositoryKey(), q.digest)
 		}
 	} else {
 		req.Check = checkAs(func() string { return f.answer().MediaType }) // runs after the fetch

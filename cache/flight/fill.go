@@ -85,8 +85,9 @@ type fillState struct {
 }
 
 // ask puts the first question. It is also whether the leader may have the
-// object, so any answer but a refusal of the range is final.
-func (f *flight) ask(lead Request) (*answer, error) {
+// object, so any answer but a refusal of the range is final. Where the
+// size was told, the other parts are asked for, too.
+func (f *flight) ask(lead Request, told int64) (*answer, error) {
 	off, n := int64(0), int64(-1)
 	switch {
 	case f.pending != nil:
@@ -100,8 +101,8 @@ func (f *flight) ask(lead Request) (*answer, error) {
 		switch {
 		case lead.Offset >= startHere:
 			off = lead.Offset
-		case f.several && lead.Size > firstSegment && !f.engine.narrow.has(f.source):
-			f.askEarly(f.parts(lead.Size)[1:])
+		case told > firstSegment && !f.engine.narrow.has(f.source):
+			f.askEarly(f.parts(told)[1:])
 		}
 	}
 	ctx, giveUp := context.WithCancelCause(f.ctx)
@@ -171,8 +172,8 @@ func (f *flight) askAlone(lead Request, no error) (*answer, error) {
 	if f.ctx.Err() != nil {
 		return nil, no
 	}
-	lead.Size, f.whole = 0, false
-	a, err := f.ask(lead)
+	f.whole = false
+	a, err := f.ask(lead, 0)
 	if err == nil {
 		f.engine.narrow.add(f.source)
 	}

@@ -320,11 +320,15 @@ func (f *flight) run(lead Request) {
 		f.end(gone, nil)
 		return
 	}
-	a, err := f.ask(lead)
+	told := int64(0)
+	if f.several && lead.Size != nil {
+		told = lead.Size()
+	}
+	a, err := f.ask(lead, told)
 	if err != nil && f.early != nil {
 		a, err = f.askAlone(lead, err)
 	}
-	if err != nil || f.whole || a.Size != lead.Size {
+	if err != nil || f.whole || a.Size != told {
 		f.dropEarly()
 	}
 	if err != nil {

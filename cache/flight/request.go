@@ -117,8 +117,8 @@ type Request struct {
 	Ahead bool
 	// Size is what the object's manifest says, 0 where nobody knows it, or where the
 	// first question alone is to be put before there is an answer. It only saves a
-	// round trip, and nothing depends on it.
-	Size int64
+	// round trip, and nothing depends on it. nil: nobody knows.
+	Size func() int64
 	// Parallel is how many answers of the source a flight may have open at
 	// once; with 1 or less it asks for all bytes in one.
 	Parallel int

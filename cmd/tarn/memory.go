@@ -18,6 +18,20 @@ const (
 	worthGiving = 32 << 20
 )
 
+// startGivingBack returns what stops it.
+func startGivingBack() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		giveBack(ctx)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
 // giveBack returns memory to the system once nothing has been collected for a while,
 // until the context ends.
 func giveBack(ctx context.Context) {

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 
@@ -115,11 +114,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
-	var background sync.WaitGroup
-	defer background.Wait()
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	background.Go(func() { giveBack(ctx) })
+	defer startGivingBack()()
 	return serveAll(ctx, log, services)
 }
 
