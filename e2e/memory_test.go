@@ -35,10 +35,8 @@ const (
 	// podMemory is what the DaemonSet's pod has, and goMemory what it tells Go.
 	podMemory = 512 << 20
 	goMemory  = "400MiB"
-	// restMemory is what tarn may hold of its own once the attack is over, and
-	// restWithin when.
+	// restMemory is what tarn may hold of its own once the attack is over.
 	restMemory = 128 << 20
-	restWithin = 2 * time.Minute
 	memoryName = "evil.test"
 	longLine   = 4 << 10
 )
@@ -297,7 +295,7 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 		c.Close()
 	}
 	unsilence()
-	waitLonger(t, restWithin, "the memory is given back", func() error {
+	waitFor(t, "the memory is given back", func() error {
 		if n := p.ownMemory(t); n > restMemory {
 			return fmt.Errorf("%d MiB", n>>20)
 		}

@@ -31,20 +31,14 @@ const (
 // when that takes too long.
 func waitFor(t *testing.T, what string, ask func() error) {
 	t.Helper()
-	waitLonger(t, patience, what, ask)
-}
-
-// waitLonger is waitFor for what takes longer.
-func waitLonger(t *testing.T, limit time.Duration, what string, ask func() error) {
-	t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patience)
 	for {
 		err := ask()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %s; last seen: %v", what, limit, err)
+			t.Fatalf("%s: not within %s; last seen: %v", what, patience, err)
 		}
 		time.Sleep(pollEvery)
 	}

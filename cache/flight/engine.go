@@ -6,10 +6,9 @@
 // Contract: who asks for an object that is on its way joins its flight, if the
 // authority has said yes to him, and is told to ask it otherwise; of what is not on
 // its way his own Fetch is the question. Nobody waits for a reader, and a flight that
-// was answered goes on without them. What breaks off is parked,
-// with its journal, and the next flight of the same object goes on with it, in the
-// next process, too. What there is no room for passes through: each reader has an
-// answer of the source's own.
+// was answered goes on without them. What breaks off is parked, with its journal, and
+// the next flight of the same object goes on with it, in the next process, too. What
+// there is no room for passes through: each reader has an answer of the source's own.
 //
 // Failure model: the last bytes of an object leave only after its digest matched. A
 // flight whose bytes are wrong fails, and for a minute nobody is given a range of

@@ -19,9 +19,9 @@ import (
 
 // How a flight is filled. A large object is asked for in segments, over up to
 // parallel answers at once where the source is slower than the hash, beginning
-// where readers wait; everything that breaks off leaves a gap, which is asked for again. A source that does not
-// serve ranges as it should is asked for the whole, once more from byte 0,
-// which must then be what is in the file already. Each byte of the file is
+// where readers wait; everything that breaks off leaves a gap, which is asked for
+// again. A source that does not serve ranges as it should is asked for the whole,
+// once more from byte 0, which must then be what is in the file already. Each byte of the file is
 // written once: a worker owns its segment until it lands, and what is filled
 // is only compared.
 

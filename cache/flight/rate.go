@@ -113,6 +113,12 @@ func (f *flight) weigh(p *pace, waited, worked time.Duration) {
 
 // watchStall is weigh for an answer of which nothing comes, until it is stopped.
 func (f *flight) watchStall(w *worker) (stop func()) {
+	f.mu.Lock()
+	decided := f.several || f.most == 1
+	f.mu.Unlock()
+	if decided {
+		return func() {}
+	}
 	return f.watch(w, stallFor, func(brought int64) bool {
 		if brought < stallBytes {
 			f.askSeveral()

@@ -13,7 +13,7 @@ import (
 // gives most of what is freed back after the collection that follows. A node's pulls
 // come in bursts, so without more tarn would sit on the memory of the last one.
 const (
-	giveBackEvery = 30 * time.Second
+	giveBackEvery = 15 * time.Second
 	// worthGiving is how much more than after the last time is worth a collection.
 	worthGiving = 32 << 20
 )
