@@ -63,8 +63,9 @@ type freshness struct {
 
 type headQueue struct {
 	inFlight  int
-	answered  int        // HEADs that were not in vain
-	gathering *headBatch // nil: nobody waits for the next
+	answered  int           // HEADs that were not in vain
+	took      time.Duration // the last one, from being sent to its answer
+	gathering *headBatch    // nil: nobody waits for the next
 }
 
 // headBatch is one HEAD and all that wait for it.
@@ -81,8 +82,12 @@ type headBatch struct {
 
 const (
 	maxHeads = 2
-	// gatherFor is short against the time that a HEAD takes.
-	gatherFor = 500 * time.Microsecond
+	// A gathering is short against the time that a HEAD takes: an eighth of
+	// what the last one took, within these. A crowd that a HEAD has answered
+	// comes back over some milliseconds, and who is not in the next one waits
+	// for the one after it.
+	gatherFor     = 500 * time.Microsecond
+	gatherForMost = 5 * time.Millisecond
 )
 
 // confirm returns what the authority says now, and whether the HEAD was shared.
@@ -141,7 +146,7 @@ func (f *freshness) enter(life context.Context, key headKey) (q *headQueue, b *h
 	case q.inFlight == 0:
 		f.send(life, key, q)
 	case q.inFlight < maxHeads:
-		b.timer = time.AfterFunc(gatherFor, func() {
+		b.timer = time.AfterFunc(min(max(q.took/8, gatherFor), gatherForMost), func() {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			if q.gathering == b && q.inFlight < maxHeads {
@@ -189,9 +194,11 @@ func (f *freshness) send(life context.Context, key headKey, q *headQueue) {
 	go func() {
 		defer f.asking.Done()
 		defer cancel()
+		sent := time.Now()
 		b.answer, b.err = f.ask(ctx, key, sequence)
 		f.mu.Lock()
 		defer f.mu.Unlock()
+		q.took = time.Since(sent)
 		close(b.done)
 		q.inFlight--
 		if b.err == nil {
