@@ -81,6 +81,7 @@ type Proxy struct {
 	infos     manifestInfos
 	sizes     sizes
 	wrongs    wrongs
+	clients   clients
 	metrics   *Metrics
 	log       *zap.Logger
 	router    *mux.Router
@@ -196,7 +197,14 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.request = q
+	if q.upstream == probeName {
+		if err := serveProbe(w, r, q); err != nil {
+			w.fail(q, err)
+		}
+		return
+	}
 	if !q.base {
+		p.clients.note(r.UserAgent(), w.start)
 		if err := p.unseal(w, r, q); err != nil {
 			w.fail(q, err)
 			return
@@ -256,6 +264,10 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	q := w.request
 	if q == nil {
 		q = &request{method: r.Method}
+	}
+	if q.upstream == probeName {
+		p.log.Debug("probe", zap.String("method", bounded(r.Method)), zap.Int("status", w.status), zap.String("agent", bounded(r.UserAgent())))
+		return
 	}
 	route := "none"
 	if q.base || q.kind != "" {

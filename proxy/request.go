@@ -356,7 +356,7 @@ func (n names) parseUpstream(q *request, head, named string, ns []string) error 
 	default:
 		q.form, q.upstream = formDefault, n.defaultUpstream
 	}
-	if n.listedOnly && !n.listed(q.upstream) {
+	if n.listedOnly && !n.listed(q.upstream) && q.upstream != probeName {
 		return errNotAllowed
 	}
 	return nil

@@ -22,6 +22,8 @@ var house = map[string][]string{
 	"internal/manifest":     {"blobstore"},
 	"internal/evictsim":     {"internal/evict"},
 	"internal/regular":      {},
+	"internal/probe":        {},
+	"hosts":                 {"internal/probe"},
 	"blobstore":             {"internal/fault", "internal/regular"},
 	"index":                 {"internal/fault", "internal/regular"},
 	"cache/store":           {"blobstore", "index", "internal/evict", "internal/fault", "internal/manifest", "internal/regular"},
@@ -30,10 +32,10 @@ var house = map[string][]string{
 	"cache":                 {"blobstore", "cache/flight", "cache/store", "images", "index", "internal/fault", "internal/manifest", "internal/regular"},
 	"rights":                {"index"},
 	"upstream":              {},
-	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "rights", "upstream"},
+	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
 	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
 	"internal/registrytest": {},
-	"cmd/tarn":              {"admin", "cache", "cache/store", "images", "proxy", "upstream"},
+	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "proxy", "upstream"},
 }
 
 func TestImportsOnlyPointDown(t *testing.T) {

@@ -109,6 +109,7 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer p.Close()
+	p.RegisterClients(registry)
 
 	services := []service{{newServer(p, log), listener, shutdownGrace}}
 	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
@@ -209,6 +210,10 @@ type status struct {
 	AdminSocket string      `json:"adminSocket"`
 	Cache       cache.Stats `json:"cache"`
 	Index       any         `json:"index"`
+	// Clients is one sentence on who pulls through this tarn, and LastRequests when
+	// each kind of client asked last.
+	Clients      string              `json:"clients"`
+	LastRequests []proxy.LastRequest `json:"lastRequests"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
 }
@@ -256,11 +261,15 @@ func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *ups
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.
 			s := store.Stats()
-			check := admin.Check{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")}
-			return true, []admin.Check{check}
+			return true, []admin.Check{
+				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
+				{Name: "clients", OK: true, Detail: describeClients(p.LastRequests(), started, time.Now())},
+			}
 		},
 		Status: func() any {
-			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(), upstreams.Health()}
+			last := p.LastRequests()
+			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(),
+				describeClients(last, started, time.Now()), last, upstreams.Health()}
 		},
 	}
 }

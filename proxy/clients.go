@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// clientKinds are the clients that are told apart by their User-Agent, which
+// anybody may write: it proves nothing, and decides nothing.
+var clientKinds = []struct {
+	name   string
+	agents []string // how the User-Agent begins, in lower case
+}{
+	{"containerd", []string{"containerd/"}},
+	{"cri-o", []string{"cri-o/"}},
+	{"docker", []string{"docker/"}},
+	{"podman", []string{"libpod/", "buildah/", "skopeo/", "containers/"}},
+	{"buildkit", []string{"buildkit/"}},
+	{otherClient, nil},
+}
+
+const otherClient = "other"
+
+// clients are when each kind of client asked last, in nanoseconds since 1970; 0 for
+// never.
+type clients [6]atomic.Int64
+
+func (c *clients) note(userAgent string, at time.Time) {
+	c[clientKind(userAgent)].Store(at.UnixNano())
+}
+
+func clientKind(userAgent string) int {
+	for i, kind := range clientKinds {
+		for _, agent := range kind.agents {
+			if len(userAgent) >= len(agent) && strings.EqualFold(userAgent[:len(agent)], agent) {
+				return i
+			}
+		}
+	}
+	return len(clientKinds) - 1
+}
+
+// LastRequest is when a kind of client asked last for a manifest, a blob or a list.
+type LastRequest struct {
+	Client string    `json:"client"` // containerd, cri-o, docker, podman, buildkit or other
+	At     time.Time `json:"at"`
+}
+
+// LastRequests are the kinds of clients that have asked since the start, the latest
+// first.
+func (p *Proxy) LastRequests() []LastRequest {
+	last := []LastRequest{}
+	for i := range p.clients {
+		if at := p.clients[i].Load(); at != 0 {
+			last = append(last, LastRequest{clientKinds[i].name, time.Unix(0, at)})
+		}
+	}
+	slices.SortFunc(last, func(a, b LastRequest) int { return b.At.Compare(a.At) })
+	return last
+}
+
+// RegisterClients shows as metrics when each kind of client asked last.
+func (p *Proxy) RegisterClients(registry prometheus.Registerer) {
+	for i := range p.clients {
+		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name:        "tarn_client_last_request_timestamp_seconds",
+			Help:        "Seconds since 1970 when a client of that kind, by its User-Agent, asked last for a manifest, a blob or a list; 0 for never.",
+			ConstLabels: prometheus.Labels{"client": clientKinds[i].name},
+		}, func() float64 { return float64(p.clients[i].Load()) / 1e9 }))
+	}
+}
