@@ -170,6 +170,10 @@ func enter() error {
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}
+	// What tests write below /etc, as operators do, is seen here only.
+	if err := overlayEtc(); err != nil {
+		return err
+	}
 	// With no name server and only these hosts, no name of a real registry can
 	// even be looked up.
 	for path, content := range map[string]string{
@@ -189,6 +193,20 @@ func enter() error {
 		return err
 	}
 	return loopbackUp()
+}
+
+// overlayEtc keeps what is written below /etc in memory.
+func overlayEtc() error {
+	const upper, scratch = "/run/tarn-e2e-etc/upper", "/run/tarn-e2e-etc/work"
+	for _, dir := range []string{upper, scratch} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir="+upper+",workdir="+scratch); err != nil {
+		return fmt.Errorf("mount an overlay on /etc: %w", err)
+	}
+	return nil
 }
 
 // bindOver shows ours wherever path is read.

@@ -74,6 +74,13 @@ unpack_debian13() {
 		chmod +x "$program-of-debian13"
 	done
 }
+# An older containerd without its service, which would start at once.
+unpack_containerd_of_debian() {
+	apt-get download containerd
+	dpkg -x containerd_*.deb root
+	cp root/usr/bin/containerd containerd-of-debian
+	rm -rf root containerd_*.deb
+}
 # docker's programs without its service, which would start at once.
 unpack_docker() {
 	apt-get download docker.io
@@ -84,6 +91,7 @@ unpack_docker() {
 
 containerd=github.com/containerd/containerd/v2/cmd
 keep containerd@2.4.2 build $containerd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2 # about five minutes on two cores
+keep containerd@debian unpack_containerd_of_debian
 keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
 keep conformance@97274622c111 build github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111
 if [[ ${1:-} == clients ]]; then

@@ -27,7 +27,7 @@ func serveProbe(w *response, r *http.Request, q *request) error {
 	if !found {
 		return &upstream.StatusError{Status: http.StatusNotFound}
 	}
-	w.cacheStatus = "tarn; fwd=bypass; detail=probe"
+	w.cacheStatus = probe.CacheStatus
 	w.Header().Set("Content-Type", o.MediaType)
 	setDigest(w.Header(), o.Digest)
 	quoteCondition(r)

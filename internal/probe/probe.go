@@ -24,6 +24,10 @@ import (
 // Registry is the name of the registry that there is not.
 const Registry = "probe.tarn.invalid"
 
+// CacheStatus is the header of each answer with something of the image (RFC 9211),
+// by which tarn is told from another server.
+const CacheStatus = "tarn; fwd=bypass; detail=probe"
+
 // Object is a manifest or blob of the image.
 type Object struct {
 	MediaType string

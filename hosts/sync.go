@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package hosts
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"tarn/internal/probe"
+)
+
+// syncDir is where sync keeps the directory that _default is a link to. /run is gone
+// after a restart of the machine, and then the link leads nowhere, which containerd
+// takes for no settings at all.
+const syncDir = "/run/tarn/hosts"
+
+// Sync keeps tarn's hosts.toml in place while tarn answers, until the context ends,
+// and then takes it away.
+type Sync struct {
+	CertsDir string
+	Mirror   Mirror
+	Client   *http.Client  // asks tarn
+	Every    time.Duration // how often
+	// Told hears of each change and of each new error.
+	Told func(message string)
+
+	dir string // syncDir, but in tests
+}
+
+// Run returns when the context ends, with what could not be taken away, or at once
+// where somebody else's settings are in the way.
+func (s Sync) Run(ctx context.Context) error {
+	if s.dir == "" {
+		s.dir = syncDir
+	}
+	if err := errors.Join(s.Mirror.check(), checkCertsDir(s.CertsDir)); err != nil {
+		return err
+	}
+	if err := s.link(); err != nil {
+		return err
+	}
+	tick := time.NewTicker(s.Every)
+	defer tick.Stop()
+	for was := ""; ; {
+		now := "pulls go through tarn"
+		if err := Answers(ctx, s.Client, s.Mirror.URL); err != nil && ctx.Err() == nil {
+			now = fmt.Sprintf("pulls go to the registries themselves: %v", err)
+			if err := s.take(); err != nil {
+				now = fmt.Sprintf("%v", err)
+			}
+		} else if err := s.put(); err != nil {
+			now = fmt.Sprintf("pulls go to the registries themselves: %v", err)
+		}
+		if now != was && ctx.Err() == nil {
+			s.Told(now)
+			was = now
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(s.unlink(), s.take())
+		case <-tick.C:
+		}
+	}
+}
+
+func (s Sync) place() string { return filepath.Join(s.CertsDir, anyRegistry) }
+
+// link makes _default a link to the directory in /run. A name that is there and is
+// not this link is somebody's.
+func (s Sync) link() error {
+	if target, err := os.Readlink(s.place()); err == nil && target == s.dir {
+		return nil // left by a kill
+	}
+	if _, err := os.Lstat(s.place()); err == nil {
+		return fmt.Errorf("%s is there and is not sync's; take it away first: tarn hosts remove, if it is tarn's", s.place())
+	}
+	if err := os.MkdirAll(s.CertsDir, 0o755); err != nil {
+		return explain(s.place(), err)
+	}
+	if err := os.Symlink(s.dir, s.place()); err != nil {
+		return explain(s.place(), err)
+	}
+	return syncDirectory(s.CertsDir)
+}
+
+func (s Sync) unlink() error {
+	if target, err := os.Readlink(s.place()); err == nil && target == s.dir {
+		return os.Remove(s.place())
+	}
+	return nil // somebody else's by now
+}
+
+// put writes the file, unless it is there.
+func (s Sync) put() error {
+	path := filepath.Join(s.dir, fileName)
+	text := render(bySync, 0, s.Mirror, nil)
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
+		return nil
+	}
+	if err := os.MkdirAll(s.dir, 0o755); err != nil {
+		return err
+	}
+	coming := filepath.Join(s.dir, comingName)
+	if err := os.RemoveAll(coming); err != nil {
+		return err
+	}
+	return errors.Join(writeFile(coming, text), os.Rename(coming, path))
+}
+
+// take removes the file first, since a directory without one is as if absent.
+func (s Sync) take() error {
+	if err := os.Remove(filepath.Join(s.dir, fileName)); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	os.Remove(s.dir) // with what else is in it, it stays
+	return nil
+}
+
+// Answers asks the tarn at the URL for its probe, and returns nil where it is tarn
+// that answers.
+func Answers(ctx context.Context, client *http.Client, url string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, url+"/v2/hosts/manifests/1?ns="+probe.Registry, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("tarn does not answer: %w", err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Cache-Status") != probe.CacheStatus {
+		return fmt.Errorf("what answers at %s is not tarn, or an older one: %s", url, resp.Status)
+	}
+	return nil
+}
