@@ -126,6 +126,10 @@ func filesOf(pid int) (tree, error) {
 	return root, nil
 }
 
+// startSlack is what the clocks of a file and of a process may differ by, and less
+// than a process takes to read its files.
+const startSlack = 50 * time.Millisecond
+
 // changedAfter tells whether one of the files was changed after the process started:
 // by the time of the inode, which no copy keeps.
 func (p process) changedAfter(files []string) string {
@@ -134,7 +138,7 @@ func (p process) changedAfter(files []string) string {
 		if err != nil {
 			continue
 		}
-		if stat, ok := info.Sys().(*syscall.Stat_t); ok && time.Unix(stat.Ctim.Unix()).After(p.started) {
+		if stat, ok := info.Sys().(*syscall.Stat_t); ok && time.Unix(stat.Ctim.Unix()).After(p.started.Add(startSlack)) {
 			return path
 		}
 	}
