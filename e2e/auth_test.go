@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -59,6 +60,7 @@ func basicAuth(t *testing.T) configuration.Auth {
 // user, and with no right to everybody else.
 type tokenService struct {
 	signer jose.Signer
+	delay  atomic.Int64 // nanoseconds that each answer takes
 
 	mu   sync.Mutex
 	seen []string // credentials
@@ -91,6 +93,7 @@ func bearerAuth(t *testing.T) (*tokenService, configuration.Auth) {
 }
 
 func (s *tokenService) serve(w http.ResponseWriter, r *http.Request) {
+	<-time.After(time.Duration(s.delay.Load()))
 	name, given, ok := r.BasicAuth()
 	if r.FormValue("grant_type") == "password" {
 		name, given, ok = r.FormValue("username"), r.FormValue("password"), true

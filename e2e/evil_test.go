@@ -82,7 +82,7 @@ func startEvil(t *testing.T) *evil {
 			t.Error(err)
 		}
 	})
-	cert, file := certificate(t)
+	cert, file := certificate(t, evilName)
 	e := &evil{roots: file, bait: newBait(t)}
 	server := &http.Server{Handler: http.HandlerFunc(e.serve), TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}}
 	l := listenIn(t, "/run/netns/evil", evilIP+":443")
@@ -125,22 +125,22 @@ func listenIn(t *testing.T, netns, addr string) net.Listener {
 	return r.l
 }
 
-// certificate is one for evilName that vouches for itself.
-func certificate(t *testing.T) (tls.Certificate, string) {
+// certificate is one for a name that vouches for itself.
+func certificate(t *testing.T, name string) (tls.Certificate, string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{evilName}, NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotAfter: time.Now().Add(time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(folder(t, work(), "evil"), "roots.pem")
+	file := filepath.Join(folder(t, work(), name), "roots.pem")
 	writeFile(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, file
 }

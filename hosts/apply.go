@@ -23,6 +23,11 @@ const (
 // Apply makes the changes, each by one rename. What the plan has seen must still be
 // there: somebody else's file that has come meanwhile is an error.
 func (p Plan) Apply() error {
+	for _, path := range p.left {
+		if err := os.RemoveAll(path); err != nil {
+			return explain(path, err)
+		}
+	}
 	for _, c := range p.changes {
 		var err error
 		switch {
@@ -57,10 +62,7 @@ func explain(path string, err error) error {
 // this order: the new file whole and on the disk, its new name, the name on the disk.
 func (c change) write() error {
 	dir := filepath.Dir(c.path)
-	coming, _, err := spares(dir)
-	if err != nil {
-		return err
-	}
+	coming := filepath.Join(dir, comingName)
 	if err := writeFile(coming, c.new); err != nil {
 		os.Remove(coming)
 		return err
@@ -83,11 +85,8 @@ func (c change) makeTree() error {
 	for range c.made - 1 {
 		top = filepath.Dir(top)
 	}
-	coming, _, err := spares(filepath.Dir(top))
-	if err != nil {
-		return err
-	}
-	err = c.fillTree(coming, top)
+	coming := filepath.Join(filepath.Dir(top), comingName)
+	err := c.fillTree(coming, top)
 	if err == nil {
 		err = c.rename(coming, top)
 	}
@@ -175,10 +174,7 @@ func (c change) remove() error {
 		}
 		what = dir
 	}
-	_, going, err := spares(filepath.Dir(what))
-	if err != nil {
-		return err
-	}
+	going := filepath.Join(filepath.Dir(what), goingName)
 	if err := os.Rename(what, going); err != nil {
 		return err
 	}
@@ -186,12 +182,6 @@ func (c change) remove() error {
 		return err
 	}
 	return syncDirectory(filepath.Dir(what))
-}
-
-// spares are the names for what is on its way in a directory, free of what a kill left.
-func spares(dir string) (coming, going string, err error) {
-	coming, going = filepath.Join(dir, comingName), filepath.Join(dir, goingName)
-	return coming, going, errors.Join(os.RemoveAll(coming), os.RemoveAll(going))
 }
 
 // writeFile makes a file that everybody may read, on the disk when it returns.

@@ -25,6 +25,7 @@ type Options struct {
 // Plan is what would be changed, and Apply changes it.
 type Plan struct {
 	changes []change
+	left    []string // by a kill
 	// Past says which registries' pulls go past tarn all the same, a line each.
 	Past []string
 }
@@ -37,7 +38,7 @@ type change struct {
 	made     int // how many of the directories above it come or go with it
 }
 
-// Empty tells whether there is nothing to do.
+// Empty tells whether there is nothing to do but to clear what a kill left.
 func (p Plan) Empty() bool { return len(p.changes) == 0 }
 
 // Paths are the files that would be changed.
@@ -113,6 +114,7 @@ func PlanInstall(o Options) (p Plan, err error) {
 			p.changes[i].new = withMade(server.new, server.made)
 		}
 	}
+	p.left = leftovers(o.CertsDir)
 	p.Past, err = past(o.CertsDir, p.changes)
 	return p, err
 }
@@ -236,7 +238,33 @@ func PlanRemove(certsDir string, registries []string) (p Plan, err error) {
 	}
 	// The file that certsDir itself was made for comes last: then it is empty.
 	slices.SortStableFunc(p.changes, func(a, b change) int { return cmp.Compare(a.made, b.made) })
+	p.left = leftovers(certsDir)
 	return p, nil
+}
+
+// leftovers are what kills left: in certsDir, in a directory of it, or above it, where
+// it was made or went itself.
+func leftovers(certsDir string) (paths []string) {
+	dirs := []string{certsDir}
+	for dir := certsDir; dir != "/"; {
+		dir = filepath.Dir(dir)
+		dirs = append(dirs, dir)
+	}
+	entries, _ := os.ReadDir(certsDir) // none where it is not there
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), ".") {
+			dirs = append(dirs, filepath.Join(certsDir, e.Name()))
+		}
+	}
+	for _, dir := range dirs {
+		for _, name := range []string{comingName, goingName} {
+			path := filepath.Join(dir, name)
+			if _, err := os.Lstat(path); err == nil {
+				paths = append(paths, path)
+			}
+		}
+	}
+	return paths
 }
 
 // past lists the directories of registries that have settings of their own, and so

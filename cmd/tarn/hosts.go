@@ -93,15 +93,17 @@ settings so that its certificates stay in use.`,
 
 // carryOut applies the plan and says what was done, or shows what would be.
 func carryOut(out io.Writer, plan hosts.Plan, dry bool, done, nothing string) error {
+	if !dry {
+		if err := plan.Apply(); err != nil {
+			return err
+		}
+	}
 	switch {
 	case plan.Empty():
 		fmt.Fprintln(out, nothing)
 	case dry:
 		fmt.Fprint(out, plan.Diff())
 	default:
-		if err := plan.Apply(); err != nil {
-			return err
-		}
 		for _, path := range plan.Paths() {
 			fmt.Fprintln(out, done, path)
 		}
