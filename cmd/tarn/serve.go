@@ -66,6 +66,12 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	defer log.Sync()
 
+	var certs *certificates // nil: plain http
+	if cfg.TLS.CertFile != "" {
+		if certs, err = newCertificates(cfg.TLS, log); err != nil {
+			return err
+		}
+	}
 	// The listeners first: a taken port is the commonest mistake, and the
 	// dial guard must know them.
 	listener, adminListener, err := listenTCP(cfg)
@@ -110,7 +116,11 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	}
 	defer p.Close()
 
-	services := []service{{newServer(p, log), listener, shutdownGrace}}
+	server := newServer(p, log)
+	if certs != nil {
+		server.TLSConfig = certs.config()
+	}
+	services := []service{{server, listener, shutdownGrace}}
 	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
@@ -131,7 +141,7 @@ type service struct {
 func serveAll(ctx context.Context, log *zap.Logger, services []service) (err error) {
 	failed := make(chan error, len(services))
 	for _, s := range services {
-		go func() { failed <- s.Serve(s.listener) }()
+		go func() { failed <- s.serve() }()
 	}
 	select {
 	case <-ctx.Done():
@@ -142,6 +152,14 @@ func serveAll(ctx context.Context, log *zap.Logger, services []service) (err err
 		s.stop()
 	}
 	return err
+}
+
+// serve serves over TLS where it was told what to show.
+func (s service) serve() error {
+	if s.TLSConfig != nil {
+		return s.ServeTLS(s.listener, "", "")
+	}
+	return s.Serve(s.listener)
 }
 
 // stop closes the listener before it waits, so that clients are refused and go to
