@@ -27,6 +27,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tarn/cache"
@@ -67,6 +68,9 @@ type Options struct {
 	WriteTimeout time.Duration
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
+	// Replaces is the proxy of the same cache whose place this one will take: the
+	// HEADs of both are numbered together. nil: there is none.
+	Replaces *Proxy
 }
 
 // Proxy serves the registry API. It is an http.Handler.
@@ -111,7 +115,12 @@ func New(opts Options) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("names: %w", err)
 	}
-	sequence := opts.Cache.Index().LastSequence()
+	sequence := new(atomic.Uint64)
+	if opts.Replaces != nil {
+		sequence = opts.Replaces.fresh.sequence
+	} else {
+		sequence.Store(opts.Cache.Index().LastSequence())
+	}
 	p := &Proxy{
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
@@ -148,6 +157,10 @@ func New(opts Options) (*Proxy, error) {
 	}
 	return p, nil
 }
+
+// Retire has this proxy remember no yes any more, since another one takes its place.
+// Requests that it has go on as they began.
+func (p *Proxy) Retire() { p.rights.Retire() }
 
 // newRouter has mux find prefixes and methods; SkipClean and UseEncodedPath keep
 // it from redirecting and from decoding. The rest is one parser's.

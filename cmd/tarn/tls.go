@@ -47,6 +47,15 @@ func newCertificates(files TLS, log *zap.Logger) (*certificates, error) {
 	return c, nil
 }
 
+// use has the certificates follow these files from now on, which readCertificates
+// has read.
+func (c *certificates) use(files TLS, current *tls.Config, seen [3]fileVersion) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.files, c.current, c.seen = files, current, seen
+	c.warn(time.Now())
+}
+
 // config is the server's. The connection of a client that is let in by one that is
 // replaced meanwhile goes on.
 func (c *certificates) config() *tls.Config {
