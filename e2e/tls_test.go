@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -179,4 +180,56 @@ func TestAProcessWithoutTheNodesCertificateGetsNothing(t *testing.T) {
 			t.Logf("%s: %s", who, strings.TrimSpace(out))
 		}
 	}
+}
+
+// TestNoPullGoesPastTarnWhileItsCertificatesAreRenewed: containerd reads its side's
+// files at each pull, and tarn its own, while they and the configuration change.
+func TestNoPullGoesPastTarnWhileItsCertificatesAreRenewed(t *testing.T) {
+	own := nodeCertificates(t, "own")
+	n := newPrivateNode(t, basicAuth(t), tlsSettings(own))
+	c := &criClient{n.containerd, n.containerd.dialCRI(t)}
+	n.containerd.mirrorTLS(t, own)
+	i := pushSaying(t, "team/secret", "v1", "a secret")
+	stop, renewed := make(chan struct{}), make(chan int)
+	go func() {
+		times := 0
+		defer func() { renewed <- times }()
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			// Other names, so that there is another certificate.
+			if _, _, err := nodeca.Ensure(filepath.Dir(own.CA), []string{fmt.Sprint("name", times)}, time.Now()); err != nil {
+				t.Error(err)
+				return
+			}
+			if err := n.tarn.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				t.Error(err)
+				return
+			}
+			times++
+		}
+	}()
+	const pulls = 20
+	for range pulls {
+		n.registry.take()
+		if err := c.pullAs(t, i.ref(), &cri.Auth{Username: user, Password: password}); err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, r := range n.registry.take() {
+			if r.route == pastTarn {
+				t.Errorf("containerd asked the registry past tarn: %s (%d)", r, r.status)
+			}
+		}
+		c.forget(t, i.ref())
+	}
+	close(stop)
+	times := <-renewed
+	if times < pulls {
+		t.Errorf("renewed only %d times", times)
+	}
+	t.Logf("%d pulls, %d renewals", pulls, times)
 }
