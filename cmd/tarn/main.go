@@ -11,8 +11,11 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set when a release is linked.
-var version = "devel"
+// version and commit are set when a release is linked.
+var (
+	version = "devel"
+	commit  = "unknown"
+)
 
 func main() {
 	if err := newCommand().Execute(); err != nil {
@@ -33,7 +36,7 @@ func newCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintln(cmd.OutOrStdout(), "tarn", version, runtime.Version())
+			fmt.Fprintf(cmd.OutOrStdout(), "tarn %s (commit %s) %s %s/%s\n", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		},
 	})
 	return root

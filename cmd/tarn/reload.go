@@ -166,6 +166,8 @@ type reloader struct {
 	level zap.AtomicLevel
 	certs *certificates // nil: plain http
 	api   *api
+	// manager is told of each.
+	manager notifier
 
 	mu  sync.Mutex // one at a time
 	cfg Config     // what is served, where mu is held
@@ -205,6 +207,8 @@ func (r *reloader) refuse() {
 func (r *reloader) reload() (admin.Reloaded, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.manager.reloading()
+	defer r.manager.ready()
 	needsRestart, err := r.apply()
 	if err != nil {
 		r.log.Error("the configuration cannot be used; all stays as it was", zap.Error(err))

@@ -61,6 +61,7 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 		return err
 	}
 	defer log.Sync()
+	manager := newNotifier(log)
 	var certs *certificates // nil: plain http
 	if cfg.TLS.CertFile != "" {
 		if certs, err = newCertificates(cfg.TLS, log); err != nil {
@@ -92,7 +93,7 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 	registerCache(registry, a.cache)
 	registerUpstreams(registry, a.health)
 
-	r := &reloader{load: load, log: log, level: level, certs: certs, api: a, cfg: cfg}
+	r := &reloader{load: load, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
@@ -103,7 +104,8 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.Bool("tls", certs != nil), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
 		zap.Int64("max_size", a.cache.Stats().MaxBytes), zap.String("version", version))
 	defer startGivingBack()()
-	return serveAll(ctx, log, services, a.running.Load)
+	defer manager.watch(ctx, listener.Addr(), certs != nil)()
+	return serveAll(ctx, log, manager, services, a.running.Load)
 }
 
 func newLogger(level string) (*zap.Logger, zap.AtomicLevel, error) {

@@ -68,13 +68,15 @@ type service struct {
 
 // serveAll serves until the context ends or a service fails. They are stopped in
 // their order. running counts what is being answered to clients.
-func serveAll(ctx context.Context, log *zap.Logger, services []service, running func() int64) (err error) {
+func serveAll(ctx context.Context, log *zap.Logger, manager notifier, services []service, running func() int64) (err error) {
 	failed := make(chan error, len(services))
 	for _, s := range services {
 		go func() { failed <- s.serve() }()
 	}
+	manager.ready() // whoever comes before they have begun waits for them
 	select {
 	case <-ctx.Done():
+		manager.stopping()
 		log.Info("shutting down: nobody new is let in", zap.Int64("running_answers", running()), zap.Duration("at_most", shutdownGrace))
 	case err = <-failed:
 	}
