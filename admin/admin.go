@@ -15,7 +15,7 @@
 // nothing here waits for a registry but a pin, for 9 s at most.
 //
 // What changes something takes JSON, which a page of another site cannot send
-// unasked. It never serves a blob.
+// unasked. A reload reads what the operator wrote, never what was sent. It never serves a blob.
 package admin
 
 import (
@@ -64,6 +64,9 @@ type Options struct {
 	// serves none.
 	Store *cache.Cache
 	Parse func(string) (proxy.ImageName, error)
+	// Reload reads the configuration anew, and says what became of it; an error
+	// says why nothing did. nil serves none.
+	Reload func() (Reloaded, error)
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)
@@ -99,11 +102,37 @@ func New(opts Options) http.Handler {
 	if opts.Store != nil {
 		imageAPI{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
 	}
+	if opts.Reload != nil {
+		own.HandleFunc("POST /api/v1/reload", opts.reload)
+	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify"))
+		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify, reload"))
 	})
 	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, own)))
 	return headers(mux)
+}
+
+// Reloaded is the answer to a reload.
+type Reloaded struct {
+	// NeedsRestart are the keys of the configuration that have changed, and count
+	// only after a restart.
+	NeedsRestart []string `json:"needsRestart"`
+}
+
+func (o Options) reload(w http.ResponseWriter, r *http.Request) {
+	if o.ReadOnly != "" {
+		serveJSON(w, http.StatusForbidden, failure(o.ReadOnly))
+		return
+	}
+	if _, ok := readOrder(w, r); !ok {
+		return
+	}
+	done, err := o.Reload()
+	if err != nil {
+		serveJSON(w, http.StatusUnprocessableEntity, failure(err.Error()))
+		return
+	}
+	serveJSON(w, http.StatusOK, done)
 }
 
 func failure(message string) map[string]string { return map[string]string{"error": message} }
@@ -121,6 +150,7 @@ var methods = map[string]string{
 	"/api/v1/pins":   "GET, HEAD, POST, DELETE",
 	"/api/v1/evict":  "POST",
 	"/api/v1/verify": "POST",
+	"/api/v1/reload": "POST",
 }
 
 func headers(next http.Handler) http.Handler {

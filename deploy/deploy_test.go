@@ -362,3 +362,31 @@ func TestContainerdAsksTarnFirstAndThenTheRegistry(t *testing.T) {
 		}
 	}
 }
+
+// TestSystemdTakesTheUnit: with systemd's own parser, and with a program that is here.
+func TestSystemdTakesTheUnit(t *testing.T) {
+	t.Parallel()
+	analyze, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Skip("systemd is not installed")
+	}
+	own, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit := filepath.Join(t.TempDir(), "tarn.service")
+	text := bytes.ReplaceAll(read(t, "systemd/tarn.service"), []byte("/usr/bin/tarn"), []byte(own))
+	if err := os.WriteFile(unit, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// It says what it does not understand, and goes on.
+	out, err := exec.Command(analyze, "verify", "--man=no", unit).CombinedOutput()
+	if err != nil || strings.Contains(string(out), "tarn.service") {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+	for _, want := range []string{"Type=notify", "WatchdogSec=", "StateDirectory=tarn", "RuntimeDirectory=tarn", "User=tarn", "ExecReload=/usr/bin/tarn reload"} {
+		if !strings.Contains(string(read(t, "systemd/tarn.service")), "\n"+want) {
+			t.Errorf("no %s", want)
+		}
+	}
+}

@@ -190,6 +190,35 @@ func (ix *Index) leave(k RepositoryKey, r *repository) {
 	}
 }
 
+// Relist counts anew what registries that are not listed have: Options.Listed says
+// something else than before.
+func (ix *Index) Relist() {
+	ix.mu.Lock()
+	defer ix.mu.Unlock()
+	ix.strangers = extent{}
+	for k, r := range ix.repositories {
+		if !ix.isStranger(k) {
+			continue
+		}
+		theirs := repositoryExtent(k)
+		for name := range r.tags {
+			theirs = theirs.plus(tagExtent(k.TagKey(name)))
+		}
+		for _, kind := range []string{manifests, blobs} {
+			n, one := int64(r.members(kind).len()), membershipExtent(k, kind)
+			theirs = theirs.plus(extent{n * one.memory, n * one.file})
+		}
+		ix.strangers = ix.strangers.plus(theirs)
+	}
+}
+
+// Disown drops the memberships of these upstreams: who said what they rest on has no
+// say there any more. Its caller has that kept (Sync).
+func (ix *Index) Disown(upstream func(string) bool) {
+	ix.forget(func(k RepositoryKey, _ int64) bool { return upstream(k.Upstream) },
+		func(TagKey, Tag) bool { return false })
+}
+
 // Pruning says from before when rows are of no use any more.
 type Pruning struct {
 	Memberships time.Time

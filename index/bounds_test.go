@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -266,5 +267,71 @@ func TestWhoHearsOfARefusalWaitsForTheFile(t *testing.T) {
 	sync1(t, ix)
 	if ix.Owes() {
 		t.Error("it is in the file")
+	}
+}
+
+// TestWhoIsListedLaterIsCountedSo: what is taken off as one of the others than it was
+// entered as would leave counts that no row stands for.
+func TestWhoIsListedLaterIsCountedSo(t *testing.T) {
+	t.Parallel()
+	var now atomic.Pointer[string]
+	set := func(name string) { now.Store(&name) }
+	set("a.example")
+	ix := openWith(t, filepath.Join(t.TempDir(), "index.db"), Options{Listed: func(upstream string) bool { return upstream == *now.Load() }})
+	at := time.Now()
+	for _, upstream := range []string{"a.example", "b.example", "c.example"} {
+		k := RepositoryKey{upstream, "app"}
+		for i := range len(upstream) + int(upstream[0]) {
+			ix.NoteTag(k.TagKey(fmt.Sprint("v", i)), Tag{Digest: d1, Confirmed: at, Sequence: 1})
+			d := digest.NewDigestFromHex("sha256", fmt.Sprintf("%064x", i))
+			ix.NoteMembership(k.MembershipKey(manifests, d), Membership{Time: at})
+			ix.NoteMembership(k.MembershipKey(blobs, d), Membership{Time: at})
+		}
+	}
+	as := ix.strangers
+	ix.Relist()
+	if ix.strangers != as {
+		t.Errorf("counted anew %+v, as noted %+v", ix.strangers, as)
+	}
+	set("b.example")
+	ix.Relist()
+	if ix.strangers == as {
+		t.Error("nothing has changed")
+	}
+	ix.Prune(Pruning{Memberships: at.Add(time.Hour), Tags: at.Add(time.Hour)})
+	if ix.strangers != (extent{}) || ix.rows != (extent{}) {
+		t.Errorf("without a row: %+v, %+v", ix.strangers, ix.rows)
+	}
+}
+
+func TestWhoIsDisownedIsForgottenInTheFileToo(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "index.db")
+	ix := openWith(t, path, Options{})
+	key := func(upstream string) MembershipKey {
+		return RepositoryKey{upstream, "app"}.MembershipKey(blobs, d1)
+	}
+	tag := RepositoryKey{"a.example", "app"}.TagKey("v1")
+	ix.NoteTag(tag, Tag{Digest: d1, Confirmed: time.Now(), Sequence: 1})
+	for _, name := range []string{"a.example", "b.example"} {
+		ix.NoteMembership(key(name), Membership{Time: time.Now(), Anonymous: time.Now()})
+	}
+	sync1(t, ix)
+	ix.Disown(func(upstream string) bool { return upstream == "a.example" })
+	sync1(t, ix)
+	for range 2 {
+		if _, ok := ix.Membership(key("a.example")); ok {
+			t.Error("not forgotten")
+		}
+		if _, ok := ix.Membership(key("b.example")); !ok {
+			t.Error("another's is forgotten")
+		}
+		if _, ok := ix.Tag(tag); !ok {
+			t.Error("the tag is forgotten")
+		}
+		if err := ix.Close(); err != nil {
+			t.Fatal(err)
+		}
+		ix = openWith(t, path, Options{})
 	}
 }

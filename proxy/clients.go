@@ -52,12 +52,10 @@ type LastRequest struct {
 	At     time.Time `json:"at"`
 }
 
-// LastRequests are the kinds of clients that have asked since the start, the latest
-// first.
-func (p *Proxy) LastRequests() []LastRequest {
+func (c *clients) last() []LastRequest {
 	last := []LastRequest{}
-	for i := range p.clients {
-		if at := p.clients[i].Load(); at != 0 {
+	for i := range c {
+		if at := c[i].Load(); at != 0 {
 			last = append(last, LastRequest{clientKinds[i].name, time.Unix(0, at)})
 		}
 	}
@@ -65,13 +63,13 @@ func (p *Proxy) LastRequests() []LastRequest {
 	return last
 }
 
-// RegisterClients shows as metrics when each kind of client asked last.
-func (p *Proxy) RegisterClients(registry prometheus.Registerer) {
-	for i := range p.clients {
+// register shows as metrics when each kind of client asked last.
+func (c *clients) register(registry prometheus.Registerer) {
+	for i := range c {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "tarn_client_last_request_timestamp_seconds",
 			Help:        "Seconds since 1970 when a client of that kind, by its User-Agent, asked last for a manifest, a blob or a list; 0 for never.",
 			ConstLabels: prometheus.Labels{"client": clientKinds[i].name},
-		}, func() float64 { return float64(p.clients[i].Load()) / 1e9 }))
+		}, func() float64 { return float64(c[i].Load()) / 1e9 }))
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tarn/index"
@@ -52,13 +53,13 @@ type headKey struct {
 // when one of them has come back. A HEAD that nobody waits for any more is
 // called off.
 type freshness struct {
-	ask func(ctx context.Context, key headKey, sequence uint64) (*confirmation, error)
+	ask      func(ctx context.Context, key headKey, sequence uint64) (*confirmation, error)
+	sequence *atomic.Uint64 // of the last HEAD that was handed over
 
 	// mu guards what follows, and the batches' membership.
-	mu       sync.Mutex
-	queues   map[headKey]*headQueue
-	sequence uint64 // of the last HEAD that was handed over
-	asking   sync.WaitGroup
+	mu     sync.Mutex
+	queues map[headKey]*headQueue
+	asking sync.WaitGroup
 }
 
 type headQueue struct {
@@ -119,10 +120,7 @@ func (f *freshness) confirm(asking, ctx, life context.Context, key headKey) (c *
 
 // number is for a question that follows a HEAD of a batch.
 func (f *freshness) number() uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.sequence++
-	return f.sequence
+	return f.sequence.Add(1)
 }
 
 // enter puts the request into the batch that gathers, and returns how many
@@ -186,8 +184,7 @@ func (f *freshness) send(life context.Context, key headKey, q *headQueue) {
 		b.timer.Stop()
 	}
 	q.inFlight++
-	f.sequence++
-	sequence := f.sequence
+	sequence := f.sequence.Add(1)
 	ctx, cancel := context.WithCancel(life)
 	b.cancel = cancel
 	f.asking.Add(1)

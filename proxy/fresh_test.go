@@ -228,7 +228,7 @@ type heads struct {
 
 func newHeads() (*heads, *freshness) {
 	h := &heads{gates: make(map[uint64]chan *confirmation)}
-	f := &freshness{queues: make(map[headKey]*headQueue)}
+	f := &freshness{queues: make(map[headKey]*headQueue), sequence: new(atomic.Uint64)}
 	f.ask = func(ctx context.Context, _ headKey, sequence uint64) (*confirmation, error) {
 		gate := make(chan *confirmation, 1)
 		h.mu.Lock()

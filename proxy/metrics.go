@@ -18,6 +18,7 @@ type Metrics struct {
 	bytes    *prometheus.CounterVec
 	headers  *prometheus.HistogramVec
 	upstream *prometheus.CounterVec
+	clients  clients
 }
 
 // NewMetrics registers the counters.
@@ -42,6 +43,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		}, []string{"method", "code"}),
 	}
 	reg.MustRegister(m.requests, m.bytes, m.headers, m.upstream)
+	m.clients.register(reg)
 	return m
 }
 
@@ -53,6 +55,16 @@ func (m *Metrics) request(route, outcome string, status int, bytes int64, header
 	m.bytes.WithLabelValues(outcome).Add(float64(bytes))
 	m.headers.WithLabelValues(route, outcome).Observe(headers.Seconds())
 }
+
+func (m *Metrics) client(userAgent string, at time.Time) {
+	if m != nil {
+		m.clients.note(userAgent, at)
+	}
+}
+
+// LastRequests are the kinds of clients that have asked since the start, the latest
+// first.
+func (m *Metrics) LastRequests() []LastRequest { return m.clients.last() }
 
 // Upstream is for upstream.Options.Observe. The registry's name is no label:
 // clients choose it.

@@ -73,7 +73,7 @@ func TestTheProbeIsAnsweredByTarnAlone(t *testing.T) {
 			t.Errorf("requests are counted: %v", f)
 		}
 	}
-	if last := d.proxy.LastRequests(); len(last) != 0 {
+	if last := d.proxy.metrics.LastRequests(); len(last) != 0 {
 		t.Errorf("they count as clients': %+v", last)
 	}
 }
@@ -97,7 +97,7 @@ func TestEachClientIsKnownByItsUserAgent(t *testing.T) {
 	} {
 		before := time.Now()
 		d.head("/v2/library/alpine/manifests/latest", "User-Agent", agent).must(t, 404)
-		last := d.proxy.LastRequests()
+		last := d.proxy.metrics.LastRequests()
 		if len(last) == 0 || last[0].Client != want || last[0].At.Before(before.Truncate(time.Millisecond)) {
 			t.Errorf("%q counts as %+v, not as %s", agent, last, want)
 		}

@@ -27,6 +27,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tarn/cache"
@@ -67,6 +68,9 @@ type Options struct {
 	WriteTimeout time.Duration
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
+	// Replaces is the proxy of the same cache whose place this one will take: the
+	// HEADs of both are numbered together. nil: there is none.
+	Replaces *Proxy
 }
 
 // Proxy serves the registry API. It is an http.Handler.
@@ -81,7 +85,6 @@ type Proxy struct {
 	infos     manifestInfos
 	sizes     sizes
 	wrongs    wrongs
-	clients   clients
 	metrics   *Metrics
 	log       *zap.Logger
 	router    *mux.Router
@@ -112,7 +115,12 @@ func New(opts Options) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("names: %w", err)
 	}
-	sequence := opts.Cache.Index().LastSequence()
+	sequence := new(atomic.Uint64)
+	if opts.Replaces != nil {
+		sequence = opts.Replaces.fresh.sequence
+	} else {
+		sequence.Store(opts.Cache.Index().LastSequence())
+	}
 	p := &Proxy{
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
@@ -149,6 +157,10 @@ func New(opts Options) (*Proxy, error) {
 	}
 	return p, nil
 }
+
+// Retire has this proxy remember no yes any more, since another one takes its place.
+// Requests that it has go on as they began.
+func (p *Proxy) Retire() { p.rights.Retire() }
 
 // newRouter has mux find prefixes and methods; SkipClean and UseEncodedPath keep
 // it from redirecting and from decoding. The rest is one parser's.
@@ -204,7 +216,7 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if !q.base {
-		p.clients.note(r.UserAgent(), w.start)
+		p.metrics.client(r.UserAgent(), w.start)
 		if err := p.unseal(w, r, q); err != nil {
 			w.fail(q, err)
 			return

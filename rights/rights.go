@@ -211,6 +211,7 @@ type Rights struct {
 	lastNoOfAll time.Time
 	challenges  map[index.RepositoryKey]Refusal // of anonymous; at most maxRefusals
 	closed      map[index.RepositoryKey]bool    // anonymous has no membership there; at most maxRights
+	retired     bool                            // by Retire
 }
 
 // grant is kept past until for as long as a stale answer may rest on it.
@@ -227,6 +228,16 @@ func New(opts Options) *Rights {
 		challenges: make(map[index.RepositoryKey]Refusal),
 		closed:     make(map[index.RepositoryKey]bool),
 	}
+}
+
+// Retire has no yes remembered any more: other rights take the place of these, under
+// other terms. Each answer that is still to come serves the request that it answers,
+// a refusal ends what the index has, and a download that began may be finished by
+// who is here still.
+func (r *Rights) Retire() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retired = true
 }
 
 // Learn takes an answer of the authority to a question of this asker about the
@@ -384,7 +395,7 @@ func (r *Rights) crossed(asked time.Time, names ...string) bool {
 			return true
 		}
 	}
-	return !r.lastNoOfAll.Before(asked)
+	return r.retired || !r.lastNoOfAll.Before(asked)
 }
 
 // Entitled tells whether the asker may have the object without another

@@ -407,3 +407,35 @@ func TestEachTableIsBounded(t *testing.T) {
 		t.Errorf("%d refusals", len(d.challenges))
 	}
 }
+
+// TestRetiredRightsRememberNoYes: others have taken their place, under other terms.
+func TestRetiredRightsRememberNoYes(t *testing.T) {
+	t.Parallel()
+	for name := range askers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := newDesk(t)
+			a := d.asker(name)
+			d.Retire()
+			yes := d.Learn(a, layer, Evidence{Says: Verified, Asked: d.now, Size: size})
+			if !yes.Covers(size) {
+				t.Error("the answer does not serve the request that it answers")
+			}
+			if d.may(a, layer) || d.Granted(a) {
+				t.Error("the yes is remembered")
+			}
+			if _, ok := d.index.Membership(a.key(layer)); ok {
+				t.Error("the yes is in the index")
+			}
+		})
+	}
+	d := newDesk(t)
+	a := d.asker("anonymous")
+	d.Learn(a, layer, Evidence{Says: Verified, Asked: d.now, Size: size})
+	d.Retire()
+	d.now = d.now.Add(time.Second)
+	d.Learn(a, other, Evidence{Says: Forbidden, Asked: d.now, Size: -1})
+	if m, _ := d.index.Membership(a.key(layer)); !m.Anonymous.IsZero() {
+		t.Error("a refusal ends nothing any more")
+	}
+}

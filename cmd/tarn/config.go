@@ -19,6 +19,8 @@ type Config struct {
 	// Listen is host:port of the registry API. No host means every address
 	// of the node. Default 127.0.0.1:5050.
 	Listen string
+	// TLS has clients ask over https. Default: plain http.
+	TLS TLS
 	// Names are hosts under which clients ask the registry API, besides
 	// addresses, localhost, tarn and this host's own name: with or without a
 	// port, which does not count. Default none.
@@ -138,6 +140,20 @@ type Endpoint struct {
 	// Trusted lets this endpoint see clients' credentials; the first one
 	// always does. Default false.
 	Trusted bool
+}
+
+// TLS are the files that Listen is served with, in PEM form. tarn looks at them each
+// second in which a client comes, and uses what has changed; what cannot be used
+// changes nothing.
+type TLS struct {
+	// CertFile is what clients are shown, with what it is signed by. Default "",
+	// plain http.
+	CertFile string
+	// KeyFile is the key of CertFile. Default "", none.
+	KeyFile string
+	// ClientCAFile has the certificates that a client's own must be signed by: who
+	// has none is served nothing. Default "": every client is.
+	ClientCAFile string
 }
 
 // Credentials say where the node's own credentials come from.

@@ -65,6 +65,7 @@ upstreams:
     parallel: 2
   - name: ghcr.io
 listen: :6000
+tls: {cert_file: /etc/tarn/tls.crt, key_file: /etc/tarn/tls.key, client_ca_file: /etc/tarn/ca.crt}
 names: [tarn.tarn.svc, "Mirror.corp.:5050"]
 admin_listen: unix:/run/tarn/admin.sock
 admin_socket: /run/x.sock
@@ -87,6 +88,7 @@ defaults: {head_timeout: 3500ms, stale_if_error: 2h, stale_for: owner, grant_ttl
 	}
 	want := defaultConfig()
 	want.Listen = ":6000"
+	want.TLS = TLS{CertFile: "/etc/tarn/tls.crt", KeyFile: "/etc/tarn/tls.key", ClientCAFile: "/etc/tarn/ca.crt"}
 	want.Names = []string{"tarn.tarn.svc", "Mirror.corp.:5050"}
 	want.AdminListen = "unix:/run/tarn/admin.sock"
 	want.AdminSocket = "/run/x.sock"
@@ -171,6 +173,8 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"an unknown word for allow":       {"allow: all\n", `tarn.yaml:1: key "allow": "all" is none of public, listed`},
 		"an empty directory":              {"dir: ''\n", `tarn.yaml:1: key "dir": must not be empty`},
 		"a URL for a name":                {"default_upstream: https://ghcr.io\n", `tarn.yaml:1: key "default_upstream": …`},
+		"a listener's key alone":          {"listen: a:1\ntls:\n  key_file: x\n", `tarn.yaml:3: key "tls": cert_file and key_file go together`},
+		"clients' CA without TLS":         {"tls: {client_ca_file: x}\n", `tarn.yaml:1: key "tls": client_ca_file needs cert_file and key_file`},
 		"an upstream without a name":      {"upstreams:\n- ca_file: x\n", `tarn.yaml:2: key "upstreams[0].name": must be given`},
 		"an upstream with a bad name":     {"upstreams:\n- name: a/b\n", `tarn.yaml:2: key "upstreams[0].name": "a/b": …`},
 		"an upstream listed twice":        {"upstreams:\n- name: GHCR.io\n- name: ghcr.io:443\n", `tarn.yaml:3: key "upstreams[1].name": ghcr.io is listed before, on line 2`},
@@ -204,6 +208,7 @@ var tables = map[string]struct {
 	of   any
 }{
 	"":                         {new(Config).keys(), Config{}},
+	"tls.":                     {new(TLS).keys(), TLS{}},
 	"defaults.":                {new(UpstreamDefaults).keys(), UpstreamDefaults{}},
 	"upstreams[].":             {new(Upstream).keys(), Upstream{}},
 	"upstreams[].endpoints[].": {new(Endpoint).keys(), Endpoint{}},

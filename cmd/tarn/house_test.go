@@ -20,6 +20,7 @@ var house = map[string][]string{
 	"internal/fault":        {},
 	"internal/evict":        {},
 	"internal/manifest":     {"blobstore"},
+	"internal/nodeca":       {},
 	"internal/evictsim":     {"internal/evict"},
 	"internal/regular":      {},
 	"internal/probe":        {},
@@ -35,7 +36,7 @@ var house = map[string][]string{
 	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
 	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
 	"internal/registrytest": {},
-	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "proxy", "upstream"},
+	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "internal/nodeca", "proxy", "upstream"},
 }
 
 func TestImportsOnlyPointDown(t *testing.T) {

@@ -19,6 +19,7 @@ type key struct {
 func (c *Config) keys() []key {
 	return []key{
 		{"listen", text(&c.Listen, checkAddress)},
+		{"tls", c.TLS.read()},
 		{"names", list(&c.Names, func(name *string) reader { return text(name, proxy.CheckHost) })},
 		{"admin_listen", text(&c.AdminListen, checkAdminAddress)},
 		{"admin_socket", text(&c.AdminSocket, checkAdminSocket)},
@@ -71,6 +72,28 @@ func (e *Endpoint) keys() []key {
 func (c *Credentials) keys() []key {
 	return []key{
 		{"docker_config", text(&c.DockerConfig, nil)},
+	}
+}
+
+func (t *TLS) keys() []key {
+	return []key{
+		{"cert_file", text(&t.CertFile, nil)},
+		{"key_file", text(&t.KeyFile, nil)},
+		{"client_ca_file", text(&t.ClientCAFile, nil)},
+	}
+}
+
+// read reads the listener's files, which go together: half of them must not leave
+// clients without what the operator meant.
+func (t *TLS) read() reader {
+	return func(d *decoder, n *yaml.Node, at string) {
+		section(t.keys())(d, n, at)
+		switch {
+		case (t.CertFile == "") != (t.KeyFile == ""):
+			d.addKey(n, at, "cert_file and key_file go together")
+		case t.ClientCAFile != "" && t.CertFile == "":
+			d.addKey(n, at, "client_ca_file needs cert_file and key_file")
+		}
 	}
 }
 

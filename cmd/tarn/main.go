@@ -12,8 +12,11 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is set when a release is linked.
-var version = "devel"
+// version and commit are set when a release is linked.
+var (
+	version = "devel"
+	commit  = "unknown"
+)
 
 func main() {
 	err := newCommand().Execute()
@@ -34,12 +37,12 @@ func newCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(newServeCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newVerifyCommand(), &cobra.Command{
+	root.AddCommand(newServeCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newVerifyCommand(), newReloadCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintln(cmd.OutOrStdout(), "tarn", version, runtime.Version())
+			fmt.Fprintf(cmd.OutOrStdout(), "tarn %s (commit %s) %s %s/%s\n", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		},
 	})
 	return root

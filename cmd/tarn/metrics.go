@@ -48,7 +48,7 @@ func registerCache(registry *prometheus.Registry, c *cache.Cache) {
 
 // registerUpstreams shows how the listed registries do, as metrics that name
 // none.
-func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client) {
+func registerUpstreams(registry *prometheus.Registry, health func() []upstream.Health) {
 	for _, habit := range upstream.Habits {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "tarn_upstream_habits",
@@ -56,7 +56,7 @@ func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client
 			ConstLabels: prometheus.Labels{"habit": string(habit)},
 		}, func() float64 {
 			n := 0
-			for _, h := range upstreams.Health() {
+			for _, h := range health() {
 				if slices.Contains(h.Habits, habit) {
 					n++
 				}
@@ -70,7 +70,7 @@ func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client
 			Help: "Hosts of listed registries that did not answer when they were asked last.",
 		}, func() float64 {
 			n := 0
-			for _, h := range upstreams.Health() {
+			for _, h := range health() {
 				n += len(h.Failing)
 			}
 			return float64(n)
@@ -80,7 +80,7 @@ func registerUpstreams(registry *prometheus.Registry, upstreams *upstream.Client
 			Help: "The fewest requests that a listed registry still grants, as it said last; -1 when none has said.",
 		}, func() float64 {
 			least := int64(-1)
-			for _, h := range upstreams.Health() {
+			for _, h := range health() {
 				if h.RateLimit != nil && (least < 0 || h.RateLimit.Remaining < least) {
 					least = h.RateLimit.Remaining
 				}

@@ -42,6 +42,7 @@ type process struct {
 	url    string
 	admin  string
 	dir    string
+	client *http.Client // of the registry API
 	output lockedBuffer
 	exited chan struct{}
 	err    error // of Wait
@@ -113,20 +114,23 @@ func runWith(t testing.TB, dir, settings string, args ...string) *process {
 func runPrepared(t testing.TB, dir, settings string, prepare func(*exec.Cmd), args ...string) *process {
 	t.Helper()
 	listen, admin := freePort(t), freePort(t)
-	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, dir: dir, exited: make(chan struct{})}
+	p := &process{t: t, url: "http://" + listen, admin: "http://" + admin, dir: dir, client: http.DefaultClient, exited: make(chan struct{})}
 	if !strings.Contains(settings, "admin_socket:") { // not in /run/tarn, which is the machine's
 		settings += "admin_socket: " + socketIn(t, dir) + "\n"
 	}
 	p.Cmd = command(append([]string{"serve", "--config", anyDisk(t, settings), "--dir", dir, "--listen", listen, "--admin-listen", admin}, args...)...)
 	p.Stdout, p.Stderr = &p.output, &p.output
 	prepare(p.Cmd)
+	if client := tlsClient(t, settings); client != nil {
+		p.url, p.client = "https://"+listen, client
+	}
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
 	go func() { p.err = p.Wait(); close(p.exited) }()
 	t.Cleanup(p.kill)
 	p.until("tarn answers", func() bool {
-		resp, err := http.Get(p.url + "/v2/")
+		resp, err := p.client.Get(p.url + "/v2/")
 		if err != nil {
 			return false
 		}
@@ -225,7 +229,7 @@ func (p *process) get(path string) (*http.Response, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := p.client.Do(req)
 	if err != nil {
 		return nil, nil, err
 	}

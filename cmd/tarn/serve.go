@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -27,14 +26,6 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-const (
-	// shutdownGrace is how long running answers may take after SIGTERM. A
-	// DaemonSet's pod is given 30 s.
-	shutdownGrace = 25 * time.Second
-	// adminGrace is the same for what people have asked for.
-	adminGrace = time.Second
-)
-
 func newServeCommand() *cobra.Command {
 	var flags serveFlags
 	cmd := &cobra.Command{
@@ -42,30 +33,41 @@ func newServeCommand() *cobra.Command {
 		Short: "Run the daemon",
 		Long: `Run the daemon. Every setting has a default; the configuration file and,
 before it, the flags change them. SIGTERM and SIGINT close the listener at once
-and let running answers finish.`,
+and let running answers finish; a second SIGINT does not. SIGHUP, or tarn reload,
+has the file and the certificates read anew.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			// Before anything that takes a while: the default of SIGHUP is the end.
+			hangup := make(chan os.Signal, 1)
+			signal.Notify(hangup, syscall.SIGHUP)
+			defer signal.Stop(hangup)
 			cfg, err := flags.config()
 			if err != nil {
 				return err
 			}
-			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
+			ctx, stop := untilSignal(cmd.Context())
 			defer stop()
-			return serve(ctx, cfg)
+			return serve(ctx, cfg, flags.config, hangup)
 		},
 	}
 	flags.register(cmd.Flags())
 	return cmd
 }
 
-// serve runs until the context ends.
-func serve(ctx context.Context, cfg Config) (err error) {
-	log, err := newLogger(cfg.LogLevel)
+// serve runs until the context ends. It loads the configuration anew for each hangup.
+func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup <-chan os.Signal) (err error) {
+	log, level, err := newLogger(cfg.LogLevel)
 	if err != nil {
 		return err
 	}
 	defer log.Sync()
-
+	manager := newNotifier(log)
+	var certs *certificates // nil: plain http
+	if cfg.TLS.CertFile != "" {
+		if certs, err = newCertificates(cfg.TLS, log); err != nil {
+			return err
+		}
+	}
 	// The listeners first: a taken port is the commonest mistake, and the
 	// dial guard must know them.
 	listener, adminListener, err := listenTCP(cfg)
@@ -76,23 +78,11 @@ func serve(ctx context.Context, cfg Config) (err error) {
 	defer closeListener(adminListener)
 
 	registry := newRegistry()
-	metrics := proxy.NewMetrics(registry)
-
-	upstreams, defaultUpstream, err := newUpstreams(cfg, metrics, log, listener, adminListener)
-	if err != nil {
+	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{listener, adminListener}}
+	if err := a.open(cfg); err != nil {
 		return err
 	}
-	defer upstreams.Close()
-	registerUpstreams(registry, upstreams)
-	options, err := proxyOptions(cfg)
-	if err != nil {
-		return err
-	}
-	store, err := openCache(cfg, log, func(name string) bool { return upstreams.Listed(upstream.Name(name)) })
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, a.close()) }()
 	// After the data directory, where the socket may be: from now on it is there,
 	// and nobody else's.
 	socket, err := listenChanges(cfg, log)
@@ -100,73 +90,37 @@ func serve(ctx context.Context, cfg Config) (err error) {
 		return fmt.Errorf("admin_socket: %w", err)
 	}
 	defer closeListener(socket)
-	registerCache(registry, store)
+	registerCache(registry, a.cache)
+	registerUpstreams(registry, a.health)
 
-	options.Upstreams, options.DefaultUpstream, options.Cache = upstreams, defaultUpstream, store
-	options.Metrics, options.Logger = metrics, log
-	p, err := proxy.New(options)
-	if err != nil {
-		return err
+	r := &reloader{load: load, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
+	defer r.follow(hangup)()
+	server := newServer(a, log)
+	if certs != nil {
+		server.TLSConfig = certs.config()
 	}
-	defer p.Close()
-	p.RegisterClients(registry)
-
-	services := []service{{newServer(p, log), listener, shutdownGrace}}
-	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
-	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
-		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
+	services := []service{{server, listener, shutdownGrace}}
+	services = append(services, newAdmins(cfg, adminOptions(cfg, a, r, registry, socket), log, adminListener, socket)...)
+	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.Bool("tls", certs != nil), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
+		zap.Int64("max_size", a.cache.Stats().MaxBytes), zap.String("version", version))
 	defer startGivingBack()()
-	return serveAll(ctx, log, services)
+	defer manager.watch(ctx, listener.Addr(), certs != nil)()
+	return serveAll(ctx, log, manager, services, a.running.Load)
 }
 
-// service is a server, where it is reached, and how long its running answers may
-// take when it is stopped.
-type service struct {
-	*http.Server
-	listener net.Listener
-	grace    time.Duration
-}
-
-// serveAll serves until the context ends or a service fails. They are stopped in
-// their order.
-func serveAll(ctx context.Context, log *zap.Logger, services []service) (err error) {
-	failed := make(chan error, len(services))
-	for _, s := range services {
-		go func() { failed <- s.Serve(s.listener) }()
-	}
-	select {
-	case <-ctx.Done():
-		log.Info("shutting down")
-	case err = <-failed:
-	}
-	for _, s := range services {
-		s.stop()
-	}
-	return err
-}
-
-// stop closes the listener before it waits, so that clients are refused and go to
-// the registry itself, and cuts what is still running when the grace is over.
-func (s service) stop() {
-	ctx, cancel := context.WithTimeout(context.Background(), s.grace)
-	defer cancel()
-	if err := s.Shutdown(ctx); err != nil {
-		s.Close()
-	}
-}
-
-func newLogger(level string) (*zap.Logger, error) {
-	l, err := zapcore.ParseLevel(level)
+func newLogger(level string) (*zap.Logger, zap.AtomicLevel, error) {
+	l, err := zap.ParseAtomicLevel(level)
 	if err != nil {
-		return nil, fmt.Errorf("log_level: %q is none of debug, info, warn, error", level)
+		return nil, l, fmt.Errorf("log_level: %q is none of debug, info, warn, error", level)
 	}
 	c := zap.NewProductionConfig()
-	c.Level = zap.NewAtomicLevelAt(l)
+	c.Level = l
 	c.Sampling = nil // a line a request, and no line lost
 	c.DisableStacktrace = true
 	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
 	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
-	return c.Build()
+	log, err := c.Build()
+	return log, l, err
 }
 
 func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
@@ -249,27 +203,28 @@ func warnOfChanges(cfg Config, log *zap.Logger, l net.Listener) {
 }
 
 // adminOptions are the same for each admin listener.
-func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *upstream.Client, registry *prometheus.Registry, socket net.Listener) admin.Options {
-	started := time.Now()
+func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry, socket net.Listener) admin.Options {
+	started, store := time.Now(), a.cache
 	return admin.Options{
 		Registry: registry,
 		Dir:      realDir(cfg.Dir),
 		Store:    store,
-		Parse:    p.ParseImage,
-		Ask:      p.AskImage,
+		Parse:    a.parseImage,
+		Ask:      a.askImage,
+		Reload:   r.reload,
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.
 			s := store.Stats()
 			return true, []admin.Check{
 				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
-				{Name: "clients", OK: true, Detail: describeClients(p.LastRequests(), started, time.Now())},
+				{Name: "clients", OK: true, Detail: describeClients(a.metrics.LastRequests(), started, time.Now())},
 			}
 		},
 		Status: func() any {
-			last := p.LastRequests()
+			last := a.metrics.LastRequests()
 			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(),
-				describeClients(last, started, time.Now()), last, upstreams.Health()}
+				describeClients(last, started, time.Now()), last, a.health()}
 		},
 	}
 }

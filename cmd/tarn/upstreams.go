@@ -21,17 +21,17 @@ import (
 
 // newUpstreams lists the configured registries. The default upstream counts as
 // listed.
-func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners ...net.Listener) (*upstream.Client, upstream.Name, error) {
+func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners ...net.Listener) (*upstream.Client, error) {
 	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
 	if err != nil {
-		return nil, "", fmt.Errorf("default_upstream: %w", err)
+		return nil, fmt.Errorf("default_upstream: %w", err)
 	}
 	var listed []upstream.Config
 	defaultListed := false
 	for _, u := range cfg.Upstreams {
 		c, err := upstreamConfig(u, cfg.Defaults)
 		if err != nil {
-			return nil, "", fmt.Errorf("upstream %s: %w", u.Name, err)
+			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
 		defaultListed = defaultListed || c.Name == defaultUpstream
 		if c.Credentials != nil {
@@ -46,25 +46,29 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners
 	if !defaultListed {
 		listed = append(listed, upstream.Config{Name: defaultUpstream, HeadTimeout: cfg.Defaults.HeadTimeout})
 	}
-	client, err := upstream.New(upstream.Options{
+	return upstream.New(upstream.Options{
 		Listed:      listed,
 		HeadTimeout: cfg.Defaults.HeadTimeout,
 		Own:         ownAddresses(listeners),
 		UserAgent:   "tarn/" + version,
 		Observe:     metrics.Upstream,
 	})
-	return client, defaultUpstream, err
 }
 
 // proxyOptions are what the configuration says of the proxy itself.
 func proxyOptions(cfg Config) (proxy.Options, error) {
 	rules, err := newRules(cfg)
+	if err != nil {
+		return proxy.Options{}, err
+	}
+	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
 	return proxy.Options{
-		ListedOnly: cfg.Allow == "listed",
-		Names:      cfg.Names,
-		Prefetch:   map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
-		Rules:      rules,
-		Defaults:   rulesOf(cfg.Defaults),
+		DefaultUpstream: defaultUpstream,
+		ListedOnly:      cfg.Allow == "listed",
+		Names:           cfg.Names,
+		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
+		Rules:           rules,
+		Defaults:        rulesOf(cfg.Defaults),
 	}, err
 }
 

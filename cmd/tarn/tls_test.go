@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"tarn/internal/nodeca"
+	"tarn/internal/registrytest"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// nodeFiles makes the certificates of a node.
+func nodeFiles(t testing.TB) nodeca.Files {
+	t.Helper()
+	f, _, err := nodeca.Ensure(t.TempDir(), nil, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// tlsSettings are the lines of a configuration that has tarn serve with them.
+func tlsSettings(f nodeca.Files) string {
+	return fmt.Sprintf("tls: {cert_file: %s, key_file: %s, client_ca_file: %s}\n", f.Server, f.ServerKey, f.CA)
+}
+
+// tlsClient is the node's client where such lines stand in the settings; nil where
+// there are none.
+func tlsClient(t testing.TB, settings string) *http.Client {
+	t.Helper()
+	_, after, ok := strings.Cut(settings, "tls: {cert_file: ")
+	if !ok {
+		return nil
+	}
+	cert, _, _ := strings.Cut(after, ",")
+	return clientOf(t, nodeca.In(filepath.Dir(cert)))
+}
+
+// clientOf believes the node's CA, and shows the node's client certificate as it is
+// in the file by then.
+func clientOf(t testing.TB, f nodeca.Files) *http.Client {
+	t.Helper()
+	transport := &http.Transport{TLSClientConfig: &tls.Config{
+		RootCAs: poolOf(t, f.CA),
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			c, err := tls.LoadX509KeyPair(f.Client, f.ClientKey)
+			return &c, err
+		},
+	}}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+func poolOf(t testing.TB, path string) *x509.CertPool {
+	t.Helper()
+	pool, err := readPool(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pool
+}
+
+func TestWhoHasNoCertificateOfTheNodeIsServedNothing(t *testing.T) {
+	t.Parallel()
+	f := nodeFiles(t)
+	r := registrytest.New(t)
+	d := r.Blob("app", []byte("a blob"))
+	p := runWith(t, t.TempDir(), tlsSettings(f), "--upstream", "lab.test="+r.URL)
+	path := "/v2/app/blobs/" + d.String() + "?ns=lab.test"
+	resp := p.mustGet(path, []byte("a blob"))
+	if resp.ProtoMajor != 1 || resp.TLS == nil {
+		t.Errorf("served over %s", resp.Proto)
+	}
+	other := nodeFiles(t)
+	both := clientOf(t, other)
+	both.Transport.(*http.Transport).TLSClientConfig.RootCAs = poolOf(t, f.CA)
+	for who, client := range map[string]*http.Client{
+		"nobody":             {Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: poolOf(t, f.CA)}}},
+		"another node":       both,
+		"who trusts another": clientOf(t, other),
+	} {
+		r.Reset()
+		if resp, err := client.Get(p.url + path); err == nil {
+			t.Errorf("%s: %s", who, resp.Status)
+			resp.Body.Close()
+		}
+		if n := r.Count("GET", "") + r.Count("HEAD", ""); n > 0 {
+			t.Errorf("%s: the registry was asked %d times", who, n)
+		}
+		client.CloseIdleConnections()
+	}
+}
+
+// TestWhoSpeaksPlainHTTPIsToldSo: by net/http, before anything is read of the request.
+func TestWhoSpeaksPlainHTTPIsToldSo(t *testing.T) {
+	t.Parallel()
+	p := runWith(t, t.TempDir(), tlsSettings(nodeFiles(t)))
+	resp, err := http.Get("http" + strings.TrimPrefix(p.url, "https") + "/v2/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(body), "HTTP request to an HTTPS server") {
+		t.Errorf("%s, %q", resp.Status, body)
+	}
+}
+
+// copyFile puts the file of one set where the other one's is, as an operator would.
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	text, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := to + ".new"
+	if err := errors.Join(os.WriteFile(fresh, text, 0o600), os.Rename(fresh, to)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCertificatesFollowTheirFiles: what cannot be used changes nothing, and is said
+// once; the other half has it used.
+func TestCertificatesFollowTheirFiles(t *testing.T) {
+	t.Parallel()
+	core, logged := observer.New(zapcore.InfoLevel)
+	f, next := nodeFiles(t), nodeFiles(t)
+	certs, err := newCertificates(TLS{f.Server, f.ServerKey, f.CA}, zap.New(core))
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	shown := func() *tls.Config { now = now.Add(lookEvery); return certs.at(now) }
+	first := shown()
+	for range 3 {
+		if shown() != first {
+			t.Error("changed without a change")
+		}
+	}
+	for _, spoil := range []func(){
+		func() { copyFile(t, next.Server, f.Server) }, // the key is still to come
+		func() { os.Remove(f.CA) },
+	} {
+		spoil()
+		before := logged.FilterLevelExact(zapcore.ErrorLevel).Len()
+		for range 3 {
+			if shown() != first {
+				t.Error("what cannot be used is used")
+			}
+		}
+		if n := logged.FilterLevelExact(zapcore.ErrorLevel).Len() - before; n != 1 {
+			t.Errorf("said %d times", n)
+		}
+	}
+	copyFile(t, next.ServerKey, f.ServerKey)
+	copyFile(t, next.CA, f.CA)
+	if certs.at(now) != first {
+		t.Error("looked at more than once a second")
+	}
+	second := shown()
+	if second == first || !second.Certificates[0].Leaf.Equal(leafOf(t, next.Server)) || !second.ClientCAs.Equal(poolOf(t, next.CA)) {
+		t.Error("what can be used is not")
+	}
+	if !second.SessionTicketsDisabled {
+		t.Error("a ticket lets its holder in")
+	}
+}
+
+func leafOf(t *testing.T, path string) *x509.Certificate {
+	t.Helper()
+	c, err := tls.LoadX509KeyPair(path, strings.TrimSuffix(path, ".crt")+".key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.Leaf
+}
+
+func TestACertificateThatEndsIsSaidInTime(t *testing.T) {
+	t.Parallel()
+	f := nodeFiles(t)
+	for days, want := range map[int]int{0: 0, 300: 0, 340: 1, 400: 1} {
+		core, logged := observer.New(zapcore.WarnLevel)
+		certs, err := newCertificates(TLS{CertFile: f.Server, KeyFile: f.ServerKey}, zap.New(core))
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs.warn(time.Now().AddDate(0, 0, days))
+		if n := logged.Len(); n != want {
+			t.Errorf("after %d days: said %d times", days, n)
+		}
+	}
+}
+
+// TestNoPullFailsWhileCertificatesAreRenewed: with a connection for each, so that each
+// shakes hands, against files that change all the time, and are half new in between.
+func TestNoPullFailsWhileCertificatesAreRenewed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f, _, err := nodeca.Ensure(dir, nil, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := registrytest.New(t)
+	blob := []byte(strings.Repeat("a blob", 1000))
+	d := r.Blob("app", blob)
+	p := runWith(t, t.TempDir(), tlsSettings(f), "--upstream", "lab.test="+r.URL)
+	var pulls atomic.Int64
+	stop, done := make(chan struct{}), make(chan struct{})
+	serials := make(map[string]bool)
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			client := clientOf(t, f) // which reads the CA anew, as containerd does
+			resp, err := client.Get(p.url + "/v2/app/blobs/" + d.String() + "?ns=lab.test")
+			if err != nil {
+				t.Errorf("pull %d: %v", pulls.Load(), err)
+				return
+			}
+			body, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil || string(body) != string(blob) {
+				t.Errorf("pull %d: %s, %d bytes, %v", pulls.Load(), resp.Status, len(body), err)
+				return
+			}
+			serials[resp.TLS.PeerCertificates[0].SerialNumber.String()] = true
+			client.CloseIdleConnections()
+			pulls.Add(1)
+		}
+	}()
+	const renewals = 3
+	for i := range renewals {
+		// Other names, so that the server's certificate is another one.
+		if _, changed, err := nodeca.Ensure(dir, []string{fmt.Sprintf("name%d", i)}, time.Now()); err != nil || !changed {
+			t.Fatal(changed, err)
+		}
+		said := i + 1
+		p.until("the new certificate is used", func() bool {
+			return strings.Count(p.output.String(), "are used from now on") >= said
+		})
+		before := pulls.Load()
+		p.until("pulls go on", func() bool { return pulls.Load() > before+10 || t.Failed() })
+	}
+	close(stop)
+	<-done
+	if len(serials) != renewals+1 {
+		t.Errorf("%d certificates were shown, want %d", len(serials), renewals+1)
+	}
+	t.Logf("%d pulls", pulls.Load())
+}
+
+// TestASlowHandshakeKeepsNobodyWaiting: who connects and says nothing.
+func TestASlowHandshakeKeepsNobodyWaiting(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	d := r.Blob("app", []byte("a blob"))
+	p := runWith(t, t.TempDir(), tlsSettings(nodeFiles(t)), "--upstream", "lab.test="+r.URL)
+	for range 32 {
+		c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "https://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte{22, 3}); err != nil { // the beginning of one
+			t.Fatal(err)
+		}
+	}
+	p.mustGet("/v2/app/blobs/"+d.String()+"?ns=lab.test", []byte("a blob"))
+}
