@@ -9,12 +9,15 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
 	"tarn/hosts"
+	"tarn/internal/nodeca"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -48,8 +51,8 @@ func mirrorFlags(flags *pflag.FlagSet, m *hosts.Mirror) {
 
 func newHostsInstallCommand() *cobra.Command {
 	var o hosts.Options
-	var format string
-	var dry bool
+	var format, tlsDir string
+	var dry, withTLS bool
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Write the hosts.toml that has containerd ask tarn first",
@@ -76,6 +79,11 @@ settings so that its certificates stay in use.`,
 			default:
 				return fmt.Errorf("--format %q: must be hosts.toml or registries.conf", format)
 			}
+			if withTLS {
+				if err := useTLS(out, &o.Mirror, tlsDir, cmd.Flags().Changed("url"), dry); err != nil {
+					return err
+				}
+			}
 			plan, err := hosts.PlanInstall(o)
 			if err != nil {
 				return err
@@ -86,9 +94,37 @@ settings so that its certificates stay in use.`,
 	certsDirFlag(cmd.Flags(), &o.CertsDir)
 	mirrorFlags(cmd.Flags(), &o.Mirror)
 	cmd.Flags().StringArrayVar(&o.Registries, "registry", nil, "write settings for this `HOST[:PORT]` only; may be given more than once")
+	cmd.Flags().BoolVar(&withTLS, "tls", false, "make certificates for this node, or renew them, and have containerd and tarn show them to each other")
+	cmd.Flags().StringVar(&tlsDir, "tls-dir", "/etc/tarn/tls", "the `directory` for them")
 	cmd.Flags().StringVar(&format, "format", "hosts.toml", "registries.conf prints settings for podman, buildah, skopeo and CRI-O instead")
 	cmd.Flags().BoolVar(&dry, "dry-run", false, "show what would be changed, and change nothing")
 	return cmd
+}
+
+// useTLS makes what certificates are missing or old, and names them in the mirror.
+func useTLS(out io.Writer, m *hosts.Mirror, dir string, urlGiven, dry bool) error {
+	if !urlGiven {
+		m.URL = strings.Replace(hosts.DefaultURL, "http:", "https:", 1)
+	}
+	u, err := url.Parse(m.URL)
+	if err != nil || u.Scheme != "https" {
+		return fmt.Errorf("--url %q: must be https://HOST:PORT with --tls", m.URL)
+	}
+	files := nodeca.In(dir)
+	m.CA, m.ClientCert, m.ClientKey = files.CA, files.Client, files.ClientKey
+	if dry {
+		fmt.Fprintf(out, "would make certificates in %s, or leave those that are good\n", dir)
+		return nil
+	}
+	_, changed, err := nodeca.Ensure(dir, []string{u.Hostname()}, time.Now())
+	if err != nil {
+		return err
+	}
+	if changed {
+		fmt.Fprintf(out, "made certificates in %s\n", dir)
+	}
+	fmt.Fprintf(out, "tarn shows and asks for them with this in its configuration:\n  tls: {cert_file: %s, key_file: %s, client_ca_file: %s}\n", files.Server, files.ServerKey, files.CA)
+	return nil
 }
 
 // carryOut applies the plan and says what was done, or shows what would be.
