@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"net/http"
@@ -42,7 +43,8 @@ func readmeCommands(t *testing.T) []string {
 }
 
 // TestReadme runs every command of the README but the tests themselves, with
-// docker.io at a registry of ours and free ports for the usual ones.
+// docker.io at a registry of ours and free ports for the usual ones. What it has
+// done to /etc is done in a mount namespace, where the test is root.
 func TestReadme(t *testing.T) {
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("the README's commands want curl")
@@ -53,27 +55,39 @@ func TestReadme(t *testing.T) {
 	local := strings.NewReplacer("127.0.0.1:5050", listen, "127.0.0.1:5051", admin)
 	hub.PushImage(t, "library/alpine", "latest", []byte("the first alpine"))
 	config := anyDisk(t, "admin_socket: "+filepath.Join(t.TempDir(), socketName)+"\n")
+	bin := t.TempDir() // in place of /usr/local/bin
+	tarn := filepath.Join(bin, "tarn")
+	node := newReadmeNode(t)
 
-	served, confirmed := 0, 0
+	served, confirmed, proven := 0, 0, 0
 	var stop func()
 	lines := readmeCommands(t)
 	for i, line := range lines {
+		serve, isServe := strings.CutPrefix(strings.Replace(strings.TrimSuffix(line, " &"), "go run ./cmd/tarn", "tarn", 1), "tarn serve")
+		command, isTarn := strings.CutPrefix(line, "tarn ")
 		switch {
-		case line == "go test ./...":
-		case strings.HasPrefix(line, "go run ./cmd/tarn serve"):
+		case strings.Contains(line, "somebody has pushed another"):
+			hub.PushImage(t, "library/alpine", "latest", []byte("the second alpine"))
+		case line == "go test ./...", strings.HasPrefix(line, "#"):
+		case strings.HasPrefix(line, "go build -o /usr/local/bin/tarn "):
+			shell(t, strings.Replace(line, "/usr/local/bin/tarn", tarn, 1))
+		case isServe:
 			if stop != nil {
 				stop()
 			}
+			program := tarn
+			if strings.HasPrefix(line, "go run") {
+				program = "go run ./cmd/tarn"
+			}
 			served++
-			line += fmt.Sprintf(" --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", config, t.TempDir(), listen, admin, hub.URL)
-			stop = background(t, line, "http://"+listen+"/v2/")
-		case strings.HasPrefix(line, "go run ./cmd/tarn "):
-			if shell(t, line+" --config "+config) == "" {
+			stop = background(t, fmt.Sprintf("%s serve%s --config %s --dir %s --listen %s --admin-listen %s --upstream docker.io=%s", program, serve, config, t.TempDir(), listen, admin, hub.URL), "http://"+listen+"/v2/")
+		case isTarn && strings.HasPrefix(command, "hosts "):
+			proven++
+			node.hosts(t, tarn+" "+command, "http://"+listen)
+		case isTarn:
+			if shell(t, tarn+" "+command+" --config "+config) == "" {
 				t.Errorf("%s said nothing", line)
 			}
-		case strings.Contains(line, "somebody has pushed another"):
-			hub.PushImage(t, "library/alpine", "latest", []byte("the second alpine"))
-		case strings.HasPrefix(line, "#"):
 		default:
 			out := shell(t, local.Replace(line))
 			if i+1 < len(lines) && strings.HasPrefix(lines[i+1], "# Cache-Status") {
@@ -87,8 +101,68 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	stop()
-	if served != 2 || confirmed != 3 {
-		t.Errorf("the README starts tarn %d times and shows %d answers", served, confirmed)
+	if served != 3 || confirmed != 3 || proven != 3 {
+		t.Errorf("the README starts tarn %d times, shows %d answers, and has %d commands for hosts", served, confirmed, proven)
+	}
+}
+
+// readmeNode is a node on which the README's commands change what containerd reads.
+type readmeNode struct {
+	within []string // goes before a command
+	certs  string   // where there is no such namespace
+}
+
+// newReadmeNode has an /etc of its own, in memory, where the test is root.
+func newReadmeNode(t *testing.T) *readmeNode {
+	t.Helper()
+	const containerd = "version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\nconfig_path = \"/etc/containerd/certs.d\"\n"
+	if os.Geteuid() != 0 {
+		return &readmeNode{certs: filepath.Join(t.TempDir(), "certs.d")}
+	}
+	holder := exec.Command("unshare", "--mount", "sh", "-ec", `mount -t tmpfs tmpfs /mnt; mkdir /mnt/upper /mnt/work
+		mount -t overlay -o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work overlay /etc
+		rm -rf /etc/containerd; mkdir /etc/containerd; printf %s "$1" > /etc/containerd/config.toml; echo ready; exec cat`, "sh", containerd)
+	holder.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	in, err := holder.StdinPipe() // its end ends it
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder.Stderr = os.Stderr
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		holder.Wait()
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+		t.Fatalf("an /etc of its own: %q, %v", line, err)
+	}
+	return &readmeNode{within: []string{"nsenter", "--mount", fmt.Sprintf("--target=%d", holder.Process.Pid)}}
+}
+
+// hosts runs a command for a containerd 2.4 that has this configuration.
+func (n *readmeNode) hosts(t *testing.T, line, url string) {
+	t.Helper()
+	switch words := strings.Fields(line); words[2] {
+	case "check":
+		line += " --config /etc/containerd/config.toml --containerd-version 2.4 --url " + url
+		if n.within == nil {
+			return // it reads what only root may write
+		}
+	case "install":
+		line += " --url " + url
+	}
+	if n.certs != "" {
+		line += " --certs-dir " + n.certs
+	}
+	out := shell(t, strings.Join(append(n.within, line), " "))
+	if strings.Contains(line, " check ") && !strings.HasPrefix(out, "used: ") {
+		t.Errorf("%s: %s", line, out)
 	}
 }
 

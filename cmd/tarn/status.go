@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func newStatusCommand() *cobra.Command {
+	var d daemon
+	return d.register(&cobra.Command{
+		Use:   "status",
+		Short: "Say who pulls through tarn, and how it does",
+		Long: `Say who pulls through tarn, by what their User-Agent says, what is kept, and which
+registries are in trouble. As JSON it is the document of /api/v1/status.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var s struct {
+				status
+				Index struct{ Objects, Tags int }
+			}
+			return d.do(cmd, "GET", "/api/v1/status", nil, &s, func(w io.Writer) {
+				fmt.Fprintln(w, s.Clients)
+				fmt.Fprintf(w, "store: %s of %s in %s, %d objects, %d tags, %d downloads running\n",
+					size(s.Cache.UsedBytes), size(s.Cache.MaxBytes), s.Dir, s.Index.Objects, s.Index.Tags, s.Cache.Flights)
+				if s.Cache.Trouble != "" {
+					fmt.Fprintln(w, "trouble: the disk refuses, and objects pass through:", s.Cache.Trouble)
+				}
+				for _, u := range s.Upstreams {
+					var parts []string
+					for _, f := range u.Failing {
+						parts = append(parts, fmt.Sprintf("%s has not answered since %s: %s", f.Origin, f.Since.Format(time.DateTime), f.Cause))
+					}
+					if u.LimitedUntil != nil {
+						parts = append(parts, "limits requests until "+u.LimitedUntil.Format(time.DateTime))
+					}
+					if u.RateLimit != nil {
+						parts = append(parts, fmt.Sprintf("grants %d more requests", u.RateLimit.Remaining))
+					}
+					fmt.Fprintf(w, "%s: %s\n", u.Name, cmp.Or(strings.Join(parts, "; "), "no trouble seen"))
+				}
+				fmt.Fprintf(w, "tarn %s at %s since %s\n", s.Version, s.Listen, s.Started.Format(time.DateTime))
+			})
+		},
+	})
+}
