@@ -131,10 +131,10 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		content string
 		want    string // all of the error, or its beginning when it ends in …
 	}{
-		"an unknown key":                  {"\nmax_sise: 1\n", `tarn.yaml:2: unknown key "max_sise"`},
-		"an unknown key under defaults":   {"defaults:\n  head_timout: 1s\n", `tarn.yaml:2: unknown key "defaults.head_timout"`},
+		"an unknown key":                  {"\nmax_sise: 1\n", `tarn.yaml:2: unknown key "max_sise"; did you mean "max_size"?`},
+		"an unknown key under defaults":   {"defaults:\n  head_timout: 1s\n", `tarn.yaml:2: unknown key "defaults.head_timout"; did you mean "head_timeout"?`},
 		"an unknown key of an upstream":   {"upstreams:\n- name: a.io\n- name: b.io\n  url: x\n", `tarn.yaml:4: unknown key "upstreams[1].url"`},
-		"an unknown key of an endpoint":   {"upstreams:\n- name: a.io\n  endpoints:\n  - url: http://a\n    trust: true\n", `tarn.yaml:5: unknown key "upstreams[0].endpoints[0].trust"`},
+		"an unknown key of an endpoint":   {"upstreams:\n- name: a.io\n  endpoints:\n  - url: http://a\n    trust: true\n", `tarn.yaml:5: unknown key "upstreams[0].endpoints[0].trust"; did you mean "trusted"?`},
 		"a merge key":                     {"<<: {listen: x}\n", `tarn.yaml:1: unknown key "<<"`},
 		"a key that is a list":            {"? [a]\n: 1\n", `tarn.yaml:1: a key must be a word, not a list`},
 		"a key given twice":               {"listen: a:1\ndir: /x\nlisten: a:1\n", `tarn.yaml:3: duplicate key "listen", first on line 1`},
