@@ -41,8 +41,8 @@ type Config struct {
 	// Dir holds all that tarn keeps. Default /var/lib/tarn; but without a
 	// file and not as root, tarn in the user's cache directory.
 	Dir string
-	// MaxSize bounds what Dir takes: bytes, or a share of its filesystem;
-	// more than 0. Default 50GiB.
+	// MaxSize bounds what Dir takes: bytes, at least 1 MiB, or a share of its
+	// filesystem, more than 0. Default 50GiB.
 	MaxSize Size
 	// MinFree is always left free on Dir's filesystem: bytes, or a share of
 	// it. Default 5%.

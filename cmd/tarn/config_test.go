@@ -152,6 +152,7 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"a string for a mapping":          {"defaults: 8s\n", `tarn.yaml:1: key "defaults": must be a mapping of keys to values, not a string`},
 		"nothing for an upstream":         {"upstreams:\n-\n", `tarn.yaml:2: key "upstreams[0]": must be a mapping of keys to values, not nothing`},
 		"a size without sense":            {"max_size: 50XB\n", `tarn.yaml:1: key "max_size": "50XB" is not a size: allowed are …`},
+		"a size without its unit":         {"max_size: 50\n", `tarn.yaml:1: key "max_size": must be at least 1MiB, and is 50 bytes; a unit is written as in 50GiB`},
 		"a negative size":                 {"min_free: -1\n", `tarn.yaml:1: key "min_free": "-1" is not a size: …`},
 		"no size at all":                  {"max_size: 0\n", `tarn.yaml:1: key "max_size": must be more than 0`},
 		"no share at all":                 {"max_size: 0%\n", `tarn.yaml:1: key "max_size": must be more than 0`},

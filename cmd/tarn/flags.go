@@ -73,7 +73,7 @@ func (f *serveFlags) config() (Config, error) {
 	if err := c.overrideUpstreams(f.upstreams); err != nil {
 		return Config{}, fmt.Errorf("--upstream: %w", err)
 	}
-	return c, nil
+	return c, c.checkListeners()
 }
 
 // overrideUpstreams gives each upstream that is named the endpoints that are

@@ -178,6 +178,11 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 		return nil, fmt.Errorf("dir: %w", err)
 	}
 	total := int64(fsys.Blocks) * fsys.Bsize
+	if bound := cfg.MaxSize.Bytes(total); bound > total {
+		// One configuration is for nodes of many sizes.
+		log.Warn("max_size is more than the filesystem of dir has; min_free holds all the same",
+			zap.Int64("max_size", bound), zap.Int64("filesystem", total), zap.String("dir", cfg.Dir))
+	}
 	store, err := cache.New(cache.Options{
 		Dir:     cfg.Dir,
 		MaxSize: cfg.MaxSize.Bytes(total),
