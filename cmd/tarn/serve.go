@@ -24,7 +24,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 )
 
 const (
@@ -51,15 +50,16 @@ and let running answers finish.`,
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			return serve(ctx, cfg)
+			return serve(ctx, cfg, flags.file)
 		},
 	}
 	flags.register(cmd.Flags())
 	return cmd
 }
 
-// serve runs until the context ends.
-func serve(ctx context.Context, cfg Config) (err error) {
+// serve runs until the context ends. file is the configuration that was read, for
+// the log.
+func serve(ctx context.Context, cfg Config, file string) (err error) {
 	log, err := newLogger(cfg.LogLevel)
 	if err != nil {
 		return err
@@ -112,7 +112,8 @@ func serve(ctx context.Context, cfg Config) (err error) {
 
 	services := []service{{newServer(p, log), listener, shutdownGrace}}
 	services = append(services, newAdmins(cfg, adminOptions(cfg, store, p, upstreams, registry, socket), log, adminListener, socket)...)
-	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
+	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.String("admin_listen", addressAt(adminListener)), zap.String("admin_socket", addressOf(socket)),
+		zap.String("dir", cfg.Dir), zap.String("config", cmp.Or(file, "none: every setting has its default")),
 		zap.Int64("max_size", store.Stats().MaxBytes), zap.String("version", version))
 	defer startGivingBack()()
 	return serveAll(ctx, log, services)
@@ -152,20 +153,6 @@ func (s service) stop() {
 	if err := s.Shutdown(ctx); err != nil {
 		s.Close()
 	}
-}
-
-func newLogger(level string) (*zap.Logger, error) {
-	l, err := zapcore.ParseLevel(level)
-	if err != nil {
-		return nil, fmt.Errorf("log_level: %q is none of debug, info, warn, error", level)
-	}
-	c := zap.NewProductionConfig()
-	c.Level = zap.NewAtomicLevelAt(l)
-	c.Sampling = nil // a line a request, and no line lost
-	c.DisableStacktrace = true
-	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
-	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
-	return c.Build()
 }
 
 func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
