@@ -91,7 +91,7 @@ func (c *Config) overrideUpstreams(flags []string) error {
 		})
 		if i < 0 {
 			i = len(c.Upstreams)
-			c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), UpstreamDefaults: c.Defaults})
+			c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), UpstreamDefaults: c.Defaults.UpstreamDefaults})
 		}
 		u := &c.Upstreams[i]
 		if !replaced[name] {

@@ -16,7 +16,9 @@ import (
 // logged are the lines of a tarn's log with that message.
 func logged(t testing.TB, p *process, message string) (all []map[string]any) {
 	t.Helper()
-	lines := bufio.NewScanner(strings.NewReader(p.output.String()))
+	text := p.output.String()
+	text = text[:strings.LastIndexByte(text, '\n')+1] // the last line may still be on its way
+	lines := bufio.NewScanner(strings.NewReader(text))
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		var line map[string]any

@@ -203,6 +203,8 @@ type status struct {
 	Index       any         `json:"index"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
+	// Unlisted are other registries in trouble, the last few.
+	Unlisted []upstream.Health `json:"unlisted"`
 }
 
 // newAdmins are the services for people and probes: at the admin listener and at the
@@ -252,7 +254,7 @@ func adminOptions(cfg Config, store *cache.Cache, p *proxy.Proxy, upstreams *ups
 			return true, []admin.Check{check}
 		},
 		Status: func() any {
-			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(), upstreams.Health()}
+			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(), upstreams.Health(), upstreams.Strangers()}
 		},
 	}
 }
