@@ -65,6 +65,7 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 	var api *apiError
 	var part *rangeError
 	var refused *upstream.StatusError
+	var host *upstream.HostError
 	unavailable := errcode.ErrorCodeUnavailable
 	switch {
 	case errors.As(err, &api):
@@ -79,14 +80,13 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 		return http.StatusBadGateway, unavailable.WithMessage("upstream sent a body that is not what its digest says")
 	case errors.Is(err, errManifest):
 		return http.StatusBadGateway, errcode.ErrorCodeManifestInvalid.WithMessage(err.Error())
+	case errors.As(err, &host):
+		return hostTrouble(host)
 	case errors.Is(err, upstream.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
 		return http.StatusGatewayTimeout, unavailable.WithMessage("upstream did not answer in time")
 	case errors.Is(err, upstream.ErrCredentials):
 		// Says which file, program or key of the configuration to mend.
 		return http.StatusBadGateway, unavailable.WithMessage(err.Error())
-	case errors.Is(err, upstream.ErrGuard):
-		return http.StatusBadGateway, errcode.ErrorCodeDenied.WithMessage(
-			"this registry's address is not public; list the registry under upstreams: in tarn's configuration to allow it")
 	case errors.Is(err, upstream.ErrUnreachable):
 		return http.StatusBadGateway, unavailable.WithMessage("upstream cannot be reached")
 	case errors.Is(err, upstream.ErrProtocol):
@@ -96,6 +96,19 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 	default:
 		return http.StatusInternalServerError, errcode.ErrorCodeUnknown.WithMessage("internal error, see tarn's log")
 	}
+}
+
+// hostTrouble tells why a host gave no answer, and what whoever runs tarn can do
+// about what tarn refused.
+func hostTrouble(e *upstream.HostError) (int, errcode.Error) {
+	unavailable := errcode.ErrorCodeUnavailable
+	switch {
+	case errors.Is(e, upstream.ErrGuard):
+		return http.StatusBadGateway, errDenied.WithMessage(fmt.Sprintf("tarn does not ask %s: %s; in tarn's configuration: %s", e.Host, e.Brief(), e.Advice))
+	case errors.Is(e, upstream.ErrTimeout):
+		return http.StatusGatewayTimeout, unavailable.WithMessage(fmt.Sprintf("upstream %s did not answer in time: %s", e.Host, e.Brief()))
+	}
+	return http.StatusBadGateway, unavailable.WithMessage(fmt.Sprintf("upstream %s cannot be reached: %s", e.Host, e.Brief()))
 }
 
 // refusal keeps 401, 403 and 404, which clients act upon. What is left of 4xx

@@ -286,7 +286,11 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 		route = q.route()
 	}
 	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
-	if ce := p.log.Check(zap.InfoLevel, "request"); ce != nil {
+	level := zap.InfoLevel
+	if w.status >= http.StatusInternalServerError {
+		level = zap.WarnLevel // the client goes past tarn, or has nothing
+	}
+	if ce := p.log.Check(level, "request"); ce != nil {
 		fields := []zap.Field{
 			zap.String("method", bounded(r.Method)),
 			zap.String("route", route),

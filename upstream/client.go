@@ -35,6 +35,9 @@ import (
 	"net/url"
 	"sync"
 	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/net/http/httpproxy"
 )
 
 // DefaultHeadTimeout is how long a registry may take for its response headers.
@@ -70,6 +73,9 @@ type Config struct {
 	Realm *url.URL
 	// Credentials of the node for this registry. nil means none.
 	Credentials *DockerConfig
+	// Proxies are those by which this registry, and what it redirects to or
+	// names as its token service, are reached. nil means Options.Proxies.
+	Proxies *httpproxy.Config
 }
 
 // Options are all optional.
@@ -88,9 +94,19 @@ type Options struct {
 	// target or a token service; status is 0 when there was no answer. nil
 	// means nobody looks.
 	Observe func(name Name, method string, status int)
+	// Logger has each exchange on the level of debug, and trouble with a host as
+	// a warning. nil logs nothing.
+	Logger *zap.Logger
 	// RootCAs are believed where a registry has no TLS configuration of its
-	// own. nil means the system's.
+	// own, and of https proxies. nil means the system's.
 	RootCAs *x509.CertPool
+	// Proxies are those by which registries are reached, as HTTP_PROXY,
+	// HTTPS_PROXY and NO_PROXY name them: http or https, see CheckProxy. nil
+	// means none.
+	Proxies *httpproxy.Config
+	// AllowViaProxy lets registries that are not listed be asked by a proxy,
+	// which connects to addresses that cannot be checked here.
+	AllowViaProxy bool
 	// Lookup resolves a host. nil means the system's resolver.
 	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
 	// Connect opens a connection to an address that the dial guard has
@@ -101,16 +117,21 @@ type Options struct {
 // Client holds all registries and their connections. It is safe for
 // concurrent use.
 type Client struct {
-	opts   Options
-	guard  *guard
-	pool   pool // for registries without a TLS configuration of their own
-	listed map[Name]*Registry
-	key    [sha256.Size]byte // of the names of credentials, new with each process
+	log   *zap.Logger
+	opts  Options
+	guard *guard
+	// For registries without a TLS configuration or proxies of their own.
+	pool    pool
+	proxies *proxies
+	listed  map[Name]*Registry
+	key     [sha256.Size]byte // of the names of credentials, new with each process
 
-	strangers slots // of all registries that are not listed together
+	strangers slots  // of all registries that are not listed together
+	warnings  budget // likewise
 
 	mu       sync.Mutex
 	unlisted map[Name]*Registry // at most maxUnlisted
+	troubled []Health           // of those; at most maxStrangers, the last one last
 }
 
 // maxUnlisted bounds what clients can make tarn remember by naming registries:
@@ -119,8 +140,17 @@ const maxUnlisted = 256
 
 // pool has transports for each reach, because a pooled connection is used
 // again without a dial: one that was opened for the operator's own endpoint
-// must never carry a request that a stranger caused.
-type pool [reachAny + 1]transports
+// must never carry a request that a stranger caused. Nor does one that goes by a
+// proxy.
+type pool struct{ direct, proxied [reachAny + 1]transports }
+
+// to returns the transports of that reach; via is the proxy, nil for none.
+func (p *pool) to(far reach, via *url.URL) transports {
+	if via != nil {
+		return p.proxied[far]
+	}
+	return p.direct[far]
+}
 
 // transports dial alike. The one keeps its connections, the other has a new one
 // for each request.
@@ -130,6 +160,7 @@ type transports struct{ kept, fresh *http.Transport }
 func New(opts Options) (*Client, error) {
 	c := &Client{
 		opts: opts,
+		log:  cmp.Or(opts.Logger, zap.NewNop()),
 		guard: &guard{
 			own:     opts.Own,
 			lookup:  opts.Lookup,
@@ -148,7 +179,11 @@ func New(opts Options) (*Client, error) {
 	}
 	rand.Read(c.key[:])
 	c.strangers = make(slots, maxStrangersQuestions)
-	c.pool = c.guard.pool(&tls.Config{RootCAs: opts.RootCAs})
+	var err error
+	if c.proxies, err = newProxies(opts.Proxies, opts.RootCAs); err != nil {
+		return nil, err
+	}
+	c.pool = c.newPool(&tls.Config{RootCAs: opts.RootCAs}, c.proxies)
 	for _, cfg := range opts.Listed {
 		if _, dup := c.listed[cfg.Name]; dup {
 			return nil, fmt.Errorf("upstream %s is listed twice", cfg.Name)
@@ -163,8 +198,14 @@ func New(opts Options) (*Client, error) {
 				return nil, fmt.Errorf("upstream %s: realm: %w", cfg.Name, err)
 			}
 		}
-		r := c.newRegistry(cfg)
-		r.listed, r.asking.all = true, make(slots, maxListedQuestions)
+		via := c.proxies
+		if cfg.Proxies != nil {
+			if via, err = newProxies(cfg.Proxies, opts.RootCAs); err != nil {
+				return nil, fmt.Errorf("upstream %s: proxy: %w", cfg.Name, err)
+			}
+		}
+		r := c.newRegistry(cfg, via)
+		r.listed, r.asking.all, r.warnings = true, make(slots, maxListedQuestions), new(budget)
 		c.listed[cfg.Name] = r
 	}
 	return c, nil
@@ -185,13 +226,12 @@ func CheckEndpoint(u *url.URL) error {
 	return nil
 }
 
-// pool makes the transports that dial through this guard.
-func (g *guard) pool(cfg *tls.Config) pool {
-	var p pool
-	for r := range p {
+// newPool makes the transports that dial through the guard.
+func (c *Client) newPool(cfg *tls.Config, via *proxies) (p pool) {
+	for r := range p.direct {
 		kept := &http.Transport{
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-				return g.dial(ctx, network, addr, reach(r))
+				return c.guard.dial(ctx, network, addr, reach(r))
 			},
 			TLSClientConfig:     cfg,
 			TLSHandshakeTimeout: DefaultHeadTimeout,
@@ -204,11 +244,21 @@ func (g *guard) pool(cfg *tls.Config) pool {
 			MaxResponseHeaderBytes: 64 << 10,
 			Protocols:              http1Only(),
 		}
-		fresh := kept.Clone()
-		fresh.DisableKeepAlives = true
-		p[r] = transports{kept, fresh}
+		p.direct[r] = transports{kept, unkept(kept)}
+		if via != nil {
+			kept = kept.Clone()
+			via.proxied(kept, c.guard, reach(r), c.opts.UserAgent)
+			p.proxied[r] = transports{kept, unkept(kept)}
+		}
 	}
 	return p
+}
+
+// unkept dials as t does, for each request anew.
+func unkept(t *http.Transport) *http.Transport {
+	t = t.Clone()
+	t.DisableKeepAlives = true
+	return t
 }
 
 // http1Only keeps a blob on a connection of its own: parallel requests are
@@ -219,7 +269,8 @@ func http1Only() *http.Protocols {
 	return p
 }
 
-func (c *Client) newRegistry(cfg Config) *Registry {
+// newRegistry has the registry's connections go by via.
+func (c *Client) newRegistry(cfg Config, via *proxies) *Registry {
 	if len(cfg.Endpoints) == 0 {
 		host := string(cfg.Name)
 		if cfg.Name == DockerHub {
@@ -233,6 +284,8 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		endpoints:   cfg.Endpoints,
 		pool:        c.pool,
 		foreign:     c.pool,
+		proxies:     via,
+		warnings:    &c.warnings,
 		headTimeout: cmp.Or(cfg.HeadTimeout, DefaultHeadTimeout),
 		realm:       cfg.Realm,
 		credentials: cfg.Credentials,
@@ -243,11 +296,11 @@ func (c *Client) newRegistry(cfg Config) *Registry {
 		limits:      make(map[question]time.Time),
 		asking:      gate{places: make(map[string]*place)},
 	}
-	if cfg.TLS != nil {
-		r.pool = c.guard.pool(cfg.TLS)
+	if cfg.TLS != nil || via != c.proxies {
+		r.pool = c.newPool(cmp.Or(cfg.TLS, &tls.Config{RootCAs: c.opts.RootCAs}), via)
 	}
-	if cfg.ForeignRoots != nil {
-		r.foreign = c.guard.pool(&tls.Config{RootCAs: cfg.ForeignRoots})
+	if cfg.ForeignRoots != nil || via != c.proxies {
+		r.foreign = c.newPool(&tls.Config{RootCAs: cmp.Or(cfg.ForeignRoots, c.opts.RootCAs)}, via)
 	}
 	return r
 }
@@ -268,7 +321,7 @@ func (c *Client) Registry(name Name) *Registry {
 			break
 		}
 	}
-	r := c.newRegistry(Config{Name: name, HeadTimeout: c.opts.HeadTimeout})
+	r := c.newRegistry(Config{Name: name, HeadTimeout: c.opts.HeadTimeout}, c.proxies)
 	r.asking.own, r.asking.all = make(slots, maxStrangerQuestions), c.strangers
 	c.unlisted[name] = r
 	return r
@@ -287,7 +340,10 @@ func (c *Client) Close() {
 }
 
 func (p *pool) close() {
-	for _, t := range p {
-		t.kept.CloseIdleConnections()
+	for r := range p.direct {
+		p.direct[r].kept.CloseIdleConnections()
+		if t := p.proxied[r].kept; t != nil {
+			t.CloseIdleConnections()
+		}
 	}
 }

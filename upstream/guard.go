@@ -16,6 +16,19 @@ import (
 // refused. Nothing was sent.
 var ErrGuard = errors.New("address not allowed")
 
+// refusedAddress is what the guard says of a host. It wraps ErrGuard.
+type refusedAddress struct {
+	host string
+	at   netip.AddrPort
+	zone zone
+}
+
+func (e *refusedAddress) Error() string {
+	return fmt.Sprintf("%v: %s is at %s (%s)", ErrGuard, e.host, e.at, e.zone)
+}
+
+func (e *refusedAddress) Unwrap() error { return ErrGuard }
+
 // reach says how far a connection may go. It is decided by whose word named
 // the host: a stranger's word reaches public addresses only.
 type reach int
@@ -242,13 +255,13 @@ func (g *guard) dial(ctx context.Context, network, hostport string, r reach) (ne
 		return nil, err
 	}
 	var allowed []netip.AddrPort
-	refused := fmt.Errorf("%w: %s has no address", ErrGuard, host)
+	var refused error = &net.DNSError{Err: "it has no address", Name: host, IsNotFound: true}
 	for _, a := range addrs {
 		ap := netip.AddrPortFrom(a.Unmap(), uint16(portNum))
 		if z := g.zoneOf(ap); r.allows(z) {
 			allowed = append(allowed, ap)
 		} else {
-			refused = fmt.Errorf("%w: %s is at %s (%s)", ErrGuard, host, ap, z)
+			refused = &refusedAddress{host, ap, z}
 		}
 	}
 	if len(allowed) == 0 {

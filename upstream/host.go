@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -49,24 +50,25 @@ const (
 // host is what is known of one host, by its origin. The registry's lock guards
 // it.
 type host struct {
-	answered time.Time       // when it last answered anybody anything
-	failing  time.Time       // since when it does not; zero when it does
-	cause    error           // ErrTimeout or ErrUnreachable
-	silent   map[string]bool // repositories that it was silent about since it answered; at most maxSilent
-	late     bool            // somebody listens for a late answer
-	slow     time.Time       // until when no question is put to it twice
+	answered time.Time            // when it last answered anybody anything
+	cause    error                // why it does not: ErrTimeout or ErrUnreachable; nil when it does
+	failing  *HostFailing         // what ails it, for people; nil for nothing
+	warned   map[string]time.Time // when, by kind of trouble
+	silent   map[string]bool      // repositories that it was silent about since it answered; at most maxSilent
+	late     bool                 // somebody listens for a late answer
+	slow     time.Time            // until when no question is put to it twice
 }
 
 // host returns the one that u names. Called with the lock.
 func (r *Registry) host(u *url.URL) *host {
-	origin := u.Scheme + "://" + u.Host
+	origin := originOf(u)
 	h := r.hosts[origin]
 	if h != nil {
 		return h
 	}
 	if len(r.hosts) >= maxHosts {
 		for other := range r.hosts { // any but an endpoint's: it costs a little patience
-			if !slices.ContainsFunc(r.endpoints, func(e Endpoint) bool { return e.URL.Scheme+"://"+e.URL.Host == other }) {
+			if !slices.ContainsFunc(r.endpoints, func(e Endpoint) bool { return originOf(e.URL) == other }) {
 				delete(r.hosts, other)
 				break
 			}
@@ -89,23 +91,26 @@ func (r *Registry) patience(u *url.URL, about string, now time.Time) (d time.Dur
 	return d, now.After(h.slow)
 }
 
+func originOf(u *url.URL) string { return u.Scheme + "://" + u.Host }
+
 // heard takes how an exchange with a host about a repository ended that began at
 // sent. A silence counts when the host had its time.
 func (r *Registry) heard(u *url.URL, about string, sent time.Time, err error, cut bool) (silent bool) {
 	now := time.Now()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	h := r.host(u)
-	switch {
-	case err == nil:
-		h.answered, h.failing, h.cause, h.silent = now, time.Time{}, nil, nil
+	if err == nil {
+		r.heardAnswer(u, now)
 		return false
-	case h.answered.After(sent):
-		return false // it answers others
-	case errors.Is(err, ErrTimeout):
-		if cut || now.Sub(sent) < r.headTimeout*3/4 {
-			return false // whoever asked had little time
-		}
+	}
+	r.mu.Lock()
+	h := r.host(u)
+	timeout := errors.Is(err, ErrTimeout)
+	if h.answered.After(sent) || // it answers others
+		timeout && (cut || now.Sub(sent) < r.headTimeout*3/4) { // whoever asked had little time
+		r.mu.Unlock()
+		return false
+	}
+	switch {
+	case timeout:
 		h.cause = ErrTimeout
 		if h.silent == nil || len(h.silent) >= maxSilent {
 			h.silent = make(map[string]bool)
@@ -113,13 +118,30 @@ func (r *Registry) heard(u *url.URL, about string, sent time.Time, err error, cu
 		h.silent[about] = true
 	case refusedConnection(err):
 		h.cause = ErrUnreachable
-	default:
-		return false // who left says nothing about the host, nor what this process is short of
+	default: // who left says nothing about the host, nor what this process is short of
 	}
-	if h.failing.IsZero() {
-		h.failing = now
+	var e *HostError
+	due := false
+	if errors.As(err, &e) {
+		due = h.trouble(originOf(u), e.Trouble, now)
 	}
-	return h.cause == ErrTimeout
+	failing := h.failing
+	r.mu.Unlock()
+	if e != nil {
+		r.tellTrouble(e, *failing, due)
+	}
+	return timeout
+}
+
+// heardAnswer takes that a host answered.
+func (r *Registry) heardAnswer(u *url.URL, now time.Time) {
+	r.mu.Lock()
+	h := r.host(u)
+	was := h.failing
+	h.answered, h.cause, h.silent, h.failing = now, nil, nil, nil
+	due := was != nil && h.due(back, now)
+	r.mu.Unlock()
+	r.tellAnswer(u, now, was, due)
 }
 
 // Away tells whether the authority's host cannot be reached, or was silent about
@@ -182,7 +204,7 @@ func (r *Registry) within(hreq *http.Request, patience time.Duration, send func(
 		end()
 		if o.err == nil {
 			o.resp.Body.Close()
-			r.heard(hreq.URL, "", time.Now(), nil, false)
+			r.heardAnswer(hreq.URL, time.Now())
 		}
 		if listens {
 			r.listen(hreq.URL, false)
@@ -206,9 +228,9 @@ func (r *Registry) listen(u *url.URL, begin bool) bool {
 // sendTwice sends the request over one of the transport's connections, and once
 // more over a new one when that had lain idle and brings nothing.
 //
-// send is one exchange in a context; it tells how long its connection had lain
-// idle as soon as it has one.
-func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.RoundTripper, context.Context, func(idle time.Duration)) (*http.Response, error)) (*http.Response, error) {
+// send is one exchange; it tells how long its connection had lain idle as soon as
+// it has one.
+func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.RoundTripper, *http.Request, func(idle time.Duration)) (*http.Response, error)) (*http.Response, error) {
 	type outcome struct {
 		resp *http.Response
 		err  error
@@ -217,7 +239,7 @@ func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.
 	var second chan outcome
 	var leaveSecond context.CancelFunc
 	first, leaveFirst := context.WithCancel(hreq.Context())
-	resp, err := send(way.kept, first, func(idle time.Duration) {
+	resp, err := send(way.kept, hreq.WithContext(first), func(idle time.Duration) {
 		if idle < idleDoubt || timer != nil {
 			return
 		}
@@ -225,7 +247,7 @@ func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.
 		again, leave := context.WithCancel(hreq.Context())
 		leaveSecond = leave
 		timer = time.AfterFunc(idlePatience, func() {
-			resp, err := send(way.fresh, again, func(time.Duration) {})
+			resp, err := send(way.fresh, hreq.WithContext(again), func(time.Duration) {})
 			if err == nil {
 				leaveFirst()
 			}
@@ -265,8 +287,10 @@ func (r *Registry) sendTwice(hreq *http.Request, way transports, send func(http.
 // Health is how a registry does, for people.
 type Health struct {
 	Name Name `json:"name"`
-	// Failing are the hosts that did not answer when they were asked last.
+	// Failing are the hosts that gave no answer when they were asked last.
 	Failing []HostFailing `json:"failing,omitempty"`
+	// Effect is what that comes to, in words.
+	Effect string `json:"effect,omitempty"`
 	// LimitedUntil is until when a question is not put again that the registry
 	// answered with 429.
 	LimitedUntil *time.Time `json:"limitedUntil,omitempty"`
@@ -279,7 +303,8 @@ type Health struct {
 type HostFailing struct {
 	Origin string    `json:"origin"`
 	Since  time.Time `json:"since"`
-	Cause  string    `json:"cause"`
+	Last   time.Time `json:"last"` // when it was asked
+	Trouble
 }
 
 // Habit is what a registry does that the specification does not have.
@@ -317,11 +342,12 @@ func (r *Registry) health() Health {
 	h := Health{Name: r.name}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for origin, one := range r.hosts {
-		if !one.failing.IsZero() {
-			h.Failing = append(h.Failing, HostFailing{Origin: origin, Since: one.failing, Cause: one.cause.Error()})
+	for _, one := range r.hosts {
+		if one.failing != nil {
+			h.Failing, h.Effect = append(h.Failing, *one.failing), effect
 		}
 	}
+	slices.SortFunc(h.Failing, func(a, b HostFailing) int { return strings.Compare(a.Origin, b.Origin) })
 	for _, until := range r.limits {
 		if time.Until(until) > 0 && (h.LimitedUntil == nil || until.After(*h.LimitedUntil)) {
 			h.LimitedUntil = &until
@@ -356,6 +382,6 @@ func refusedConnection(err error) bool {
 	if lacking(err) {
 		return false
 	}
-	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &dns) ||
+	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &dns) || behindProxy(err) ||
 		errors.As(err, &cert) || errors.As(err, &record) || errors.As(err, &alert)
 }

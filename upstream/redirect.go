@@ -4,16 +4,11 @@ package upstream
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"net/http/httptrace"
-	"net/netip"
 	"net/url"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -136,57 +131,4 @@ func drain(body io.ReadCloser) {
 	const little = 16 << 10
 	io.CopyN(io.Discard, body, little)
 	body.Close()
-}
-
-// roundTrip is one exchange with a host, at the endpoint itself when home is
-// set: only that is shown tarn's certificate. about is the repository that it is
-// about, "" for none. It returns besides the zone of the address that answered.
-func (r *Registry) roundTrip(hreq *http.Request, about string, far reach, home bool) (*http.Response, zone, error) {
-	var at atomic.Int64
-	at.Store(int64(zoneNever))
-	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
-	send := func(t http.RoundTripper, ctx context.Context, idle func(time.Duration)) (*http.Response, error) {
-		trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
-			if tcp, ok := info.Conn.RemoteAddr().(*net.TCPAddr); ok {
-				at.Store(int64(r.client.guard.zoneOf(unmapped(tcp.AddrPort()))))
-			}
-			if info.WasIdle {
-				idle(info.IdleTime)
-			}
-		}}
-		return t.RoundTrip(hreq.WithContext(httptrace.WithClientTrace(ctx, trace)))
-	}
-	way := r.foreign[far]
-	if home {
-		way = r.pool[far]
-	}
-	sent := time.Now()
-	patience, twice := r.patience(hreq.URL, about, sent)
-	resp, cut, err := r.within(hreq, patience, func(hreq *http.Request) (*http.Response, error) {
-		if twice && (hreq.Method == http.MethodGet || hreq.Method == http.MethodHead) {
-			return r.sendTwice(hreq, way, send)
-		}
-		return send(way.kept, hreq.Context(), func(time.Duration) {})
-	})
-	status := 0
-	if err == nil {
-		status = resp.StatusCode
-	}
-	if r.client.opts.Observe != nil {
-		r.client.opts.Observe(r.name, hreq.Method, status)
-	}
-	if cause := context.Cause(hreq.Context()); err != nil && (errors.Is(cause, ErrTimeout) || errors.Is(cause, context.DeadlineExceeded)) {
-		err = fmt.Errorf("%w: %w", ErrTimeout, err)
-	}
-	if r.heard(hreq.URL, about, sent, err, cut) {
-		way.kept.CloseIdleConnections() // they may be what is dead
-	}
-	if err != nil {
-		return nil, zone(at.Load()), unreachable(hreq.URL.Hostname(), err)
-	}
-	return resp, zone(at.Load()), nil
-}
-
-func unmapped(ap netip.AddrPort) netip.AddrPort {
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
 }

@@ -62,13 +62,15 @@ type Registry struct {
 	endpoints   []Endpoint
 	pool        pool // to the endpoints
 	foreign     pool // to redirect targets and token services
+	proxies     *proxies
 	headTimeout time.Duration
 
 	realm       *url.URL      // where passwords may go; nil: the authority's own domain
 	credentials *DockerConfig // of the node; nil for none
 
-	proving singleflight.Group // by proofKey
-	asking  gate
+	proving  singleflight.Group // by proofKey
+	asking   gate
+	warnings *budget
 
 	// mu guards what follows.
 	mu     sync.Mutex

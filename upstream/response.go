@@ -300,8 +300,9 @@ func withHeaderDeadline(parent context.Context, d time.Duration) (context.Contex
 func (h *headerDeadline) explain(err error) error {
 	h.timer.Stop()
 	var status *StatusError
-	if errors.As(err, &status) {
-		return err
+	var silent *HostError
+	if errors.As(err, &status) || errors.As(err, &silent) && errors.Is(err, ErrTimeout) {
+		return err // which says more
 	}
 	switch cause := context.Cause(h.ctx); {
 	case errors.Is(cause, ErrTimeout):

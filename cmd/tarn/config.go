@@ -43,8 +43,8 @@ type Config struct {
 	// Dir holds all that tarn keeps. Default /var/lib/tarn; but without a
 	// file and not as root, tarn in the user's cache directory.
 	Dir string
-	// MaxSize bounds what Dir takes: bytes, or a share of its filesystem;
-	// more than 0. Default 50GiB.
+	// MaxSize bounds what Dir takes: bytes, at least 1 MiB, or a share of its
+	// filesystem, more than 0. Default 50GiB.
 	MaxSize Size
 	// MinFree is always left free on Dir's filesystem: bytes, or a share of
 	// it. Default 5%.
@@ -59,11 +59,26 @@ type Config struct {
 	// manifest that was not here: off, config, or layers, which is all that
 	// this node needs of the image. Default off.
 	Prefetch string
+	// AllowViaProxy lets registries that are not listed be asked by an egress
+	// proxy (HTTPS_PROXY, HTTP_PROXY), where their addresses cannot be checked.
+	// Default false.
+	AllowViaProxy bool
 	// Defaults hold for every upstream, listed or not.
-	Defaults UpstreamDefaults
+	Defaults Defaults
 	// Upstreams are the listed registries: they may live on private
 	// addresses, and clients' credentials are passed to them. Default none.
 	Upstreams []Upstream
+}
+
+// Defaults are what holds for every upstream.
+type Defaults struct {
+	// CAFile has certificates, in PEM form, that count besides the system's for
+	// every registry without a CAFile of its own, for all that registries
+	// redirect to or name as their token service, and for egress proxies.
+	// Default "": the system's alone.
+	CAFile string
+	// UpstreamDefaults are those that an upstream may set for itself.
+	UpstreamDefaults
 }
 
 // UpstreamDefaults are the keys that stand under defaults for every upstream,
@@ -107,7 +122,7 @@ type Upstream struct {
 	Realm string
 	// CAFile has the certificates, in PEM form, that the registry's must be
 	// signed by. They count, besides the system's, where it redirects or
-	// sends for a token, too. Default "": the system's.
+	// sends for a token, too. Default "": the system's, and Defaults.CAFile.
 	CAFile string
 	// CertFile is tarn's own certificate for this registry, in PEM form.
 	// Default "", none.
@@ -124,6 +139,10 @@ type Upstream struct {
 	// Credentials of the node for this registry. They fetch bytes for clients
 	// to whom the registry has said yes, and what is shared. Default none.
 	Credentials Credentials
+	// Proxy is the egress proxy by which this registry, and what it redirects to
+	// or names as its token service, is reached, but for what NO_PROXY names.
+	// Default none: as HTTPS_PROXY, HTTP_PROXY and NO_PROXY say.
+	Proxy Proxy
 	// Share are patterns of repositories that any client of this node may
 	// have with the node's credentials; * is all but a slash. Default none.
 	Share []string
@@ -162,6 +181,15 @@ type Credentials struct {
 	DockerConfig string
 }
 
+// Proxy is an egress proxy. In the file it is the URL alone, or a mapping.
+type Proxy struct {
+	// URL is http or https, and a host with its port. Default "", none.
+	URL string
+	// CredentialsFile has USER:PASSWORD for the proxy; it is read at the start.
+	// Default "", none.
+	CredentialsFile string
+}
+
 // defaultDir is where the daemon of a node keeps its data.
 const defaultDir = "/var/lib/tarn"
 
@@ -185,13 +213,13 @@ func defaultConfig() Config {
 		DefaultUpstream: string(upstream.DockerHub),
 		Allow:           "public",
 		Prefetch:        "off",
-		Defaults: UpstreamDefaults{
+		Defaults: Defaults{UpstreamDefaults: UpstreamDefaults{
 			HeadTimeout:   upstream.DefaultHeadTimeout,
 			StaleFor:      "owner",
 			GrantTTL:      time.Minute,
 			MembershipTTL: 24 * time.Hour,
 			Parallel:      4,
-		},
+		}},
 	}
 }
 

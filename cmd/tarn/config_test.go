@@ -57,6 +57,7 @@ upstreams:
     token_broker: true
     credentials: {docker_config: /etc/tarn/docker.json}
     share: ["platform/*"]
+    proxy: {url: "https://proxy.corp:3129", credentials_file: /etc/tarn/proxy.auth}
     head_timeout: 2s
     stale_if_error: 1h
     stale_for: node
@@ -64,6 +65,7 @@ upstreams:
     membership_ttl: 0
     parallel: 2
   - name: ghcr.io
+    proxy: http://proxy.corp:3128
 listen: :6000
 tls: {cert_file: /etc/tarn/tls.crt, key_file: /etc/tarn/tls.key, client_ca_file: /etc/tarn/ca.crt}
 names: [tarn.tarn.svc, "Mirror.corp.:5050"]
@@ -77,7 +79,8 @@ min_free: 1073741824
 default_upstream: quay.io
 allow: listed
 prefetch: layers
-defaults: {head_timeout: 3500ms, stale_if_error: 2h, stale_for: owner, grant_ttl: 4s, membership_ttl: 5s, parallel: 8}
+allow_via_proxy: true
+defaults: {ca_file: /etc/tarn/proxy.pem, head_timeout: 3500ms, stale_if_error: 2h, stale_for: owner, grant_ttl: 4s, membership_ttl: 5s, parallel: 8}
 `
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
@@ -101,7 +104,8 @@ defaults: {head_timeout: 3500ms, stale_if_error: 2h, stale_for: owner, grant_ttl
 	want.Allow = "listed"
 	want.Prefetch = "layers"
 	ghcr := UpstreamDefaults{HeadTimeout: 3500 * time.Millisecond, StaleIfError: 2 * time.Hour, StaleFor: "owner", GrantTTL: 4 * time.Second, MembershipTTL: 5 * time.Second, Parallel: 8}
-	want.Defaults = ghcr
+	want.Defaults = Defaults{CAFile: "/etc/tarn/proxy.pem", UpstreamDefaults: ghcr}
+	want.AllowViaProxy = true
 	corp := UpstreamDefaults{HeadTimeout: 2 * time.Second, StaleIfError: time.Hour, StaleFor: "node", GrantTTL: 3 * time.Second, Parallel: 2}
 	want.Upstreams = []Upstream{{
 		Name: "Registry.Corp:5000",
@@ -117,9 +121,11 @@ defaults: {head_timeout: 3500ms, stale_if_error: 2h, stale_for: owner, grant_ttl
 		TokenBroker:        true,
 		Credentials:        Credentials{DockerConfig: "/etc/tarn/docker.json"},
 		Share:              []string{"platform/*"},
+		Proxy:              Proxy{URL: "https://proxy.corp:3129", CredentialsFile: "/etc/tarn/proxy.auth"},
 		UpstreamDefaults:   corp,
 	}, {
 		Name:             "ghcr.io",
+		Proxy:            Proxy{URL: "http://proxy.corp:3128"},
 		UpstreamDefaults: ghcr,
 	}}
 	if !reflect.DeepEqual(got, want) {
@@ -133,10 +139,10 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		content string
 		want    string // all of the error, or its beginning when it ends in …
 	}{
-		"an unknown key":                  {"\nmax_sise: 1\n", `tarn.yaml:2: unknown key "max_sise"`},
-		"an unknown key under defaults":   {"defaults:\n  head_timout: 1s\n", `tarn.yaml:2: unknown key "defaults.head_timout"`},
+		"an unknown key":                  {"\nmax_sise: 1\n", `tarn.yaml:2: unknown key "max_sise"; did you mean "max_size"?`},
+		"an unknown key under defaults":   {"defaults:\n  head_timout: 1s\n", `tarn.yaml:2: unknown key "defaults.head_timout"; did you mean "head_timeout"?`},
 		"an unknown key of an upstream":   {"upstreams:\n- name: a.io\n- name: b.io\n  url: x\n", `tarn.yaml:4: unknown key "upstreams[1].url"`},
-		"an unknown key of an endpoint":   {"upstreams:\n- name: a.io\n  endpoints:\n  - url: http://a\n    trust: true\n", `tarn.yaml:5: unknown key "upstreams[0].endpoints[0].trust"`},
+		"an unknown key of an endpoint":   {"upstreams:\n- name: a.io\n  endpoints:\n  - url: http://a\n    trust: true\n", `tarn.yaml:5: unknown key "upstreams[0].endpoints[0].trust"; did you mean "trusted"?`},
 		"a merge key":                     {"<<: {listen: x}\n", `tarn.yaml:1: unknown key "<<"`},
 		"a key that is a list":            {"? [a]\n: 1\n", `tarn.yaml:1: a key must be a word, not a list`},
 		"a key given twice":               {"listen: a:1\ndir: /x\nlisten: a:1\n", `tarn.yaml:3: duplicate key "listen", first on line 1`},
@@ -154,6 +160,10 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"a string for a mapping":          {"defaults: 8s\n", `tarn.yaml:1: key "defaults": must be a mapping of keys to values, not a string`},
 		"nothing for an upstream":         {"upstreams:\n-\n", `tarn.yaml:2: key "upstreams[0]": must be a mapping of keys to values, not nothing`},
 		"a size without sense":            {"max_size: 50XB\n", `tarn.yaml:1: key "max_size": "50XB" is not a size: allowed are …`},
+		"a size without its unit":         {"max_size: 50\n", `tarn.yaml:1: key "max_size": must be at least 1MiB, and is 50 bytes; a unit is written as in 50GiB`},
+		"a proxy with a password":         {"upstreams:\n- {name: a.io, proxy: 'http://u:secret@p:3128'}\n", `tarn.yaml:2: key "upstreams[0].proxy": the URL must not have a user or password: name a file with them as credentials_file`},
+		"a proxy of another kind":         {"upstreams:\n- {name: a.io, proxy: {url: 'socks5://p:1080'}}\n", `tarn.yaml:2: key "upstreams[0].proxy.url": the proxy's scheme must be http or https, and not "socks5"`},
+		"a password for no proxy":         {"upstreams:\n- {name: a.io, proxy: {credentials_file: x}}\n", `tarn.yaml:2: key "upstreams[0].proxy.url": must be given with credentials_file`},
 		"a negative size":                 {"min_free: -1\n", `tarn.yaml:1: key "min_free": "-1" is not a size: …`},
 		"no size at all":                  {"max_size: 0\n", `tarn.yaml:1: key "max_size": must be more than 0`},
 		"no share at all":                 {"max_size: 0%\n", `tarn.yaml:1: key "max_size": must be more than 0`},
@@ -209,10 +219,11 @@ var tables = map[string]struct {
 }{
 	"":                         {new(Config).keys(), Config{}},
 	"tls.":                     {new(TLS).keys(), TLS{}},
-	"defaults.":                {new(UpstreamDefaults).keys(), UpstreamDefaults{}},
+	"defaults.":                {new(Defaults).keys(), Defaults{}},
 	"upstreams[].":             {new(Upstream).keys(), Upstream{}},
 	"upstreams[].endpoints[].": {new(Endpoint).keys(), Endpoint{}},
 	"upstreams[].credentials.": {new(Credentials).keys(), Credentials{}},
+	"upstreams[].proxy.":       {new(Proxy).keys(), Proxy{}},
 }
 
 func TestEveryFieldHasAKey(t *testing.T) {
@@ -332,7 +343,7 @@ func TestFlagsOverrideTheFile(t *testing.T) {
 				c.Upstreams = append(c.Upstreams, Upstream{
 					Name:             "new.io:5000",
 					Endpoints:        []Endpoint{{URL: "http://10.0.0.1"}},
-					UpstreamDefaults: c.Defaults,
+					UpstreamDefaults: c.Defaults.UpstreamDefaults,
 				})
 			},
 		},
@@ -549,7 +560,7 @@ func FuzzConfig(f *testing.F) {
 				t.Errorf("accepted: head_timeout %v", u.HeadTimeout)
 			}
 			u.CAFile, u.CertFile, u.KeyFile = "", "", "" // not the fuzzer's business to open
-			if _, err := upstreamConfig(u, c.Defaults); err != nil {
+			if _, err := upstreamConfig(u, c.Defaults, nil); err != nil {
 				t.Errorf("accepted: %+v, %v", u, err)
 			}
 		}

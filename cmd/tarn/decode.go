@@ -15,6 +15,7 @@ import (
 
 	"tarn/upstream"
 
+	"github.com/agnivade/levenshtein"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -115,7 +116,7 @@ func (d *decoder) mapping(n *yaml.Node, path string, keys []key) {
 		case duplicate:
 			d.add(k.Line, "duplicate key %q, first on line %d", path+k.Value, first[0].Line)
 		case !slices.ContainsFunc(keys, func(known key) bool { return known.name == k.Value }):
-			d.add(k.Line, "unknown key %q", path+k.Value)
+			d.add(k.Line, "unknown key %q%s", path+k.Value, suggestion(k.Value, keys))
 		default:
 			given[k.Value] = [2]*yaml.Node{k, n.Content[i+1]}
 		}
@@ -125,6 +126,20 @@ func (d *decoder) mapping(n *yaml.Node, path string, keys []key) {
 			d.value(node[1], path+k.name, k.read)
 		}
 	}
+}
+
+// suggestion names the key that was meant, as far as one is close.
+func suggestion(word string, keys []key) string {
+	best, distance := "", 2+len(word)/3 // a letter or two, more in long words
+	for _, k := range keys {
+		if d := levenshtein.ComputeDistance(word, k.name); d < distance {
+			best, distance = k.name, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %q?", best)
 }
 
 // reader reads the value n of the key at, or says what is wrong with it.

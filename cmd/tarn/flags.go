@@ -73,7 +73,7 @@ func (f *serveFlags) config() (Config, error) {
 	if err := c.overrideUpstreams(f.upstreams); err != nil {
 		return Config{}, fmt.Errorf("--upstream: %w", err)
 	}
-	return c, nil
+	return c, c.checkListeners()
 }
 
 // overrideUpstreams gives each upstream that is named the endpoints that are
@@ -91,7 +91,7 @@ func (c *Config) overrideUpstreams(flags []string) error {
 		})
 		if i < 0 {
 			i = len(c.Upstreams)
-			c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), UpstreamDefaults: c.Defaults})
+			c.Upstreams = append(c.Upstreams, Upstream{Name: string(name), UpstreamDefaults: c.Defaults.UpstreamDefaults})
 		}
 		u := &c.Upstreams[i]
 		if !replaced[name] {

@@ -30,10 +30,15 @@ func (c *Config) keys() []key {
 		{"min_free", bytesOrShare(&c.MinFree, nil)},
 		{"default_upstream", text(&c.DefaultUpstream, checkName)},
 		{"allow", text(&c.Allow, oneOf("public", "listed"))},
+		{"allow_via_proxy", boolean(&c.AllowViaProxy)},
 		{"prefetch", text(&c.Prefetch, oneOf("off", "config", "layers"))},
 		{"defaults", section(c.Defaults.keys())},
 		{"upstreams", list(&c.Upstreams, c.upstream)}, // each begins with the defaults
 	}
+}
+
+func (d *Defaults) keys() []key {
+	return append([]key{{"ca_file", text(&d.CAFile, nil)}}, d.UpstreamDefaults.keys()...)
 }
 
 func (u *UpstreamDefaults) keys() []key {
@@ -58,6 +63,7 @@ func (u *Upstream) keys() []key {
 		{"insecure_skip_verify", boolean(&u.InsecureSkipVerify)},
 		{"token_broker", boolean(&u.TokenBroker)},
 		{"credentials", section(u.Credentials.keys())},
+		{"proxy", u.Proxy.read},
 		{"share", list(&u.Share, func(pattern *string) reader { return text(pattern, checkShare) })},
 	}, u.UpstreamDefaults.keys()...)
 }
@@ -97,10 +103,29 @@ func (t *TLS) read() reader {
 	}
 }
 
+func (p *Proxy) keys() []key {
+	return []key{
+		{"url", text(&p.URL, checkProxy)},
+		{"credentials_file", text(&p.CredentialsFile, nil)},
+	}
+}
+
+// read reads a proxy, which may be its URL alone.
+func (p *Proxy) read(d *decoder, n *yaml.Node, at string) {
+	if n.Kind == yaml.ScalarNode && !isNull(n) {
+		text(&p.URL, checkProxy)(d, n, at)
+		return
+	}
+	section(p.keys())(d, n, at)
+	if p.CredentialsFile != "" && p.URL == "" {
+		d.addKey(n, at+".url", "must be given with credentials_file")
+	}
+}
+
 // upstream reads one of the listed registries.
 func (c *Config) upstream(u *Upstream) reader {
 	return func(d *decoder, n *yaml.Node, at string) {
-		u.UpstreamDefaults = c.Defaults
+		u.UpstreamDefaults = c.Defaults.UpstreamDefaults
 		d.mapping(n, at+".", u.keys())
 		d.require(n, at+".", "name")
 		if (u.CertFile == "") != (u.KeyFile == "") {

@@ -80,6 +80,17 @@ func listenChanges(cfg Config, log *zap.Logger) (net.Listener, error) {
 	return l, nil
 }
 
+// addressAt is where a listener is; "" where there is none.
+func addressAt(l net.Listener) string {
+	switch {
+	case l == nil:
+		return ""
+	case l.Addr().Network() == "unix":
+		return addressOf(l)
+	}
+	return l.Addr().String()
+}
+
 func addressOf(socket net.Listener) string {
 	if socket == nil {
 		return ""

@@ -81,11 +81,37 @@ func checkAdminSocket(path string) error {
 	}
 }
 
+// minMaxSize is less than any image takes: who sets less has left out the unit.
+const minMaxSize = 1 << 20
+
 func checkMaxSize(s Size) error {
-	if s == (Size{}) {
+	switch {
+	case s == (Size{}):
 		return errors.New("must be more than 0")
+	case s.share == 0 && s.bytes < minMaxSize:
+		return fmt.Errorf("must be at least 1MiB, and is %d bytes; a unit is written as in 50GiB", s.bytes)
 	}
 	return nil
+}
+
+// checkListeners: that one address is taken by this very process would read as if it
+// were by another.
+func (c Config) checkListeners() error {
+	host, port, err := net.SplitHostPort(c.Listen)
+	adminHost, adminPort, adminErr := net.SplitHostPort(c.AdminListen)
+	if strings.HasPrefix(c.AdminListen, unixPrefix) || err != nil || adminErr != nil || port != adminPort || strings.Trim(port, "0") == "" {
+		return nil
+	}
+	if host == adminHost || isEverywhere(host) || isEverywhere(adminHost) {
+		return fmt.Errorf("listen (%s) and admin_listen (%s) have one port: give admin_listen another one", c.Listen, c.AdminListen)
+	}
+	return nil
+}
+
+// isEverywhere tells whether a listener there has all addresses of the node.
+func isEverywhere(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "" || ip != nil && ip.IsUnspecified()
 }
 
 // checkHeadTimeout: a longer one would never be reached, since every answer

@@ -23,7 +23,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 )
 
 func newServeCommand() *cobra.Command {
@@ -47,15 +46,16 @@ has the file and the certificates read anew.`,
 			}
 			ctx, stop := untilSignal(cmd.Context())
 			defer stop()
-			return serve(ctx, cfg, flags.config, hangup)
+			return serve(ctx, cfg, &flags, hangup)
 		},
 	}
 	flags.register(cmd.Flags())
 	return cmd
 }
 
-// serve runs until the context ends. It loads the configuration anew for each hangup.
-func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup <-chan os.Signal) (err error) {
+// serve runs until the context ends. It loads the configuration anew, from the same
+// flags, for each hangup.
+func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.Signal) (err error) {
 	log, level, err := newLogger(cfg.LogLevel)
 	if err != nil {
 		return err
@@ -93,7 +93,7 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 	registerCache(registry, a.cache)
 	registerUpstreams(registry, a.health)
 
-	r := &reloader{load: load, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
+	r := &reloader{load: flags.config, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
@@ -101,26 +101,12 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 	}
 	services := []service{{server, listener, shutdownGrace}}
 	services = append(services, newAdmins(cfg, adminOptions(cfg, a, r, registry, socket), log, adminListener, socket)...)
-	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.Bool("tls", certs != nil), zap.String("dir", cfg.Dir), zap.String("admin_socket", addressOf(socket)),
+	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.Bool("tls", certs != nil), zap.String("admin_listen", addressAt(adminListener)), zap.String("admin_socket", addressOf(socket)),
+		zap.String("dir", cfg.Dir), zap.String("config", cmp.Or(flags.file, "none: every setting has its default")),
 		zap.Int64("max_size", a.cache.Stats().MaxBytes), zap.String("version", version))
 	defer startGivingBack()()
 	defer manager.watch(ctx, listener.Addr(), certs != nil)()
 	return serveAll(ctx, log, manager, services, a.running.Load)
-}
-
-func newLogger(level string) (*zap.Logger, zap.AtomicLevel, error) {
-	l, err := zap.ParseAtomicLevel(level)
-	if err != nil {
-		return nil, l, fmt.Errorf("log_level: %q is none of debug, info, warn, error", level)
-	}
-	c := zap.NewProductionConfig()
-	c.Level = l
-	c.Sampling = nil // a line a request, and no line lost
-	c.DisableStacktrace = true
-	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
-	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
-	log, err := c.Build()
-	return log, l, err
 }
 
 func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
@@ -133,6 +119,11 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 		return nil, fmt.Errorf("dir: %w", err)
 	}
 	total := int64(fsys.Blocks) * fsys.Bsize
+	if bound := cfg.MaxSize.Bytes(total); bound > total {
+		// One configuration is for nodes of many sizes.
+		log.Warn("max_size is more than the filesystem of dir has; min_free holds all the same",
+			zap.Int64("max_size", bound), zap.Int64("filesystem", total), zap.String("dir", cfg.Dir))
+	}
 	store, err := cache.New(cache.Options{
 		Dir:     cfg.Dir,
 		MaxSize: cfg.MaxSize.Bytes(total),
@@ -170,6 +161,8 @@ type status struct {
 	LastRequests []proxy.LastRequest `json:"lastRequests"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
+	// Unlisted are other registries in trouble, the last few.
+	Unlisted []upstream.Health `json:"unlisted"`
 }
 
 // newAdmins are the services for people and probes: at the admin listener and at the
@@ -222,9 +215,9 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 			}
 		},
 		Status: func() any {
-			last := a.metrics.LastRequests()
+			last, upstreams := a.metrics.LastRequests(), a.upstreams.Load()
 			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(),
-				describeClients(last, started, time.Now()), last, a.health()}
+				describeClients(last, started, time.Now()), last, upstreams.Health(), upstreams.Strangers()}
 		},
 	}
 }

@@ -43,6 +43,10 @@ func TestMistakesAreOneClearLine(t *testing.T) {
 		{[]string{"--listen", "127.0.0.1:0", "--admin-listen", "", "--dir", used}, "in use by another tarn"},
 		{[]string{"--listen", "127.0.0.1:0", "--admin-listen", "", "--dir", filepath.Join(file, "x")}, "not a directory"},
 		{[]string{"--max-size", "lots"}, "is not a size"},
+		{[]string{"--max-size", "50"}, "--max-size: must be at least 1MiB, and is 50 bytes"},
+		{[]string{"--listen", "127.0.0.1:5050", "--admin-listen", "127.0.0.1:5050"}, "have one port"},
+		{[]string{"--listen", ":5050", "--admin-listen", "127.0.0.1:5050"}, "have one port"},
+		{[]string{"--listen", "[::1]:5050", "--admin-listen", "[::]:5050"}, "have one port"},
 		{[]string{"--upstream", "ghcr.io"}, "is not NAME=URL"},
 		{[]string{"--upstream", "ghcr.io=gopher://x"}, "must be http or https"},
 		{[]string{"--config", "/nonexistent.yaml"}, "no such file"},
@@ -234,5 +238,17 @@ func TestKillAtAnyMoment(t *testing.T) {
 		if info, err := os.Stat(f); err != nil || info.Size() > 0 {
 			t.Errorf("a pending file: %s: %v", f, err)
 		}
+	}
+}
+
+// TestABoundLargerThanTheDiskIsAWarning: one configuration is for nodes of many sizes.
+func TestABoundLargerThanTheDiskIsAWarning(t *testing.T) {
+	t.Parallel()
+	p := run(t, t.TempDir(), "--max-size", "8000TiB")
+	if n := strings.Count(p.output.String(), "max_size is more than the filesystem"); n != 1 {
+		t.Errorf("%d warnings in\n%s", n, &p.output)
+	}
+	if p := run(t, t.TempDir(), "--max-size", "100%"); strings.Contains(p.output.String(), "more than the filesystem") {
+		t.Errorf("all of the disk is too much:\n%s", &p.output)
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"os"
 
 	"tarn/proxy"
 	"tarn/upstream"
@@ -26,10 +25,22 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners
 	if err != nil {
 		return nil, fmt.Errorf("default_upstream: %w", err)
 	}
+	environment, err := environmentProxies()
+	if err != nil {
+		return nil, err
+	}
+	logEgress(log, environment)
+	roots, err := withRoots(cfg.Defaults.CAFile)
+	if err != nil {
+		return nil, fmt.Errorf("defaults: %w", err)
+	}
 	var listed []upstream.Config
 	defaultListed := false
 	for _, u := range cfg.Upstreams {
-		c, err := upstreamConfig(u, cfg.Defaults)
+		c, err := upstreamConfig(u, cfg.Defaults, roots)
+		if err == nil {
+			c.Proxies, err = u.Proxy.config(environment.NoProxy)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
@@ -52,6 +63,11 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners
 		Own:         ownAddresses(listeners),
 		UserAgent:   "tarn/" + version,
 		Observe:     metrics.Upstream,
+		Logger:      log,
+		RootCAs:     roots,
+		Proxies:     environment,
+
+		AllowViaProxy: cfg.AllowViaProxy,
 	})
 }
 
@@ -68,7 +84,7 @@ func proxyOptions(cfg Config) (proxy.Options, error) {
 		Names:           cfg.Names,
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
 		Rules:           rules,
-		Defaults:        rulesOf(cfg.Defaults),
+		Defaults:        rulesOf(cfg.Defaults.UpstreamDefaults),
 	}, err
 }
 
@@ -112,7 +128,8 @@ func ownAddresses(listeners []net.Listener) (own []netip.AddrPort) {
 	return own
 }
 
-func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, err error) {
+// upstreamConfig is one listed registry; roots are believed where it names none of its own.
+func upstreamConfig(u Upstream, defaults Defaults, roots *x509.CertPool) (c upstream.Config, err error) {
 	if c.Name, err = upstream.ParseName(u.Name); err != nil {
 		return c, err
 	}
@@ -135,21 +152,16 @@ func upstreamConfig(u Upstream, defaults UpstreamDefaults) (c upstream.Config, e
 	if u.CAFile == "" && u.CertFile == "" && u.KeyFile == "" && !u.InsecureSkipVerify {
 		return c, nil
 	}
-	c.TLS = &tls.Config{InsecureSkipVerify: u.InsecureSkipVerify}
+	c.TLS = &tls.Config{InsecureSkipVerify: u.InsecureSkipVerify, RootCAs: roots}
 	if u.CAFile != "" {
-		pem, err := os.ReadFile(u.CAFile)
-		if err != nil {
-			return c, fmt.Errorf("ca_file: %w", err)
-		}
 		c.TLS.RootCAs = x509.NewCertPool()
-		if !c.TLS.RootCAs.AppendCertsFromPEM(pem) {
-			return c, fmt.Errorf("ca_file: %s has no certificate in PEM form", u.CAFile)
+		if err := appendCertificates(c.TLS.RootCAs, u.CAFile); err != nil {
+			return c, err
 		}
 		// Its storage may be the same house's, or a cloud's.
-		if c.ForeignRoots, err = x509.SystemCertPool(); err != nil {
-			c.ForeignRoots = x509.NewCertPool()
+		if c.ForeignRoots, err = withRoots(defaults.CAFile, u.CAFile); err != nil {
+			return c, err
 		}
-		c.ForeignRoots.AppendCertsFromPEM(pem)
 	}
 	if u.CertFile != "" || u.KeyFile != "" {
 		cert, err := tls.LoadX509KeyPair(u.CertFile, u.KeyFile)
