@@ -34,6 +34,7 @@ var house = map[string][]string{
 	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "rights", "upstream"},
 	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
 	"internal/registrytest": {},
+	"tools/image":           {},
 	"cmd/tarn":              {"admin", "cache", "cache/store", "images", "internal/nodeca", "proxy", "upstream"},
 }
 
