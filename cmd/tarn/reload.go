@@ -283,6 +283,7 @@ func keepFixed(next, now *Config) []string {
 	keep(&changed, "admin_listen", &next.AdminListen, now.AdminListen)
 	keep(&changed, "admin_socket", &next.AdminSocket, now.AdminSocket)
 	keep(&changed, "admin_changes", &next.AdminChanges, now.AdminChanges)
+	keep(&changed, "metrics_listen", &next.MetricsListen, now.MetricsListen)
 	keep(&changed, "dir", &next.Dir, now.Dir)
 	keep(&changed, "max_size", &next.MaxSize, now.MaxSize)
 	keep(&changed, "min_free", &next.MinFree, now.MinFree)
