@@ -97,6 +97,7 @@ func serve(ctx context.Context, cfg Config, load func() (Config, error), hangup 
 	server := newServer(a, log)
 	if certs != nil {
 		server.TLSConfig = certs.config()
+		server.ConnState = limitConnections(maxConnections(connectionMemory + handshakeMemory))
 	}
 	services := []service{{server, ls.clients, shutdownGrace}}
 	services = append(services, newAdmins(cfg, adminOptions(cfg, a, r, registry, socket), log, ls.admin, socket)...)
