@@ -310,6 +310,9 @@ func (s *stalling) Write(p []byte) (int, error) {
 // anybody knows whether it has a certificate, and stop then.
 func TestHandshakesFitIntoTheMemory(t *testing.T) {
 	t.Parallel()
+	if testing.Short() {
+		t.Skip("the race detector, which runs the short tests, takes memory of its own")
+	}
 	const limit, connections, sent = 128 << 20, 600, 230 << 10
 	f := nodeFiles(t)
 	p := runPrepared(t, t.TempDir(), tlsSettings(f), func(cmd *exec.Cmd) {
