@@ -3,7 +3,7 @@
 
 FUZZTIME ?= 30s
 
-.PHONY: test race lint e2e e2e-clients soak nightly bench house fuzz ci
+.PHONY: test race lint e2e e2e-clients soak nightly bench house fuzz image deb ci
 
 test:
 	go test ./...
@@ -61,6 +61,16 @@ fuzz:
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
 		done; \
 	done
+
+# What nodes run, in bin/: a container image for amd64 and arm64, and a package for this machine's architecture. VERSION
+# names them. One commit gives the same bytes wherever it is built.
+export VERSION IMAGE OUT
+
+image:
+	deploy/build.sh image
+
+deb:
+	deploy/build.sh deb
 
 ci:
 	.ci/run

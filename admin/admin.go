@@ -124,6 +124,12 @@ func (o Options) reload(w http.ResponseWriter, r *http.Request) {
 		serveJSON(w, http.StatusForbidden, failure(o.ReadOnly))
 		return
 	}
+	// Whoever can connect to a port could have all that was learnt forgotten, again
+	// and again, also where he may pin and evict.
+	if o.Listener.Network() != "unix" {
+		serveJSON(w, http.StatusForbidden, failure("a reload is asked for over the admin socket only, by the user that tarn runs as, or with SIGHUP"))
+		return
+	}
 	if _, ok := readOrder(w, r); !ok {
 		return
 	}

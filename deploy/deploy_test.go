@@ -13,15 +13,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
-	"github.com/moby/buildkit/frontend/dockerfile/instructions"
-	"github.com/moby/buildkit/frontend/dockerfile/parser"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -246,83 +243,6 @@ func TestTheProgramTakesTheArgumentsOfTheDaemonSet(t *testing.T) {
 	args := append(slices.Clone(c.Args), "--help")
 	if out, err := exec.Command(program, args...).CombinedOutput(); err != nil {
 		t.Errorf("tarn %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-}
-
-func TestTheImageHasTheProgramAndNothingElse(t *testing.T) {
-	t.Parallel()
-	parsed, err := parser.Parse(bytes.NewReader(read(t, "Dockerfile")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(parsed.Warnings) != 0 {
-		t.Errorf("warnings: %+v", parsed.Warnings)
-	}
-	stages, _, err := instructions.Parse(parsed.AST, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A tag that moves makes two builds of one commit differ.
-	if base := stages[0].BaseName; !regexp.MustCompile(`^docker\.io/library/golang:1\.\d+\.\d+-[a-z]+$`).MatchString(base) {
-		t.Errorf("the first stage starts from %s", base)
-	}
-	var build strings.Builder
-	for _, command := range stages[0].Commands {
-		if run, ok := command.(*instructions.RunCommand); ok {
-			build.WriteString(strings.Join(run.CmdLine, " ") + "\n")
-		}
-	}
-	for _, want := range []string{"CGO_ENABLED=0", "-trimpath", "./cmd/tarn"} {
-		if !strings.Contains(build.String(), want) {
-			t.Errorf("the program is built without %s", want)
-		}
-	}
-
-	last := stages[len(stages)-1]
-	if last.BaseName != "scratch" {
-		t.Errorf("the image starts from %s", last.BaseName)
-	}
-	copied := make(map[string]bool)
-	var user string
-	var entrypoint, command []string
-	environment := make(map[string]string)
-	for _, c := range last.Commands {
-		switch c := c.(type) {
-		case *instructions.CopyCommand:
-			copied[c.DestPath] = true
-		case *instructions.UserCommand:
-			user = c.User
-		case *instructions.EntrypointCommand:
-			entrypoint = c.CmdLine
-			if c.PrependShell {
-				t.Error("the entrypoint needs a shell")
-			}
-		case *instructions.CmdCommand:
-			command = c.CmdLine
-			if c.PrependShell {
-				t.Error("the command needs a shell")
-			}
-		case *instructions.EnvCommand:
-			for _, e := range c.Env {
-				environment[e.Key] = e.Value
-			}
-		case *instructions.RunCommand:
-			t.Error("there is nothing in the image that could run")
-		}
-	}
-	if !slices.Equal(entrypoint, []string{"/tarn"}) || !slices.Equal(command, []string{"serve"}) {
-		t.Errorf("it runs %q %q", entrypoint, command)
-	}
-	if user != "65532:65532" {
-		t.Errorf("it runs as %q", user)
-	}
-	for _, path := range []string{"/tarn", "/etc/ssl/certs/ca-certificates.crt", "/var/lib/tarn"} {
-		if !copied[path] {
-			t.Errorf("%s is not in the image", path)
-		}
-	}
-	if got := filepath.Join(environment["XDG_CACHE_HOME"], "tarn"); got != "/var/lib/tarn" {
-		t.Errorf("a user's data goes to %s", got)
 	}
 }
 

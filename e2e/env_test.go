@@ -113,6 +113,11 @@ func build(ctx context.Context, work string) (programs string, err error) {
 			return "", fmt.Errorf("go build %s: %w\n%s", b.pkg, err, out)
 		}
 	}
+	image := exec.CommandContext(ctx, "../deploy/build.sh", "image", runtime.GOARCH)
+	image.Env = append(os.Environ(), "OUT="+filepath.Join(work, "image"), "VERSION="+imageVersion, "IMAGE="+imageName)
+	if out, err := image.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("deploy/build.sh image: %w\n%s", err, out)
+	}
 	return strings.TrimSpace(string(out)), nil
 }
 

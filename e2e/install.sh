@@ -15,6 +15,7 @@ export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 packages=()
 command -v runc >/dev/null || packages+=(runc)
 command -v strace >/dev/null || packages+=(strace)
+[[ -d /usr/share/ca-certificates/mozilla ]] || packages+=(ca-certificates) # for tarn's own image
 command -v ip >/dev/null || packages+=(iproute2)
 command -v skopeo >/dev/null || packages+=(skopeo)
 command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)

@@ -389,3 +389,23 @@ func TestGroupCommit(t *testing.T) {
 		})
 	}
 }
+
+// TestFreshWhoTakesAnothersPlaceNumbersOn: an answer that the old one still waits for
+// would else seem to be newer than one to a question that was sent after it.
+func TestFreshWhoTakesAnothersPlaceNumbersOn(t *testing.T) {
+	t.Parallel()
+	d := start(t, setup{})
+	next, err := New(Options{Upstreams: d.proxy.upstreams, Cache: d.cache, Replaces: d.proxy})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	last := uint64(0)
+	for i, p := range []*Proxy{d.proxy, next, d.proxy, next} {
+		n := p.fresh.number()
+		if n <= last {
+			t.Errorf("question %d has number %d, and the one before it %d", i, n, last)
+		}
+		last = n
+	}
+}

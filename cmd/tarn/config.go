@@ -37,6 +37,9 @@ type Config struct {
 	// AdminChanges tells where these are asked for: socket, or tcp, which is at
 	// AdminListen, too, by whoever can connect there. Default socket.
 	AdminChanges string
+	// MetricsListen is host:port where whoever can connect reads metrics that name
+	// nothing, and nothing else; "" for nowhere. Default "".
+	MetricsListen string
 	// LogLevel is the least severity that is logged: debug, info, warn or
 	// error. Default info.
 	LogLevel string

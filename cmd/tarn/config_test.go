@@ -72,6 +72,7 @@ names: [tarn.tarn.svc, "Mirror.corp.:5050"]
 admin_listen: unix:/run/tarn/admin.sock
 admin_socket: /run/x.sock
 admin_changes: tcp
+metrics_listen: :9000
 log_level: debug
 dir: /srv/tarn
 max_size: 40%
@@ -96,6 +97,7 @@ defaults: {ca_file: /etc/tarn/proxy.pem, head_timeout: 3500ms, stale_if_error: 2
 	want.AdminListen = "unix:/run/tarn/admin.sock"
 	want.AdminSocket = "/run/x.sock"
 	want.AdminChanges = "tcp"
+	want.MetricsListen = ":9000"
 	want.LogLevel = "debug"
 	want.Dir = "/srv/tarn"
 	want.MaxSize = Size{share: 4000}

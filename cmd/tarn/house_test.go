@@ -36,6 +36,7 @@ var house = map[string][]string{
 	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
 	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
 	"internal/registrytest": {},
+	"tools/image":           {},
 	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "internal/nodeca", "proxy", "upstream"},
 }
 

@@ -22,17 +22,32 @@ func listen(network, addr string) (net.Listener, error) {
 	return l, err
 }
 
-// listenTCP opens where clients are served, and the admin listener, nil where there is
-// none.
-func listenTCP(cfg Config) (clients, admin net.Listener, err error) {
-	if clients, err = listen("tcp", cfg.Listen); err != nil {
-		return nil, nil, fmt.Errorf("listen: %w", err)
+// listeners are those that the configuration names. The second and third may be nil.
+type listeners struct{ clients, admin, metrics net.Listener }
+
+// listenAll opens where clients are served, the admin listener, and that for metrics.
+func listenAll(cfg Config) (ls listeners, err error) {
+	if ls.clients, err = listen("tcp", cfg.Listen); err != nil {
+		return ls, fmt.Errorf("listen: %w", err)
 	}
-	if admin, err = listenAdmin(cfg.AdminListen); err != nil {
-		clients.Close()
-		return nil, nil, fmt.Errorf("admin_listen: %w", err)
+	if ls.admin, err = listenAdmin(cfg.AdminListen); err != nil {
+		ls.close()
+		return ls, fmt.Errorf("admin_listen: %w", err)
 	}
-	return clients, admin, nil
+	if cfg.MetricsListen == "" {
+		return ls, nil
+	}
+	if ls.metrics, err = listen("tcp", cfg.MetricsListen); err != nil {
+		ls.close()
+		return ls, fmt.Errorf("metrics_listen: %w", err)
+	}
+	return ls, nil
+}
+
+func (ls listeners) close() {
+	for _, l := range []net.Listener{ls.clients, ls.admin, ls.metrics} {
+		closeListener(l)
+	}
 }
 
 // closeListener is for those that may be nil.

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"net"
+	"net/http"
 	"slices"
 
 	"tarn/cache"
@@ -11,6 +13,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"go.uber.org/zap"
 )
 
 // newRegistry has the metrics of the process itself.
@@ -18,6 +23,33 @@ func newRegistry() *prometheus.Registry {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return registry
+}
+
+// newMetrics are the service for a Prometheus on the network: nothing but nameless
+// metrics, whoever asks and under whatever name.
+func newMetrics(registry *prometheus.Registry, log *zap.Logger, l net.Listener) service {
+	const atOnce, connections = 2, 16 // a scrape costs more than it takes to ask for one
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(nameless{registry}, promhttp.HandlerOpts{MaxRequestsInFlight: atOnce}))
+	s := newServer(mux, log)
+	s.ConnState = limitConnections(connections)
+	s.ReadTimeout = readHeaderTimeout // it takes no body
+	return service{s, l, adminGrace}
+}
+
+// nameless leaves out each metric with a label that is not known to name nothing.
+type nameless struct{ prometheus.Gatherer }
+
+// harmless labels have values of tarn's own choice, or of a standard's.
+var harmless = []string{"route", "outcome", "code", "method", "habit", "version"}
+
+func (n nameless) Gather() ([]*dto.MetricFamily, error) {
+	all, err := n.Gatherer.Gather()
+	return slices.DeleteFunc(all, func(f *dto.MetricFamily) bool {
+		return slices.ContainsFunc(f.Metric, func(m *dto.Metric) bool {
+			return slices.ContainsFunc(m.Label, func(l *dto.LabelPair) bool { return !slices.Contains(harmless, l.GetName()) })
+		})
+	}), err
 }
 
 // registerCache shows the cache's figures as metrics.

@@ -107,15 +107,19 @@ func (a *api) replace(next *generation, disowned map[upstream.Name]bool) {
 	a.cache.Index().Relist()
 	if len(disowned) > 0 {
 		a.cache.Index().Disown(func(name string) bool { return disowned[upstream.Name(name)] })
-		if err := a.cache.Index().Sync(); err != nil {
-			a.log.Error("what registries have said that are others now is forgotten by this process only", zap.Error(err))
-		}
 	}
 	a.mu.Lock()
 	old := a.now
 	a.now = next
 	a.mu.Unlock()
 	a.closing.Go(old.close)
+	// The new rules do not wait for the disk.
+	if len(disowned) == 0 {
+		return
+	}
+	if err := a.cache.Index().Sync(); err != nil {
+		a.log.Error("what registries have said that are others now is forgotten by this process only", zap.Error(err))
+	}
 }
 
 // enter is for who leaves with running.Done.
@@ -283,6 +287,7 @@ func keepFixed(next, now *Config) []string {
 	keep(&changed, "admin_listen", &next.AdminListen, now.AdminListen)
 	keep(&changed, "admin_socket", &next.AdminSocket, now.AdminSocket)
 	keep(&changed, "admin_changes", &next.AdminChanges, now.AdminChanges)
+	keep(&changed, "metrics_listen", &next.MetricsListen, now.MetricsListen)
 	keep(&changed, "dir", &next.Dir, now.Dir)
 	keep(&changed, "max_size", &next.MaxSize, now.MaxSize)
 	keep(&changed, "min_free", &next.MinFree, now.MinFree)

@@ -313,6 +313,7 @@ func pullOnce(p *process, client *http.Client, img registrytest.Image, layer []b
 func TestAReloadIsAskedForOverTheSocket(t *testing.T) {
 	t.Parallel()
 	p := run(t, t.TempDir())
+	widened := runWith(t, t.TempDir(), "admin_changes: tcp\n")
 	for what, c := range map[string]struct {
 		client     *http.Client
 		url        string
@@ -320,6 +321,7 @@ func TestAReloadIsAskedForOverTheSocket(t *testing.T) {
 		wantStatus int
 	}{
 		"the admin listener":  {http.DefaultClient, p.admin, "application/json", http.StatusForbidden},
+		"one that changes":    {http.DefaultClient, widened.admin, "application/json", http.StatusForbidden},
 		"a page of a browser": {p.overSocket(), "http://localhost", "text/plain", http.StatusUnsupportedMediaType},
 		"the socket":          {p.overSocket(), "http://localhost", "application/json", http.StatusOK},
 	} {

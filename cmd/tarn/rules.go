@@ -67,6 +67,13 @@ func checkAdminAddress(s string) error {
 	return checkAddress(s)
 }
 
+func checkMetricsAddress(s string) error {
+	if s == "" {
+		return nil
+	}
+	return checkAddress(s)
+}
+
 // socketOff is the word for no admin socket.
 const socketOff = "off"
 

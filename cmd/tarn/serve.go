@@ -70,15 +70,14 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	}
 	// The listeners first: a taken port is the commonest mistake, and the
 	// dial guard must know them.
-	listener, adminListener, err := listenTCP(cfg)
+	ls, err := listenAll(cfg)
 	if err != nil {
 		return err
 	}
-	defer listener.Close()
-	defer closeListener(adminListener)
+	defer ls.close()
 
 	registry := newRegistry()
-	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{listener, adminListener}}
+	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
 	if err := a.open(cfg); err != nil {
 		return err
 	}
@@ -98,14 +97,18 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	server := newServer(a, log)
 	if certs != nil {
 		server.TLSConfig = certs.config()
+		server.ConnState = limitConnections(maxConnections(connectionMemory + handshakeMemory))
 	}
-	services := []service{{server, listener, shutdownGrace}}
-	services = append(services, newAdmins(cfg, adminOptions(cfg, a, r, registry, socket), log, adminListener, socket)...)
-	log.Info("serving", zap.String("listen", listener.Addr().String()), zap.Bool("tls", certs != nil), zap.String("admin_listen", addressAt(adminListener)), zap.String("admin_socket", addressOf(socket)),
+	services := []service{{server, ls.clients, shutdownGrace}}
+	services = append(services, newAdmins(cfg, adminOptions(cfg, a, r, registry, socket), log, ls.admin, socket)...)
+	if ls.metrics != nil {
+		services = append(services, newMetrics(registry, log, ls.metrics))
+	}
+	log.Info("serving", zap.String("listen", ls.clients.Addr().String()), zap.Bool("tls", certs != nil), zap.String("admin_listen", addressAt(ls.admin)), zap.String("admin_socket", addressOf(socket)),
 		zap.String("dir", cfg.Dir), zap.String("config", cmp.Or(flags.file, "none: every setting has its default")),
 		zap.Int64("max_size", a.cache.Stats().MaxBytes), zap.String("version", version))
 	defer startGivingBack()()
-	defer manager.watch(ctx, listener.Addr(), certs != nil)()
+	defer manager.watch(ctx, ls.clients.Addr(), certs != nil)()
 	return serveAll(ctx, log, manager, services, a.running.Load)
 }
 

@@ -43,7 +43,7 @@ func newServer(h http.Handler, log *zap.Logger) *http.Server {
 		Protocols:         protocols,
 		ReadHeaderTimeout: readHeaderTimeout,
 		WriteTimeout:      writeTimeout,
-		ConnState:         limitConnections(maxConnections()),
+		ConnState:         limitConnections(maxConnections(connectionMemory)),
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          errorLog,
@@ -66,14 +66,23 @@ func limitConnections(most int64) func(net.Conn, http.ConnState) {
 	}
 }
 
+const (
+	// connectionMemory is what a connection takes at most: a question with the longest
+	// headers, which waits for its registry.
+	connectionMemory = 128 << 10
+	// handshakeMemory is what it may take besides, over TLS, before anybody knows who
+	// that is: crypto/tls takes a certificate of a quarter of a megabyte, in a buffer
+	// that has grown to twice as much.
+	handshakeMemory = 512 << 10
+)
+
 // maxConnections leaves three of four descriptors to files and registries: a
 // client's download may take a file and several connections. It leaves half of the
-// memory, too, where each connection has a question with the longest headers, which
-// waits for its registry. A node's runtime has some ten.
-func maxConnections() int64 {
+// memory, too, where each of them takes as many bytes. A node's runtime has some ten.
+func maxConnections(each int64) int64 {
 	const share, least, most = 4, 16, 1 << 12
-	const memoryShare, memoryEach = 2, 128 << 10
-	n := min(most, debug.SetMemoryLimit(-1)/memoryShare/memoryEach)
+	const memoryShare = 2
+	n := min(most, debug.SetMemoryLimit(-1)/memoryShare/each)
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err == nil {
 		n = min(n, int64(min(limit.Cur, share*most)/share))

@@ -16,7 +16,7 @@ func TestConnectionsTakeHalfOfTheMemory(t *testing.T) {
 		{1 << 20, 16},
 	} {
 		debug.SetMemoryLimit(c.limit)
-		if n := maxConnections(); n > c.most || n < 16 {
+		if n := maxConnections(connectionMemory); n > c.most || n < 16 {
 			t.Errorf("with %d MiB: %d connections, of at most %d", c.limit>>20, n, c.most)
 		}
 	}

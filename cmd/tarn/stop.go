@@ -83,7 +83,7 @@ func serveAll(ctx context.Context, log *zap.Logger, manager notifier, services [
 	for _, s := range services {
 		s.stop(log, running)
 	}
-	log.Info("no answer is running any more; the data directory is closed")
+	log.Info("no answer is running any more; the data directory is being closed")
 	return err
 }
 

@@ -11,8 +11,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -286,4 +289,111 @@ func TestASlowHandshakeKeepsNobodyWaiting(t *testing.T) {
 		}
 	}
 	p.mustGet("/v2/app/blobs/"+d.String()+"?ns=lab.test", []byte("a blob"))
+}
+
+// stalling is a connection on which nothing is sent any more after so many bytes.
+type stalling struct {
+	net.Conn
+	left int
+}
+
+func (s *stalling) Write(p []byte) (int, error) {
+	n := min(len(p), s.left)
+	s.left -= n
+	if _, err := s.Conn.Write(p[:n]); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// TestHandshakesFitIntoTheMemory: each client may send a quarter of a megabyte before
+// anybody knows whether it has a certificate, and stop then.
+func TestHandshakesFitIntoTheMemory(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("the race detector, which runs the short tests, takes memory of its own")
+	}
+	const limit, connections, sent = 128 << 20, 600, 230 << 10
+	f := nodeFiles(t)
+	p := runPrepared(t, t.TempDir(), tlsSettings(f), func(cmd *exec.Cmd) {
+		cmd.Env = append(cmd.Env, fmt.Sprint("GOMEMLIMIT=", limit))
+	})
+	before := residentOf(t, p)
+	cert, err := tls.LoadX509KeyPair(f.Client, f.ClientKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 4 {
+		cert.Certificate = append(cert.Certificate, make([]byte, 60<<10))
+	}
+	roots := poolOf(t, f.CA)
+	var shaking sync.WaitGroup
+	for range connections {
+		c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "https://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		shaking.Go(func() {
+			s := &stalling{c, sent}
+			// Those that are too many are closed, and the others believe that they are in.
+			tls.Client(s, &tls.Config{RootCAs: roots, ServerName: "localhost", Certificates: []tls.Certificate{cert}}).Handshake()
+		})
+	}
+	shaking.Wait()
+	most := int64(0)
+	p.until("tarn has read all that was sent", func() bool {
+		most = max(most, residentOf(t, p)-before)
+		return underWay(t, p) == 0
+	})
+	t.Logf("%d MiB more", most>>20)
+	if most > limit*3/4 {
+		t.Errorf("handshakes take %d MiB", most>>20)
+	}
+}
+
+// underWay is how many bytes of connections to it are in the kernel's buffers
+// (proc_net_tcp.txt: tx_queue:rx_queue).
+func underWay(t *testing.T, p *process) (n int64) {
+	t.Helper()
+	text, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(p.url, "https://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const local, remote, state, queues, established = 1, 2, 3, 4, "01"
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		at := fmt.Sprintf(":%04X", number)
+		if f[state] != established || !strings.HasSuffix(f[local], at) && !strings.HasSuffix(f[remote], at) {
+			continue
+		}
+		var sending, received int64
+		if _, err := fmt.Sscanf(f[queues], "%x:%x", &sending, &received); err != nil {
+			t.Fatal(err)
+		}
+		n += sending + received
+	}
+	return n
+}
+
+// residentOf is what of a process is in memory, in bytes.
+func residentOf(t *testing.T, p *process) int64 {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var size, resident int64
+	if _, err := fmt.Sscan(string(text), &size, &resident); err != nil {
+		t.Fatal(err)
+	}
+	return resident * int64(os.Getpagesize())
 }
