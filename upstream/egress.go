@@ -169,11 +169,11 @@ func (g *guard) checkBehind(ctx context.Context, host, port string, r reach) err
 	case err == nil:
 		addrs = []netip.Addr{a}
 	case endsInNumber(host): // a proxy's resolver may take 127.1 and 0x7f000001 for addresses
-		return fmt.Errorf("%w: %s is no name, and no address as it is written", ErrGuard, host)
+		return fmt.Errorf("%w: %w: %s", ErrGuard, errOddAddress, host)
 	case r == reachAny:
 		return nil
 	case isInside(host):
-		return fmt.Errorf("%w: %s is a name of the proxy's own network", ErrGuard, host)
+		return fmt.Errorf("%w: %w: %s", ErrGuard, errInside, host)
 	default:
 		ctx, cancel := context.WithTimeout(ctx, lookupBehind)
 		defer cancel()
@@ -231,6 +231,8 @@ func (r *Registry) checkEgress(hreq *http.Request) error {
 
 var (
 	errUnlistedBehind = errors.New("the registry is not listed, and is reached by a proxy, where its address cannot be checked")
+	errInside         = errors.New("this name can only mean a host of the proxy's own network")
+	errOddAddress     = errors.New("this is no name, and no address as it is written")
 	// errPlain: whoever runs the proxy would read it.
 	errPlain = errors.New("no credential is sent by a proxy over plain http")
 )

@@ -119,6 +119,10 @@ func (r *Registry) adviseGuard(e *HostError, u *url.URL, home bool, err error) {
 	case errors.Is(err, errUnlistedBehind):
 		e.Kind, e.brief = troubleEgress, "this registry is not listed, and would be reached by a proxy, where its address cannot be checked"
 		e.Advice = fmt.Sprintf("list it: %s, or allow all such with allow_via_proxy: true", line)
+	case errors.Is(err, errOddAddress):
+		e.brief, e.Advice = errOddAddress.Error(), "write the address with its four numbers"
+	case errors.Is(err, errInside) && !r.listed:
+		e.brief, e.Advice = errInside.Error(), "to allow it, list it: "+line
 	case errors.As(err, &at) && at.zone == zoneNever:
 		e.brief = "this registry's address is one that tarn never connects to"
 		e.Advice = "tarn's own listeners, link-local, metadata and multicast addresses are never dialled: have the name lead elsewhere"
