@@ -12,7 +12,9 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpproxy"
@@ -104,18 +106,43 @@ func (p *proxies) of(u *url.URL) *url.URL {
 func (p *proxies) dial(ctx context.Context, g *guard, network, hostport string) (net.Conn, error) {
 	conn, err := g.dial(ctx, network, hostport, reachAny)
 	cfg := p.tls[hostport]
-	if err != nil || cfg == nil {
-		return conn, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	secure := tls.Client(conn, cfg)
-	if err := secure.HandshakeContext(ctx); err != nil {
-		conn.Close()
+	if err != nil {
 		return nil, err
 	}
-	return secure, nil
+	if cfg != nil {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+		secure := tls.Client(conn, cfg)
+		if err := secure.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		conn = secure
+	}
+	conn.SetReadDeadline(time.Now().Add(dialTimeout))
+	return &impatient{Conn: conn}, nil
 }
+
+// impatient is a connection to a proxy that has dialTimeout for its first byte. The
+// transport gives the answer to CONNECT a minute, also where nobody waits for it any
+// more, and a silent proxy would come to have all of tarn's descriptors.
+type impatient struct {
+	net.Conn
+	heard atomic.Bool
+}
+
+func (c *impatient) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && c.heard.CompareAndSwap(false, true) {
+		c.Conn.SetReadDeadline(time.Time{})
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && !c.heard.Load() {
+		err = errProxySilent
+	}
+	return n, err
+}
+
+var errProxySilent = errors.New("the proxy does not answer")
 
 // proxied makes t go by the proxies. Its connections are apart from all direct
 // ones, and among themselves by proxy and, for https, by host.

@@ -88,7 +88,7 @@ func (r *Registry) newHostError(u *url.URL, w *wire, home bool, err error) *Host
 func behindProxy(err error) bool {
 	var op *net.OpError
 	var refused *proxyRefused
-	return errors.As(err, &op) && op.Op == "proxyconnect" || errors.As(err, &refused)
+	return errors.As(err, &op) && op.Op == "proxyconnect" || errors.As(err, &refused) || errors.Is(err, errProxySilent)
 }
 
 func adviseProxy(err error) (kind, brief, advice string) {
