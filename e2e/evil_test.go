@@ -99,11 +99,21 @@ func startEvil(t *testing.T) *evil {
 // whoever accepts from it.
 func listenIn(t *testing.T, netns, addr string) net.Listener {
 	t.Helper()
-	type result struct {
-		l   net.Listener
-		err error
+	var l net.Listener
+	err := inNetns(netns, func() (err error) {
+		l, err = net.Listen("tcp", addr)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	done := make(chan result)
+	return l
+}
+
+// inNetns does something in another network namespace: a socket that it opens stays
+// there.
+func inNetns(netns string, do func() error) error {
+	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
 		fd, err := unix.Open(netns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -111,21 +121,15 @@ func listenIn(t *testing.T, netns, addr string) net.Listener {
 			defer unix.Close(fd)
 			err = unix.Setns(fd, unix.CLONE_NEWNET)
 		}
-		if err != nil {
-			done <- result{nil, err}
-			return
+		if err == nil {
+			err = do()
 		}
-		l, err := net.Listen("tcp", addr)
-		done <- result{l, err}
+		done <- err
 	}()
-	r := <-done
-	if r.err != nil {
-		t.Fatal(r.err)
-	}
-	return r.l
+	return <-done
 }
 
-// certificate is one for a name that vouches for itself.
+// certificate is one for that name that vouches for itself, and a file with it.
 func certificate(t *testing.T, name string) (tls.Certificate, string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -140,7 +144,7 @@ func certificate(t *testing.T, name string) (tls.Certificate, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(folder(t, work(), name), "roots.pem")
+	file := filepath.Join(t.TempDir(), "roots.pem")
 	writeFile(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, file
 }

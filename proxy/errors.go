@@ -104,7 +104,7 @@ func hostTrouble(e *upstream.HostError) (int, errcode.Error) {
 	unavailable := errcode.ErrorCodeUnavailable
 	switch {
 	case errors.Is(e, upstream.ErrGuard):
-		return http.StatusBadGateway, errDenied.WithMessage(fmt.Sprintf("tarn does not ask %s: %s; in tarn's configuration: %s", e.Host, e.Brief(), e.Advice))
+		return http.StatusBadGateway, errDenied.WithMessage(fmt.Sprintf("tarn does not ask %s: %s; %s", e.Host, e.Brief(), e.Advice))
 	case errors.Is(e, upstream.ErrTimeout):
 		return http.StatusGatewayTimeout, unavailable.WithMessage(fmt.Sprintf("upstream %s did not answer in time: %s", e.Host, e.Brief()))
 	}

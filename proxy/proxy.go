@@ -131,6 +131,7 @@ func New(opts Options) (*Proxy, error) {
 			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
 			defaultUpstream: opts.DefaultUpstream,
 			listedOnly:      opts.ListedOnly,
+			refused:         opts.Upstreams.Refused,
 		},
 		ruleset: newRuleset(opts.Rules, opts.Defaults),
 		sealer:  newSealer(),

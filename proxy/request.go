@@ -100,7 +100,8 @@ func (q *request) reference() string {
 type names struct {
 	listed          func(upstream.Name) bool
 	defaultUpstream upstream.Name
-	listedOnly      bool // registries that are not listed are not served
+	listedOnly      bool                // registries that are not listed are not served
+	refused         func(upstream.Name) // hears of each request for one, then
 }
 
 // defaultAccept is what tarn asks for on behalf of a client that takes
@@ -357,6 +358,7 @@ func (n names) parseUpstream(q *request, head, named string, ns []string) error 
 		q.form, q.upstream = formDefault, n.defaultUpstream
 	}
 	if n.listedOnly && !n.listed(q.upstream) && q.upstream != probeName {
+		n.refused(q.upstream)
 		return errNotAllowed
 	}
 	return nil

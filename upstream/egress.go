@@ -12,7 +12,9 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpproxy"
@@ -104,18 +106,43 @@ func (p *proxies) of(u *url.URL) *url.URL {
 func (p *proxies) dial(ctx context.Context, g *guard, network, hostport string) (net.Conn, error) {
 	conn, err := g.dial(ctx, network, hostport, reachAny)
 	cfg := p.tls[hostport]
-	if err != nil || cfg == nil {
-		return conn, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	secure := tls.Client(conn, cfg)
-	if err := secure.HandshakeContext(ctx); err != nil {
-		conn.Close()
+	if err != nil {
 		return nil, err
 	}
-	return secure, nil
+	if cfg != nil {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+		secure := tls.Client(conn, cfg)
+		if err := secure.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		conn = secure
+	}
+	conn.SetReadDeadline(time.Now().Add(dialTimeout))
+	return &impatient{Conn: conn}, nil
 }
+
+// impatient is a connection to a proxy that has dialTimeout for its first byte. The
+// transport gives the answer to CONNECT a minute, also where nobody waits for it any
+// more, and a silent proxy would come to have all of tarn's descriptors.
+type impatient struct {
+	net.Conn
+	heard atomic.Bool
+}
+
+func (c *impatient) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && c.heard.CompareAndSwap(false, true) {
+		c.Conn.SetReadDeadline(time.Time{})
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && !c.heard.Load() {
+		err = errProxySilent
+	}
+	return n, err
+}
+
+var errProxySilent = errors.New("the proxy does not answer")
 
 // proxied makes t go by the proxies. Its connections are apart from all direct
 // ones, and among themselves by proxy and, for https, by host.
@@ -169,11 +196,11 @@ func (g *guard) checkBehind(ctx context.Context, host, port string, r reach) err
 	case err == nil:
 		addrs = []netip.Addr{a}
 	case endsInNumber(host): // a proxy's resolver may take 127.1 and 0x7f000001 for addresses
-		return fmt.Errorf("%w: %s is no name, and no address as it is written", ErrGuard, host)
+		return fmt.Errorf("%w: %w: %s", ErrGuard, errOddAddress, host)
 	case r == reachAny:
 		return nil
 	case isInside(host):
-		return fmt.Errorf("%w: %s is a name of the proxy's own network", ErrGuard, host)
+		return fmt.Errorf("%w: %w: %s", ErrGuard, errInside, host)
 	default:
 		ctx, cancel := context.WithTimeout(ctx, lookupBehind)
 		defer cancel()
@@ -231,6 +258,8 @@ func (r *Registry) checkEgress(hreq *http.Request) error {
 
 var (
 	errUnlistedBehind = errors.New("the registry is not listed, and is reached by a proxy, where its address cannot be checked")
+	errInside         = errors.New("this name can only mean a host of the proxy's own network")
+	errOddAddress     = errors.New("this is no name, and no address as it is written")
 	// errPlain: whoever runs the proxy would read it.
 	errPlain = errors.New("no credential is sent by a proxy over plain http")
 )

@@ -283,12 +283,16 @@ func TestAProxyThatOpensNoWayIsSaidSo(t *testing.T) {
 // TestASilentProxyIsASilentRegistry.
 func TestASilentProxyIsASilentRegistry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		gone := make(chan struct{}, 2)
 		c, err := New(Options{
-			Listed:  []Config{{Name: proxiedHost}},
+			Listed:  []Config{{Name: proxiedHost, HeadTimeout: 4 * time.Second}},
 			Proxies: &httpproxy.Config{HTTPSProxy: "http://10.0.0.1:3128"},
 			Connect: func(context.Context, string, string) (net.Conn, error) {
 				near, far := net.Pipe()
-				go io.Copy(io.Discard, far)
+				go func() {
+					io.Copy(io.Discard, far)
+					gone <- struct{}{}
+				}()
 				return near, nil
 			},
 		})
@@ -299,10 +303,41 @@ func TestASilentProxyIsASilentRegistry(t *testing.T) {
 		begun := time.Now()
 		_, err = c.Registry(proxiedHost).Do(t.Context(), Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1"})
 		var host *HostError
-		if !errors.Is(err, ErrTimeout) || !errors.As(err, &host) || host.Kind != troubleProxy || time.Since(begun) != DefaultHeadTimeout {
+		if !errors.Is(err, ErrTimeout) || !errors.As(err, &host) || host.Kind != troubleProxy || time.Since(begun) != 4*time.Second {
 			t.Errorf("%v after %v", err, time.Since(begun))
 		}
-		time.Sleep(2 * time.Minute) // a synctest clock: until the transport gives the dial up
+		<-gone
+	})
+}
+
+// TestASilentProxyHoldsNoConnectionThatNobodyWaitsFor.
+func TestASilentProxyHoldsNoConnectionThatNobodyWaitsFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gone := make(chan struct{})
+		c, err := New(Options{
+			Listed:  []Config{{Name: proxiedHost}},
+			Proxies: &httpproxy.Config{HTTPSProxy: "http://10.0.0.1:3128"},
+			Connect: func(context.Context, string, string) (net.Conn, error) {
+				near, far := net.Pipe()
+				go func() {
+					io.Copy(io.Discard, far)
+					close(gone)
+				}()
+				return near, nil
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		ctx, leave := context.WithTimeout(t.Context(), time.Second)
+		defer leave()
+		begun := time.Now()
+		c.Registry(proxiedHost).Do(ctx, Request{Method: "HEAD", Repository: "app", Kind: Manifest, Reference: "v1"})
+		<-gone
+		if took := time.Since(begun); took != dialTimeout {
+			t.Errorf("the connection was given up after %v", took)
+		}
 	})
 }
 

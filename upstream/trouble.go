@@ -28,6 +28,7 @@ type Trouble struct {
 // The kinds of trouble.
 const (
 	troubleAddress     = "address"     // the dial guard refuses
+	troubleUnlisted    = "unlisted"    // only listed registries are served
 	troubleEgress      = "egress"      // it is not asked by a proxy
 	troubleProxy       = "proxy"       // the proxy cannot be reached, or refuses
 	troubleName        = "name"        // it does not resolve
@@ -87,7 +88,7 @@ func (r *Registry) newHostError(u *url.URL, w *wire, home bool, err error) *Host
 func behindProxy(err error) bool {
 	var op *net.OpError
 	var refused *proxyRefused
-	return errors.As(err, &op) && op.Op == "proxyconnect" || errors.As(err, &refused)
+	return errors.As(err, &op) && op.Op == "proxyconnect" || errors.As(err, &refused) || errors.Is(err, errProxySilent)
 }
 
 func adviseProxy(err error) (kind, brief, advice string) {
@@ -118,12 +119,16 @@ func (r *Registry) adviseGuard(e *HostError, u *url.URL, home bool, err error) {
 		e.Advice = "reach it without the proxy, by NO_PROXY, or by an https endpoint"
 	case errors.Is(err, errUnlistedBehind):
 		e.Kind, e.brief = troubleEgress, "this registry is not listed, and would be reached by a proxy, where its address cannot be checked"
-		e.Advice = fmt.Sprintf("list it: %s, or allow all such with allow_via_proxy: true", line)
+		e.Advice = fmt.Sprintf("in tarn's configuration, list it: %s, or allow all such: allow_via_proxy: true", line)
+	case errors.Is(err, errOddAddress):
+		e.brief, e.Advice = errOddAddress.Error(), "write the address with its four numbers"
+	case errors.Is(err, errInside) && !r.listed:
+		e.brief, e.Advice = errInside.Error(), "to allow it, list it in tarn's configuration: "+line
 	case errors.As(err, &at) && at.zone == zoneNever:
 		e.brief = "this registry's address is one that tarn never connects to"
 		e.Advice = "tarn's own listeners, link-local, metadata and multicast addresses are never dialled: have the name lead elsewhere"
 	case !r.listed && home:
-		e.Advice = "to allow it, list it: " + line
+		e.Advice = "to allow it, list it in tarn's configuration: " + line
 	default:
 		e.brief = fmt.Sprintf("%s sends to %s, whose address is not public", r.name, u.Hostname())
 		e.Advice = "only a listed registry that is itself at a private address may send to one; list it with that as its endpoint"

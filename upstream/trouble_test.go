@@ -36,7 +36,7 @@ func warnings(logged *observer.ObservedLogs, message string) (all []map[string]a
 	return all
 }
 
-const noAnswer = "a host of a registry gives no answer: pulls of this registry go past tarn"
+const noAnswer = "pulls of this registry go past tarn"
 
 // TestTroubleIsToldWithItsCauseAndWhatToDo: in the log, in the status and in the
 // error, for each mistake of a first day.

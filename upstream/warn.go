@@ -3,6 +3,7 @@
 package upstream
 
 import (
+	"fmt"
 	"net/url"
 	"slices"
 	"sync"
@@ -79,7 +80,7 @@ func (r *Registry) tellTrouble(e *HostError, failing HostFailing, due bool) {
 		r.client.noteStranger(r.name, failing)
 	}
 	if due {
-		r.warn(failing.Last, "a host of a registry gives no answer: "+effect, zap.String("host", e.Host), zap.String("kind", e.Kind),
+		r.warn(failing.Last, effect, zap.String("host", e.Host), zap.String("kind", e.Kind),
 			zap.String("cause", e.Cause), zap.String("advice", e.Advice), zap.String("url", e.asked))
 	}
 }
@@ -92,6 +93,23 @@ func (r *Registry) tellAnswer(u *url.URL, now time.Time, was *HostFailing, due b
 	if due {
 		r.warn(now, "a host of a registry answers again", zap.String("host", u.Host), zap.String("kind", was.Kind), zap.Duration("after", now.Sub(was.Since)))
 	}
+}
+
+// Refused takes that a registry was asked for that is not listed, where only listed
+// ones are served, and tells of it.
+func (c *Client) Refused(name Name) {
+	r := c.Registry(name)
+	u := r.endpoints[0].URL
+	e := &HostError{Host: u.Host, asked: shown(u, false), Trouble: Trouble{
+		Kind: troubleUnlisted, Cause: "this registry is not listed, and allow is set to listed",
+		Advice: fmt.Sprintf("to allow it, list it in tarn's configuration: upstreams: [{name: %q}]", name),
+	}}
+	r.mu.Lock()
+	h := r.host(u)
+	due := h.trouble(originOf(u), e.Trouble, time.Now())
+	failing := *h.failing
+	r.mu.Unlock()
+	r.tellTrouble(e, failing, due)
 }
 
 // warn writes the message, unless there are too many.

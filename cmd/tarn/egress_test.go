@@ -23,6 +23,10 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
+// effectOfTrouble is the message of each warning of a registry that is not asked, or
+// gives no answer.
+const effectOfTrouble = "pulls of this registry go past tarn"
+
 // proxiedHost is a name that httptest's certificate has.
 const proxiedHost = "registry.example.com"
 
@@ -107,8 +111,8 @@ func TestTarnGoesOutByTheProxiesOfItsEnvironment(t *testing.T) {
 			t.Errorf("the password is told, or the proxy is not:\n%s", all)
 		}
 	}
-	wrong.until("the log tells of the proxy", func() bool { return strings.Contains(wrong.output.String(), "gives no answer") })
-	if lines := logged(t, wrong, "a host of a registry gives no answer"); len(lines) != 1 || lines[0]["kind"] != "proxy" {
+	wrong.until("the log tells of the proxy", func() bool { return strings.Contains(wrong.output.String(), "go past tarn") })
+	if lines := logged(t, wrong, effectOfTrouble); len(lines) != 1 || lines[0]["kind"] != "proxy" {
 		t.Errorf("the log says %v", lines)
 	}
 }
@@ -157,6 +161,26 @@ func TestMistakesOfTheEgressAreOneClearLine(t *testing.T) {
 	}
 }
 
+// TestWhatIsNotServedIsToldOnce: where only listed registries are, the others' pulls
+// go past tarn, and the operator may not have meant that.
+func TestWhatIsNotServedIsToldOnce(t *testing.T) {
+	t.Parallel()
+	p := runPrepared(t, t.TempDir(), "allow: listed\n", with())
+	for range 3 {
+		if status, words := p.refusal("/v2/app/manifests/v1?ns=other.example.com"); status != 404 || !strings.Contains(words, "not listed") {
+			t.Errorf("%d %s", status, words)
+		}
+	}
+	p.until("the requests are in the log", func() bool { return strings.Count(p.output.String(), `"status":404`) == 3 })
+	lines := logged(t, p, effectOfTrouble)
+	if len(lines) != 1 || lines[0]["kind"] != "unlisted" || !strings.Contains(fmt.Sprint(lines[0]["advice"]), `upstreams: [{name: "other.example.com"}]`) {
+		t.Errorf("the log says %v", lines)
+	}
+	if s := p.status(); !strings.Contains(s, `"kind": "unlisted"`) {
+		t.Errorf("the status says %s", s)
+	}
+}
+
 // TestEachMistakeOfAFirstDayIsSaidThreeTimes: in the log, in the status, and to the
 // client, with its cause.
 func TestEachMistakeOfAFirstDayIsSaidThreeTimes(t *testing.T) {
@@ -188,7 +212,7 @@ upstreams:
 		}
 		var lines []map[string]any
 		p.until("the log tells of "+c.registry, func() bool {
-			lines = slices.DeleteFunc(logged(t, p, "a host of a registry gives no answer"), func(l map[string]any) bool { return l["upstream"] != c.registry })
+			lines = slices.DeleteFunc(logged(t, p, effectOfTrouble), func(l map[string]any) bool { return l["upstream"] != c.registry })
 			return len(lines) > 0
 		})
 		if len(lines) != 1 || lines[0]["kind"] != c.kind || !strings.Contains(fmt.Sprint(lines[0]["cause"]), c.cause) || lines[0]["advice"] == "" || lines[0]["level"] != "warn" {

@@ -99,7 +99,7 @@ func registerUpstreams(registry *prometheus.Registry, health func() []upstream.H
 	registry.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "tarn_upstream_hosts_failing",
-			Help: "Hosts of listed registries that did not answer when they were asked last.",
+			Help: "Hosts of listed registries that gave no answer when they were asked last.",
 		}, func() float64 {
 			n := 0
 			for _, h := range health() {
