@@ -176,7 +176,7 @@ func TestWhatIsNotServedIsToldOnce(t *testing.T) {
 	if len(lines) != 1 || lines[0]["kind"] != "unlisted" || !strings.Contains(fmt.Sprint(lines[0]["advice"]), `upstreams: [{name: "other.example.com"}]`) {
 		t.Errorf("the log says %v", lines)
 	}
-	if s := p.status(); !strings.Contains(s, `"kind": "unlisted"`) {
+	if s := p.statusDocument(); !strings.Contains(s, `"kind": "unlisted"`) {
 		t.Errorf("the status says %s", s)
 	}
 }
