@@ -214,3 +214,17 @@ func killedAt(t *testing.T, call string, n int, args ...string) bool {
 	}
 	return !cmd.ProcessState.Success()
 }
+
+// TestTheProbeRuns: a pod of it completes.
+func TestTheProbeRuns(t *testing.T) {
+	eachClient(t, func(t *testing.T, n *node, c client) {
+		pushPause(t)
+		mustTarn(t, "hosts", "install", "--certs-dir", n.containerd.hosts)
+		const ref = "probe.tarn.invalid/pod:1"
+		mustPull(t, c, ref)
+		if out, code := c.run(t, ref); code != 0 || out != "" {
+			t.Errorf("it ends with %d and says %q", code, out)
+		}
+		c.forget(t, ref)
+	})
+}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,8 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"os/user"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -51,7 +54,7 @@ func mirrorFlags(flags *pflag.FlagSet, m *hosts.Mirror) {
 
 func newHostsInstallCommand() *cobra.Command {
 	var o hosts.Options
-	var format, tlsDir string
+	var format, tlsDir, tlsUser string
 	var dry, withTLS bool
 	cmd := &cobra.Command{
 		Use:   "install",
@@ -80,7 +83,7 @@ settings so that its certificates stay in use.`,
 				return fmt.Errorf("--format %q: must be hosts.toml or registries.conf", format)
 			}
 			if withTLS {
-				if err := useTLS(out, &o.Mirror, tlsDir, cmd.Flags().Changed("url"), dry); err != nil {
+				if err := useTLS(out, &o.Mirror, tlsDir, tlsUser, cmd.Flags().Changed("url"), dry); err != nil {
 					return err
 				}
 			}
@@ -96,13 +99,14 @@ settings so that its certificates stay in use.`,
 	cmd.Flags().StringArrayVar(&o.Registries, "registry", nil, "write settings for this `HOST[:PORT]` only; may be given more than once")
 	cmd.Flags().BoolVar(&withTLS, "tls", false, "make certificates for this node, or renew them, and have containerd and tarn show them to each other")
 	cmd.Flags().StringVar(&tlsDir, "tls-dir", "/etc/tarn/tls", "the `directory` for them")
+	cmd.Flags().StringVar(&tlsUser, "tls-user", "", "the `user` that tarn runs as, who may read its key (default tarn, where there is such a user)")
 	cmd.Flags().StringVar(&format, "format", "hosts.toml", "registries.conf prints settings for podman, buildah, skopeo and CRI-O instead")
 	cmd.Flags().BoolVar(&dry, "dry-run", false, "show what would be changed, and change nothing")
 	return cmd
 }
 
 // useTLS makes what certificates are missing or old, and names them in the mirror.
-func useTLS(out io.Writer, m *hosts.Mirror, dir string, urlGiven, dry bool) error {
+func useTLS(out io.Writer, m *hosts.Mirror, dir, owner string, urlGiven, dry bool) error {
 	if !urlGiven {
 		m.URL = strings.Replace(hosts.DefaultURL, "http:", "https:", 1)
 	}
@@ -120,11 +124,31 @@ func useTLS(out io.Writer, m *hosts.Mirror, dir string, urlGiven, dry bool) erro
 	if err != nil {
 		return err
 	}
+	if err := giveTo(owner, files.ServerKey); err != nil {
+		return err
+	}
 	if changed {
 		fmt.Fprintf(out, "made certificates in %s\n", dir)
 	}
 	fmt.Fprintf(out, "tarn shows and asks for them with this in its configuration:\n  tls: {cert_file: %s, key_file: %s, client_ca_file: %s}\n", files.Server, files.ServerKey, files.CA)
 	return nil
+}
+
+// giveTo has the user that tarn runs as own its key, which nobody else may read. A
+// user that nobody named need not be there.
+func giveTo(name, key string) error {
+	u, err := user.Lookup(cmp.Or(name, "tarn"))
+	if err != nil && name == "" {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("--tls-user: %w", err)
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		return fmt.Errorf("--tls-user %s: its id %q is not a number", u.Username, u.Uid)
+	}
+	return os.Chown(key, uid, -1)
 }
 
 // carryOut applies the plan and says what was done, or shows what would be.
