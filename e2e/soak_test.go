@@ -116,7 +116,9 @@ func TestSoak(t *testing.T) {
 	}
 	killer.Go(func() {
 		for time.Now().Before(killsUntil) {
-			s.sleep(time.Duration(2+rand.IntN(5)) * time.Second)
+			s.sleep(time.Duration(1+rand.IntN(3)) * time.Second)
+			s.reload(tarn)
+			s.sleep(time.Duration(1+rand.IntN(3)) * time.Second)
 			if rand.IntN(2) == 0 {
 				s.killed.Add(1)
 				tarn.kill(t)
@@ -135,6 +137,12 @@ func TestSoak(t *testing.T) {
 	pid := tarn.cmd.Process.Pid
 	s.sleep(length / 20) // warm
 	middle := usage(t, pid)
+	all.Go(func() {
+		for s.running() {
+			s.sleep(time.Second)
+			s.reload(tarn)
+		}
+	})
 	all.Wait()
 	s.calm.Store(true)
 	waitFor(t, "the downloads have ended", noFlights)
@@ -195,6 +203,13 @@ func usage(t *testing.T, pid int) (u use) {
 		}
 	}
 	return u
+}
+
+// reload has what is being served go on under the rules that it came to.
+func (s *soak) reload(tarn *process) {
+	if err := tarn.cmd.Process.Signal(syscall.SIGHUP); err == nil {
+		s.count("reloads")
+	}
 }
 
 // sleep is for faults, which come when they come.

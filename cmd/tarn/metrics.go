@@ -78,6 +78,15 @@ func registerCache(registry *prometheus.Registry, c *cache.Cache) {
 	}
 }
 
+// registerCertificates shows when clients will believe tarn no longer, and go to the
+// registries themselves.
+func registerCertificates(registry *prometheus.Registry, c *certificates) {
+	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "tarn_certificate_expiry_timestamp_seconds",
+		Help: "When the certificate of tls.cert_file ends, in seconds since 1970.",
+	}, c.expiry))
+}
+
 // registerUpstreams shows how the listed registries do, as metrics that name
 // none.
 func registerUpstreams(registry *prometheus.Registry, health func() []upstream.Health) {

@@ -96,6 +96,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
+		registerCertificates(registry, certs)
 		server.TLSConfig = certs.config()
 		server.ConnState = limitConnections(maxConnections(connectionMemory + handshakeMemory))
 	}

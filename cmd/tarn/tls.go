@@ -17,8 +17,10 @@ import (
 const (
 	// lookEvery is how often the files are looked at, as long as clients come.
 	lookEvery = time.Second
-	// endsSoon is how long before a certificate ends the log says so.
-	endsSoon = 30 * 24 * time.Hour
+	// endsSoon is how long before a certificate ends the log says so, once each
+	// warnEvery as long as clients come.
+	endsSoon  = 30 * 24 * time.Hour
+	warnEvery = 24 * time.Hour
 )
 
 // certificates are what the registry listener shows its clients, and which of them it
@@ -34,6 +36,7 @@ type certificates struct {
 	looked  time.Time
 	seen    [3]fileVersion // also of files that were of no use
 	current *tls.Config
+	warned  time.Time
 }
 
 // newCertificates reads the files for the first time.
@@ -52,7 +55,7 @@ func newCertificates(files TLS, log *zap.Logger) (*certificates, error) {
 func (c *certificates) use(files TLS, current *tls.Config, seen [3]fileVersion) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.files, c.current, c.seen = files, current, seen
+	c.files, c.current, c.seen, c.warned = files, current, seen, time.Time{}
 	c.warn(time.Now())
 }
 
@@ -72,6 +75,7 @@ func (c *certificates) at(now time.Time) *tls.Config {
 		return c.current
 	}
 	c.looked = now
+	defer c.warn(now)
 	if versions(c.files) == c.seen {
 		return c.current
 	}
@@ -81,9 +85,16 @@ func (c *certificates) at(now time.Time) *tls.Config {
 		return c.current
 	}
 	c.current = current
+	c.warned = time.Time{}
 	c.log.Info("the files of tls: have changed and are used from now on", zap.Time("not_after", c.ends()))
-	c.warn(now)
 	return c.current
+}
+
+// expiry is when the certificate that is shown ends, in seconds since 1970.
+func (c *certificates) expiry() float64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return float64(c.ends().Unix())
 }
 
 // ends is when the certificate that is shown does. Called with the lock.
@@ -92,7 +103,8 @@ func (c *certificates) ends() time.Time { return c.current.Certificates[0].Leaf.
 // warn says that the certificate ends, while there is time. Called with the lock, or
 // before anybody else knows of it.
 func (c *certificates) warn(now time.Time) {
-	if ends := c.ends(); ends.Sub(now) < endsSoon {
+	if ends := c.ends(); ends.Sub(now) < endsSoon && now.Sub(c.warned) >= warnEvery {
+		c.warned = now
 		c.log.Warn("the certificate of tls.cert_file ends soon, or has ended: clients go to the registries themselves then",
 			zap.String("cert_file", c.files.CertFile), zap.Time("not_after", ends))
 	}

@@ -87,6 +87,15 @@ func TestWhoHasNoCertificateOfTheNodeIsServedNothing(t *testing.T) {
 	p := runWith(t, t.TempDir(), tlsSettings(f), "--upstream", "lab.test="+r.URL)
 	path := "/v2/app/blobs/" + d.String() + "?ns=lab.test"
 	resp := p.mustGet(path, []byte("a blob"))
+	metrics, err := http.Get(p.admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer metrics.Body.Close()
+	text, _ := io.ReadAll(metrics.Body)
+	if want := fmt.Sprintf("tarn_certificate_expiry_timestamp_seconds %g\n", float64(leafOf(t, f.Server).NotAfter.Unix())); !strings.Contains(string(text), want) {
+		t.Errorf("metrics lack %s", want)
+	}
 	if resp.ProtoMajor != 1 || resp.TLS == nil {
 		t.Errorf("served over %s", resp.Proto)
 	}
@@ -203,9 +212,17 @@ func TestACertificateThatEndsIsSaidInTime(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		certs.warn(time.Now().AddDate(0, 0, days))
+		now := time.Now().AddDate(0, 0, days)
+		for range 3 { // a day's clients
+			now = now.Add(time.Hour)
+			certs.at(now)
+		}
 		if n := logged.Len(); n != want {
 			t.Errorf("after %d days: said %d times", days, n)
+		}
+		certs.at(now.Add(warnEvery))
+		if n := logged.Len(); n != 2*want {
+			t.Errorf("a day later: said %d times", n)
 		}
 	}
 }
