@@ -272,7 +272,7 @@ func TestAProxyThatOpensTLS(t *testing.T) {
 func TestANodeWithoutIPv4(t *testing.T) {
 	r := newRegistry(t, nil)
 	i := pushSaying(t, "app", "v1", "by IPv6")
-	netns := newNetns(t, "six", "-n six addr del 127.0.0.1/8 dev lo", "-n six addr add fd00:5::1/128 dev lo")
+	netns := newNetns(t, "six", "-n six addr del 127.0.0.1/8 dev lo", "-n six addr add fd00:5::1/128 dev lo nodad")
 	for _, addr := range []string{"[::1]:5001", "[fd00:5::1]:5002"} {
 		l := listenIn(t, netns, addr)
 		server := &http.Server{Handler: r.recorded(byTarn)}
