@@ -155,6 +155,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 	registry := p.upstreams.Registry(q.upstream)
 	head := q.kind == upstream.Blob && registry.Has(upstream.NoRanges) ||
 		q.kind == upstream.Manifest && (here || p.asksApart(q) || !p.rights.Granted(q.asker))
+	refused := false
 	if head {
 		y, err = p.question(asking, q, http.MethodHead, part{})
 		switch {
@@ -162,8 +163,10 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 			return y, true, nil
 		case err != nil && !isNo(err):
 			return y, false, err
-		case err != nil:
+		case lacksHead(err):
 			registry.Saw(upstream.HeadRefused)
+		case err != nil:
+			refused = true
 		}
 	}
 	if !here && (head || !p.asksApart(q)) {
@@ -179,6 +182,9 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 		if y, err = p.question(asking, q, http.MethodGet, part{}); err == nil {
 			registry.Saw(upstream.NoRanges)
 		}
+	}
+	if err == nil && refused {
+		registry.Saw(upstream.HeadRefused)
 	}
 	return y, err == nil && covers(), err
 }

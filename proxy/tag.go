@@ -99,15 +99,15 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		c, err = p.headTagAt(ctx, q)
 	}
 	if key.manifest || lacksHead(err) || err == nil && c.poor() || isNo(err) && key.method == http.MethodGet {
-		if err != nil {
-			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
-		}
+		refused := err != nil
 		poor := c
 		asked = p.now()
 		if !key.manifest {
 			sequence = p.fresh.number()
 		}
-		c, err = p.readTag(ctx, q)
+		if c, err = p.readTag(ctx, q); err == nil && refused {
+			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
+		}
 		if poor != nil && answered(err) && key.method == http.MethodHead {
 			return poor, nil // it says yes to HEAD and no to GET, and that is what there is to say
 		}

@@ -22,7 +22,11 @@ func describeClients(last []proxy.LastRequest, started, now time.Time) string {
 	if len(last) > 0 {
 		since = last[0].At
 		if ago := now.Sub(since); ago < quietFor {
-			return fmt.Sprintf("%s pulled through tarn %s ago, as its User-Agent says", last[0].Client, ago.Round(time.Second))
+			client := last[0].Client
+			if client == "other" {
+				client = "another client"
+			}
+			return fmt.Sprintf("%s pulled through tarn %s ago, as its User-Agent says", client, ago.Round(time.Second))
 		}
 	}
 	return fmt.Sprintf("nothing has asked for %s: usual where no pod was started; tarn hosts check proves the way",

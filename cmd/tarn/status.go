@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"tarn/upstream"
+
 	"github.com/spf13/cobra"
 )
 
@@ -32,21 +34,33 @@ registries are in trouble. As JSON it is the document of /api/v1/status.`,
 				if s.Cache.Trouble != "" {
 					fmt.Fprintln(w, "trouble: the disk refuses, and objects pass through:", s.Cache.Trouble)
 				}
-				for _, u := range s.Upstreams {
-					var parts []string
-					for _, f := range u.Failing {
-						parts = append(parts, fmt.Sprintf("%s has not answered since %s: %s", f.Origin, f.Since.Format(time.DateTime), f.Cause))
-					}
-					if u.LimitedUntil != nil {
-						parts = append(parts, "limits requests until "+u.LimitedUntil.Format(time.DateTime))
-					}
-					if u.RateLimit != nil {
-						parts = append(parts, fmt.Sprintf("grants %d more requests", u.RateLimit.Remaining))
-					}
-					fmt.Fprintf(w, "%s: %s\n", u.Name, cmp.Or(strings.Join(parts, "; "), "no trouble seen"))
+				for _, u := range append(s.Upstreams, s.Unlisted...) {
+					showUpstream(w, u)
 				}
 				fmt.Fprintf(w, "tarn %s at %s since %s\n", s.Version, s.Listen, s.Started.Format(time.DateTime))
 			})
 		},
 	})
+}
+
+// showUpstream says how a registry does, in a line, and what to do about what does not
+// answer, in a line each.
+func showUpstream(w io.Writer, u upstream.Health) {
+	var parts []string
+	if u.Effect != "" {
+		parts = append(parts, u.Effect)
+	}
+	if u.LimitedUntil != nil {
+		parts = append(parts, "limits requests until "+u.LimitedUntil.Format(time.DateTime))
+	}
+	if u.RateLimit != nil {
+		parts = append(parts, fmt.Sprintf("grants %d more requests", u.RateLimit.Remaining))
+	}
+	fmt.Fprintf(w, "%s: %s\n", u.Name, cmp.Or(strings.Join(parts, "; "), "no trouble seen"))
+	for _, f := range u.Failing {
+		fmt.Fprintf(w, "  %s since %s: %s\n", f.Origin, f.Since.Format(time.DateTime), f.Cause)
+		if f.Advice != "" {
+			fmt.Fprintf(w, "  to do: %s\n", f.Advice)
+		}
+	}
 }
