@@ -228,3 +228,28 @@ func TestTheProbeRuns(t *testing.T) {
 		c.forget(t, ref)
 	})
 }
+
+// TestSkopeoGoesByThePrintedSettings: it has a table for the probe, which is the only
+// way to it.
+func TestSkopeoGoesByThePrintedSettings(t *testing.T) {
+	newRegistry(t, nil)
+	startTarn(t, folder(t, work(), "tarn"), "")
+	const conf = "/etc/containers/registries.conf.d/50-tarn.conf"
+	pull := func() error {
+		out, err := exec.CommandContext(t.Context(), "skopeo", "--insecure-policy", "copy", "docker://probe.tarn.invalid/skopeo:1", "dir:"+t.TempDir()).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}
+	if err := pull(); err == nil {
+		t.Error("it pulls the probe without them")
+	}
+	layNode(t, map[string]string{conf: mustTarn(t, "hosts", "install", "--format", "registries.conf")})
+	if err := pull(); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(conf); err != nil {
+		t.Error(err)
+	}
+}

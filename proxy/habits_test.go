@@ -430,3 +430,23 @@ func TestAListThatCameCompressedIsDecoded(t *testing.T) {
 		}
 	}
 }
+
+// TestARegistryIsNotBlamedForWhatItDoesNotHave: a tag that is not there, and a host that
+// is not, are answered with no to HEAD and to GET.
+func TestARegistryIsNotBlamedForWhatItDoesNotHave(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	img := r.Image("app", "v1", random(1, 1000))
+	gone := httptest.NewServer(http.NotFoundHandler())
+	gone.Close()
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, urls: map[string]string{"gone.test": gone.URL}})
+	d.get(manifestPath("app", "v2")).must(t, 404)
+	d.get(manifestPath("app", digestOf(7).String())).must(t, 404)
+	d.get("/v2/app/manifests/v1?ns=gone.test").must(t, 502)
+	d.get(manifestPath("app", "v1")).mustBe(t, img.Body)
+	for _, h := range d.proxy.upstreams.Health() {
+		if len(h.Habits) > 0 {
+			t.Errorf("%s is said to have habits: %v", h.Name, h.Habits)
+		}
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"os/user"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -54,7 +55,7 @@ func mirrorFlags(flags *pflag.FlagSet, m *hosts.Mirror) {
 
 func newHostsInstallCommand() *cobra.Command {
 	var o hosts.Options
-	var format, tlsDir, tlsUser string
+	var format, config, tlsDir, tlsUser string
 	var dry, withTLS bool
 	cmd := &cobra.Command{
 		Use:   "install",
@@ -72,9 +73,9 @@ settings so that its certificates stay in use.`,
 			switch format {
 			case "hosts.toml":
 			case "registries.conf":
-				names := o.Registries
-				if len(names) == 0 {
-					names = hosts.PublicRegistries
+				names, err := registriesOf(o.Registries, config)
+				if err != nil {
+					return err
 				}
 				text, err := hosts.RegistriesConf(o.Mirror.URL, names)
 				fmt.Fprint(out, text)
@@ -101,8 +102,28 @@ settings so that its certificates stay in use.`,
 	cmd.Flags().StringVar(&tlsDir, "tls-dir", "/etc/tarn/tls", "the `directory` for them")
 	cmd.Flags().StringVar(&tlsUser, "tls-user", "", "the `user` that tarn runs as, who may read its key (default tarn, where there is such a user)")
 	cmd.Flags().StringVar(&format, "format", "hosts.toml", "registries.conf prints settings for podman, buildah, skopeo and CRI-O instead")
+	cmd.Flags().StringVar(&config, "config", os.Getenv(configVariable), "tarn's configuration `file`, whose registries have a table in registries.conf; without it, $"+configVariable)
 	cmd.Flags().BoolVar(&dry, "dry-run", false, "show what would be changed, and change nothing")
 	return cmd
+}
+
+// registriesOf are those that are named, or else those that tarn's configuration lists
+// and those that most images come from.
+func registriesOf(named []string, config string) ([]string, error) {
+	if len(named) > 0 {
+		return named, nil
+	}
+	cfg, err := loadConfig(config)
+	if err != nil {
+		return nil, err
+	}
+	names := slices.Clone(hosts.PublicRegistries)
+	for _, u := range cfg.Upstreams {
+		if !slices.Contains(names, u.Name) {
+			names = append(names, u.Name)
+		}
+	}
+	return names, nil
 }
 
 // useTLS makes what certificates are missing or old, and names them in the mirror.
