@@ -181,16 +181,27 @@ func remove(steps fault.Steps, step, path string) error {
 	return err
 }
 
-// Walk calls f for each regular file under blobs/ with what its name would be
-// as a digest, which the caller is to check before it believes it, and for each
-// other entry with an empty digest; in no order. It stops at f's first error.
-func (s *Store) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
+// Listing is what was under blobs/ when it was made: the entries of each algorithm's
+// directory.
+type Listing map[digest.Algorithm][]fs.DirEntry
+
+// List reads the directories.
+func (s *Store) List() (Listing, error) {
+	l := make(Listing, len(algorithms))
 	for _, a := range algorithms {
-		var entries []fs.DirEntry
-		err := s.steps.Do("list blobs", func() (err error) { entries, err = readDir(s.algDir(a)); return err })
+		err := s.steps.Do("list blobs", func() (err error) { l[a], err = readDir(s.algDir(a)); return err })
 		if err != nil {
-			return fmt.Errorf("walk the blobs: %w", err)
+			return nil, fmt.Errorf("list the blobs: %w", err)
 		}
+	}
+	return l, nil
+}
+
+// Walk calls f for each regular file with what its name would be as a digest, which
+// the caller is to check before it believes it, and for each other entry with an empty
+// digest; in no order. It stops at f's first error.
+func (l Listing) Walk(f func(d digest.Digest, e fs.DirEntry) error) error {
+	for a, entries := range l {
 		for _, e := range entries {
 			var d digest.Digest
 			if e.Type().IsRegular() {

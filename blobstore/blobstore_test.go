@@ -182,7 +182,11 @@ func TestWalkKnowsStrangers(t *testing.T) {
 	os.WriteFile(filepath.Join(s.algDir(digest.SHA256), "README"), nil, 0o600) // a regular file: the caller checks its name
 	os.Mkdir(filepath.Join(s.algDir(digest.SHA512), strings.Repeat("0", 128)), 0o700)
 	known, strangers := 0, 0
-	if err := s.Walk(func(d digest.Digest, _ fs.DirEntry) error {
+	all, err := s.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := all.Walk(func(d digest.Digest, _ fs.DirEntry) error {
 		if d == p.Digest {
 			known++
 		} else if CheckDigest(d) != nil {

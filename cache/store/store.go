@@ -185,12 +185,19 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 	if left, deleted, err = s.blobs.Left(); err != nil {
 		return nil, nil, err
 	}
-	if err := s.openIndex(); err != nil {
+	// A large directory takes as long to read as half of its rows.
+	var blobs blobstore.Listing
+	var listing sync.WaitGroup
+	var lerr error
+	listing.Go(func() { blobs, lerr = s.blobs.List() })
+	err = s.openIndex()
+	listing.Wait()
+	if err := cmp.Or(err, lerr); err != nil {
 		return left, nil, err
 	}
 	rows := s.index.Len()
 	foreign, found, stored := 0, 0, make(map[digest.Digest]int64, rows)
-	err = s.blobs.Walk(func(d digest.Digest, e fs.DirEntry) error {
+	err = blobs.Walk(func(d digest.Digest, e fs.DirEntry) error {
 		if row, ok := s.index.Row(d); ok {
 			s.room.used += row.Alloc
 			stored[d] = row.Alloc
