@@ -188,7 +188,8 @@ type Credentials struct {
 type Proxy struct {
 	// URL is http or https, and a host with its port. Default "", none.
 	URL string
-	// CredentialsFile has USER:PASSWORD for the proxy; it is read at the start.
+	// CredentialsFile has USER:PASSWORD for the proxy; it is read at the start
+	// and at each reload.
 	// Default "", none.
 	CredentialsFile string
 }

@@ -41,7 +41,7 @@ func newMetrics(registry *prometheus.Registry, log *zap.Logger, l net.Listener) 
 type nameless struct{ prometheus.Gatherer }
 
 // harmless labels have values of tarn's own choice, or of a standard's.
-var harmless = []string{"route", "outcome", "code", "method", "habit", "version"}
+var harmless = []string{"route", "outcome", "code", "method", "habit", "client", "version"}
 
 func (n nameless) Gather() ([]*dto.MetricFamily, error) {
 	all, err := n.Gatherer.Gather()
