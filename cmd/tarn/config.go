@@ -188,8 +188,7 @@ type Credentials struct {
 type Proxy struct {
 	// URL is http or https, and a host with its port. Default "", none.
 	URL string
-	// CredentialsFile has USER:PASSWORD for the proxy; it is read at the start
-	// and at each reload.
+	// CredentialsFile has USER:PASSWORD for the proxy; it is read with the file.
 	// Default "", none.
 	CredentialsFile string
 }

@@ -136,6 +136,33 @@ func TestARegistryHasAProxyOfItsOwn(t *testing.T) {
 	}
 }
 
+// TestAReloadReadsAProxysPassword: it may have been replaced, as one in a Secret is.
+func TestAReloadReadsAProxysPassword(t *testing.T) {
+	t.Parallel()
+	reg := registrytest.NewTLS(t)
+	d := reg.Blob("app", []byte("a blob"))
+	f := registrytest.NewProxy(t, reg.Address(), httptest.NewServer)
+	f.Password = "tarn:new"
+	file := filepath.Join(t.TempDir(), "auth")
+	write := func(credentials string) {
+		if err := os.WriteFile(file, []byte(credentials+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("tarn:old")
+	p := runPrepared(t, t.TempDir(), fmt.Sprintf("upstreams: [{name: %s, proxy: {url: %q, credentials_file: %s}}]\ndefaults: {ca_file: %s}\n",
+		proxiedHost, f.URL, file, roots(t, reg.Server)), with())
+	path := "/v2/app/blobs/" + d.String() + "?ns=" + proxiedHost
+	if status, words := p.refusal(path); status != 502 || !strings.Contains(words, "(407)") {
+		t.Errorf("with the old one: %d %s", status, words)
+	}
+	write(f.Password)
+	if said, err := p.reload(); err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+	p.mustGet(path, []byte("a blob"))
+}
+
 // TestMistakesOfTheEgressAreOneClearLine: without the password.
 func TestMistakesOfTheEgressAreOneClearLine(t *testing.T) {
 	t.Parallel()

@@ -245,6 +245,7 @@ func TestKillAtAnyMoment(t *testing.T) {
 func TestABoundLargerThanTheDiskIsAWarning(t *testing.T) {
 	t.Parallel()
 	p := run(t, t.TempDir(), "--max-size", "8000TiB")
+	p.until("it is said", func() bool { return strings.Contains(p.output.String(), `"msg":"serving"`) })
 	if n := strings.Count(p.output.String(), "max_size is more than the filesystem"); n != 1 {
 		t.Errorf("%d warnings in\n%s", n, &p.output)
 	}
