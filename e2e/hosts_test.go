@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -183,7 +184,7 @@ func hostsCheck(t *testing.T, args ...string) (r hostsReport) {
 // mustTarn runs the built tarn, which tells runtimes of the tarn of these tests.
 func mustTarn(t *testing.T, args ...string) string {
 	t.Helper()
-	if args[0] == "hosts" && args[1] == "install" {
+	if args[0] == "hosts" && args[1] == "install" && !slices.Contains(args, "--url") {
 		args = append(args, "--url", "http://"+tarnAddr)
 	}
 	out, err := exec.CommandContext(t.Context(), filepath.Join(work(), "tarn"), args...).CombinedOutput()

@@ -253,3 +253,29 @@ func TestSkopeoGoesByThePrintedSettings(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestContainerdGoesByIPv6: tarn, and what was installed, know no other address.
+func TestContainerdGoesByIPv6(t *testing.T) {
+	const url = "http://[::1]:5050"
+	config := filepath.Join(t.TempDir(), "tarn.yaml")
+	writeFile(t, config, "listen: \"[::1]:5050\"\nadmin_listen: \"[::1]:5051\"\nmin_free: 0\n")
+	start(t, "tarn", filepath.Join(work(), "tarn"), "serve", "--config", config, "--dir", folder(t, work(), "tarn"))
+	bareNode(t)
+	waitFor(t, "tarn answers", func() error {
+		resp, err := http.Get(url + "/v2/")
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	})
+	if r := hostsCheck(t, "--live", "--url", url); r.Verdict != "not used" {
+		t.Errorf("before: %+v", r)
+	}
+	mustTarn(t, "hosts", "install", "--url", url)
+	for _, args := range [][]string{{"--url", url}, {"--url", url, "--live"}} {
+		if r := hostsCheck(t, args...); r.Verdict != "used" {
+			t.Errorf("%q: %+v", args, r)
+		}
+	}
+	clearNode(t)
+}
