@@ -874,6 +874,7 @@ func TestTheListIsWrittenAgainWhenItsOwnRoomCostAnImage(t *testing.T) {
 	if err := c.Index().Sync(); err != nil {
 		t.Fatal(err)
 	}
+	settle(t, "what the pulls reserved", func() bool { return c.Stats().Flights == 0 && c.Stats().PendingBytes == 0 })
 	if err := c.store.Do(func() error {
 		s, list := c.Stats(), c.images.Hooks()
 		room := s.MaxBytes - s.UsedBytes - s.PendingBytes - 4096
