@@ -9,12 +9,15 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"tarn/internal/probe"
+
+	"golang.org/x/sys/unix"
 )
 
 // Verdict says whether a runtime's pulls go through tarn.
@@ -59,7 +62,13 @@ type found struct {
 // pull, which is the verdict then, and what was read is the reason.
 func Check(ctx context.Context, o CheckOptions) Report {
 	o.URL = cmp.Or(o.URL, DefaultURL)
+	if o.Live && o.Registry != "" {
+		return Report{Verdict: CannotTell, Reason: "a live pull is one of an image that only tarn has, and says nothing of " + o.Registry, Fix: "leave out --live, or " + o.Registry}
+	}
 	socket, err := findSocket(o.Socket)
+	if errors.Is(err, fs.ErrPermission) {
+		return Report{Verdict: CannotTell, Reason: err.Error(), Fix: "run it as root"}
+	}
 	if err != nil && (o.Live || o.Config == "") {
 		return Report{Verdict: CannotTell, Reason: err.Error(), Fix: "name the socket with --socket; or, where there is none, the file with --config"}
 	}
@@ -81,8 +90,12 @@ func findSocket(given string) (string, error) {
 		return given, nil
 	}
 	for _, path := range Sockets {
-		if _, err := os.Stat(path); err == nil {
-			return path, nil
+		_, err := os.Stat(path)
+		if err == nil {
+			err = unix.Access(path, unix.W_OK)
+		}
+		if err == nil || errors.Is(err, fs.ErrPermission) {
+			return path, err
 		}
 	}
 	return "", fmt.Errorf("no runtime is found: there is none of %s", strings.Join(Sockets, ", "))
@@ -153,8 +166,11 @@ func (o CheckOptions) judgeVersion(ctx context.Context, f found, v version) Repo
 		r = o.judgeRoots(ctx, f, roots, v)
 	}
 	if changed := f.changed(c); changed != "" {
-		r = Report{Verdict: CannotTell, Reason: fmt.Sprintf("%s was changed after containerd was started, and is read at its start; as it stands now: %s: %s", changed, r.Verdict, r.Reason),
-			Fix: "restart containerd", Notes: r.Notes}
+		r.Reason = fmt.Sprintf("%s was changed after containerd was started, which reads it at its start; after a restart it is %q: %s", changed, r.Verdict, r.Reason)
+		if !strings.HasSuffix(r.Fix, restart) {
+			r.Fix = strings.TrimPrefix(r.Fix+", then ", ", then ") + restart
+		}
+		r.Verdict = CannotTell
 	}
 	return r
 }
@@ -167,7 +183,15 @@ func (f found) changed(c configuration) string {
 }
 
 func broken(err error) Report {
-	return Report{Verdict: NotUsed, Reason: err.Error()}
+	r := Report{Verdict: NotUsed, Reason: err.Error()}
+	var f *fixed
+	switch {
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0:
+		r.Verdict, r.Fix = CannotTell, "run it as root, as the runtime is"
+	case errors.As(err, &f):
+		r.Fix = f.fix
+	}
+	return r
 }
 
 // judgeRoots follows the look-up for the registry.
@@ -187,6 +211,12 @@ func (o CheckOptions) judgeRoots(ctx context.Context, f found, roots []string, v
 		if err := w.answers(ctx, f.process.files); err != nil {
 			r.Verdict, r.Reason = NotUsed, fmt.Sprintf("%s names tarn, but %v", w.file, err)
 			r.Fix = "start tarn, or see its log; meanwhile the registries themselves are asked"
+			switch {
+			case strings.Contains(err.Error(), "HTTP response to HTTPS client"):
+				r.Fix = "put the lines that tarn hosts install --tls has printed into tarn's configuration, and restart tarn"
+			case errors.Is(err, context.DeadlineExceeded):
+				r.Fix = "restart tarn, which hangs: until then each pull waits half a minute for it"
+			}
 		}
 	}
 	if o.Registry == "" {
@@ -275,6 +305,8 @@ func (o CheckOptions) live(ctx context.Context, socket string, computed Report) 
 	defer r.close()
 	image, err := r.prove(ctx)
 	switch {
+	case errors.Is(err, errUnknown) && computed.Verdict == NotUsed:
+		return computed
 	case errors.Is(err, errUnknown):
 		return Report{Verdict: CannotTell, Reason: fmt.Sprintf("the runtime did not pull %s: %v", image, err), Notes: append(computed.Notes, "by the files: "+string(computed.Verdict)+": "+computed.Reason)}
 	case err != nil && computed.Verdict == Used:

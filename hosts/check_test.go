@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	runtimepkg "runtime"
 	"strings"
 	"testing"
 	"time"
@@ -87,6 +88,10 @@ func TestWhatContainerdReads(t *testing.T) {
 		"not TOML in hosts.toml":         {"v2.4.2", "version = 3\n" + path3, map[string]string{any: ours + "]["}, NotUsed, "ignores", ""},
 		"referrers on 2.1":               {"v2.1.4", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, `"resolve"`, `"resolve", "referrers"`, 1)}, NotUsed, `knows no capability "referrers"`, ""},
 		"referrers on 2.2":               {"v2.2.0", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, `"resolve"`, `"resolve", "referrers"`, 1)}, Used, "", ""},
+		"override_path":                  {"v2.4.2", "version = 3\n" + path3, map[string]string{any: ours + "  override_path = true\n"}, NotUsed, "without /v2", "take override_path out"},
+		"a path in the URL":              {"v2.4.2", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, url, url+"/v2/", 1)}, Used, "", ""},
+		"k3s":                            {"v2.4.2", "version = 3\n" + strings.Replace(path3, "/etc/containerd/certs.d", "/var/lib/rancher/k3s/agent/etc/containerd/certs.d", 1), nil, NotUsed, "there is no", "registries.yaml"},
+		"a table that is there":          {"v2.4.2", "version = 3\n" + strings.Replace(path3, "/etc/containerd/certs.d", "", 1), map[string]string{any: ours}, NotUsed, "takes that for one folder", "that is there"},
 		"pull alone":                     {"v2.4.2", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, `, "resolve"`, "", 1)}, NotUsed, "lets tarn only pull", ""},
 		"no capabilities":                {"v2.4.2", "version = 3\n" + path3, map[string]string{any: theirs("[host.\"TARN\"]\n")}, Used, "push too", ""},
 		"server in _default":             {"v2.4.2", "version = 3\n" + path3, map[string]string{any: theirs("server = \"https://ghcr.io\"\n[host.\"TARN\"]\n")}, Used, "whatever registry the image is of", ""},
@@ -170,7 +175,7 @@ func TestAChangeAfterTheStartIsSaid(t *testing.T) {
 		t.Fatalf("this process was started %v ago", ago)
 	}
 	f := found{name: "containerd", text: "v2.4.2", versions: []version{{2, 4}}, config: DefaultConfig, seen: true, process: process{files: tree{root}, started: started}}
-	if r := (CheckOptions{URL: url}).judge(t.Context(), f); r.Verdict != CannotTell || r.Fix != "restart containerd" {
+	if r := (CheckOptions{URL: url}).judge(t.Context(), f); r.Verdict != CannotTell || r.Fix != "tarn hosts install, then restart containerd" {
 		t.Errorf("%+v", r)
 	}
 	f.process.started = time.Now().Add(time.Minute)
@@ -205,7 +210,7 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 			Told: func(m string) { told <- m }, dir: filepath.Join(root, "run/hosts")}.Run(ctx)
 	}()
 	place := filepath.Join(certs, "_default/hosts.toml")
-	if said := <-told; said != "pulls go through tarn" {
+	if said := <-told; !strings.HasPrefix(said, "tarn answers: ") {
 		t.Errorf("it says %q", said)
 	}
 	if text, err := os.ReadFile(place); err != nil || !strings.HasPrefix(string(text), firstLine+"sync") {
@@ -216,6 +221,23 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 	}
 	if plan, err := PlanRemove(certs, nil); err != nil || !plan.Empty() {
 		t.Errorf("remove takes it away: %v, %v", plan.Paths(), err)
+	}
+	second := Sync{CertsDir: certs, Mirror: Mirror{URL: s.URL}, Client: s.Client(), Every: time.Millisecond, dir: filepath.Join(root, "run/hosts")}
+	if err := second.Run(ctx); err == nil || !strings.Contains(err.Error(), "another tarn hosts sync") {
+		t.Errorf("a second one: %v", err)
+	}
+	if err := os.Remove(filepath.Join(certs, "_default")); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		if _, err := os.Stat(place); err == nil {
+			break // it is put back
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the link that somebody removed does not come back")
+		}
+		runtimepkg.Gosched()
 	}
 	up <- false
 	if said := <-told; !strings.Contains(said, "is not tarn") {

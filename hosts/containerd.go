@@ -36,9 +36,23 @@ type configFile struct {
 	Plugins  map[string]any `toml:"plugins"`
 }
 
-// errStart is wrapped by what keeps containerd, or its plugin for Kubernetes, from
-// starting.
-var errStart = errors.New("containerd does not start with this")
+var (
+	// errStart is wrapped by what keeps containerd from starting, and errPlugin by what
+	// keeps its plugin for Kubernetes from that.
+	errStart  = errors.New("containerd does not start with this")
+	errPlugin = errors.New("containerd's plugin for Kubernetes does not start with this")
+)
+
+// fixed is an error with what to do about it.
+type fixed struct {
+	error
+	fix string
+}
+
+func (f *fixed) Unwrap() error { return f.error }
+
+// restart is what each change of containerd's own files wants.
+const restart = "restart containerd"
 
 // readConfiguration reads the file and what it imports, as that release of containerd
 // does. A file that is not there is no settings at all.
@@ -63,7 +77,7 @@ func readConfiguration(t tree, path string, v version) (configuration, error) {
 		if err := toml.Unmarshal(text, &f); err != nil {
 			return c, fmt.Errorf("%w: %s: %w", errStart, path, err)
 		}
-		if f.Version > v.fileVersion() {
+		if f.Version > v.fileVersion() && !v.before(1, 7) { // 1.6 does not look at it
 			return c, fmt.Errorf("%w: %s: version = %d, and containerd %s knows %d at most", errStart, path, f.Version, v, v.fileVersion())
 		}
 		if len(c.files) == 0 {
@@ -232,11 +246,14 @@ func (c configuration) line(v version, dir string) string {
 	if len(c.files) > 0 {
 		file = c.files[0]
 	}
+	if c.registry() != nil {
+		return fmt.Sprintf("in %s, in the table %s that is there (perhaps with '), have one line\n      config_path = %q\n  then %s", file, c.section(v), dir, restart)
+	}
 	version := ""
 	if c.version == 0 {
 		version = fmt.Sprintf("version = %d\n    ", min(v.fileVersion(), 3))
 	}
-	return fmt.Sprintf("in %s:\n    %s%s\n      config_path = %q\n  then restart containerd", file, version, c.section(v), dir)
+	return fmt.Sprintf("in %s:\n    %s%s\n      config_path = %q\n  then %s", file, version, c.section(v), dir, restart)
 }
 
 // roots are the directories in which the settings of registries are looked for, in
@@ -244,15 +261,15 @@ func (c configuration) line(v version, dir string) string {
 func (c configuration) roots(v version, certsDir string) (roots []string, reason, fix string, err error) {
 	if slices.Contains(c.disabled, "cri") || slices.Contains(c.disabled, "io.containerd.grpc.v1.cri") || slices.Contains(c.disabled, "io.containerd.cri.v1.images") {
 		return nil, "containerd's plugin for Kubernetes is disabled (disabled_plugins), so its settings are nobody's",
-			"in " + c.files[0] + ": take cri out of disabled_plugins, then restart containerd; ctr and nerdctl read certs.d by --hosts-dir", nil
+			"in " + c.files[0] + ": take cri out of disabled_plugins, then " + restart, nil
 	}
 	path := c.configPath(v)
 	set, _ := c.registry()["config_path"].(string)
 	switch {
 	case set != "" && c.size("mirrors") > 0:
-		return nil, "", "", fmt.Errorf("%w: registry.mirrors beside config_path; remove the mirrors", errStart)
+		return nil, "", "", &fixed{fmt.Errorf("%w: registry.mirrors beside config_path", errPlugin), "remove the mirrors, then " + restart}
 	case set != "" && v.before(2, 0) && c.configsTLS():
-		return nil, "", "", fmt.Errorf("%w: registry.configs with tls beside config_path; remove the tls, and put the certificates into certs.d", errStart)
+		return nil, "", "", &fixed{fmt.Errorf("%w: registry.configs with tls beside config_path", errPlugin), "remove the tls, put the certificates into certs.d, then " + restart}
 	case c.size("mirrors") > 0:
 		return nil, "registry.mirrors is set, so containerd reads no certs.d", "remove the mirrors, and " + c.line(v, certsDir), nil
 	case path == "":

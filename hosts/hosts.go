@@ -89,7 +89,7 @@ const (
 // send each registry's clients to one.
 func render(by writer, made int, m Mirror, server *registry) []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s%s. tarn hosts remove takes away what install wrote.\n", firstLine, by)
+	fmt.Fprintf(&b, "%s%s; edits are not kept. tarn hosts remove takes away what install wrote.\n", firstLine, by)
 	if made > 0 {
 		fmt.Fprintf(&b, "%s%d\n", madeLine, made)
 	}
@@ -142,7 +142,7 @@ func own(text []byte) (by writer, made int, ok bool) {
 	if !ok {
 		return "", 0, false
 	}
-	word, _, _ = strings.Cut(word, ".")
+	word, _, _ = strings.Cut(word, ";")
 	line, _, _ = strings.Cut(rest, "\n")
 	if count, found := strings.CutPrefix(line, madeLine); found {
 		made, _ = strconv.Atoi(count) // 0 for what somebody has changed: then none goes

@@ -258,6 +258,8 @@ func TestWhatAnOperatorGivesIsChecked(t *testing.T) {
 		"must be an absolute path":         {"certs.d", Mirror{URL: DefaultURL}, nil},
 		"the runtime reads it":             {"/x", Mirror{URL: "https://a", CA: "ca.pem"}, nil},
 		`--registry "https://quay.io/app"`: {"/x", Mirror{URL: DefaultURL}, []string{"https://quay.io/app"}},
+		`--registry "_default": is no`:     {"/x", Mirror{URL: DefaultURL}, []string{"_default"}},
+		`--registry "*": is no`:            {"/x", Mirror{URL: DefaultURL}, []string{"*"}},
 		`--registry "user@quay.io"`:        {"/x", Mirror{URL: DefaultURL}, []string{"user@quay.io"}},
 	} {
 		if _, err := PlanInstall(o); err == nil || !strings.Contains(err.Error(), want) {

@@ -214,7 +214,10 @@ func find(t tree, roots []string, host string, mirror string, v version) (w way,
 	}
 	w.reason = fmt.Sprintf("there is no %s", filepath.Join(strings.Join(roots, " or "), anyRegistry, fileName))
 	w.fix = "tarn hosts install"
-	if len(roots) > 0 && roots[0] != DefaultCertsDir {
+	switch {
+	case len(roots) > 0 && strings.Contains(roots[0], "/rancher/"):
+		w.fix = "write the mirror \"*\" into registries.yaml, as docs/INSTALL.md has it, and restart k3s or RKE2, which writes this directory itself"
+	case len(roots) > 0 && roots[0] != DefaultCertsDir:
 		w.fix += " --certs-dir " + roots[0]
 	}
 	return w, nil
@@ -227,6 +230,10 @@ func inDirectory(t tree, dir, mirror string, v version) (w way, err error) {
 	case errors.Is(err, fs.ErrNotExist) || err == nil && len(text) == 0:
 		w.reason = fmt.Sprintf("%s has no settings in it, and still takes the place of %s", dir, anyRegistry)
 		w.fix = "remove that directory, or tarn hosts install --registry " + filepath.Base(dir)
+		if ca, client, _ := certificates(dir); len(ca)+len(client) > 0 { // as far as this process sees them
+			w.reason = fmt.Sprintf("%s has certificates and no settings, and so takes the place of %s", dir, anyRegistry)
+			w.fix = "tarn hosts install --registry " + filepath.Base(dir)
+		}
 		if filepath.Base(dir) == anyRegistry {
 			w.reason, w.fix = fmt.Sprintf("%s is empty", dir), "tarn hosts install"
 		}
@@ -263,7 +270,12 @@ func (f hostFile) way(w way, text []byte, mirror string) (way, error) {
 			w.fix = `in it: capabilities = ["pull", "resolve"]`
 			return w, nil
 		}
-		w.tarn, w.fields = raw, fields
+		if u, err := url.Parse(raw); err == nil && fields.OverridePath && !strings.Contains(u.Path, "/v2") {
+			w.reason = fmt.Sprintf("%s has override_path, with which tarn is asked without /v2", w.file)
+			w.fix = "take override_path out; it is read at the next pull"
+			return w, nil
+		}
+		w.tarn, w.fields = origin(raw), fields
 		w.reason, w.fix = f.remarks(w.file, raw, before)
 		return w, nil
 	}
@@ -288,6 +300,15 @@ func (f hostFile) remarks(file, raw string, before []string) (reason, fix string
 		return fmt.Sprintf("%s has %s asked before tarn", file, strings.Join(before, ", ")), ""
 	}
 	return "", ""
+}
+
+// origin is the host's scheme, name and port: what is asked is below /v2/, whatever
+// path it is written with.
+func origin(raw string) string {
+	if u, err := url.Parse(raw); err == nil && u.Host != "" {
+		return u.Scheme + "://" + u.Host
+	}
+	return raw
 }
 
 // sameHost tells whether a host of the file is the mirror.

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -21,6 +22,8 @@ type registry struct {
 	client [][]string // a certificate, and its key where that is a file of its own
 }
 
+var hostName = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
+
 // parseRegistry takes HOST, HOST:PORT or the URL of the registry itself.
 func parseRegistry(name string) (registry, error) {
 	raw := name
@@ -31,6 +34,9 @@ func parseRegistry(name string) (registry, error) {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" ||
 		strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil {
 		return registry{}, fmt.Errorf("--registry %q: must be HOST, HOST:PORT or http://HOST:PORT, as in image names", name)
+	}
+	if !hostName.MatchString(u.Host) {
+		return registry{}, fmt.Errorf("--registry %q: is no registry's host; for all registries leave --registry out", name)
 	}
 	r := registry{host: strings.ToLower(u.Host)}
 	switch r.host {

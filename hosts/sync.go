@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"tarn/internal/probe"
+
+	"golang.org/x/sys/unix"
 )
 
 // syncDir is where sync keeps the directory that _default is a link to. /run is gone
@@ -42,20 +44,27 @@ func (s Sync) Run(ctx context.Context) error {
 	if err := errors.Join(s.Mirror.check(), checkCertsDir(s.CertsDir)); err != nil {
 		return err
 	}
+	unlock, err := s.alone()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := s.link(); err != nil {
 		return err
 	}
 	tick := time.NewTicker(s.Every)
 	defer tick.Stop()
 	for was := ""; ; {
-		now := "pulls go through tarn"
-		if err := Answers(ctx, s.Client, s.Mirror.URL); err != nil && ctx.Err() == nil {
-			now = fmt.Sprintf("pulls go to the registries themselves: %v", err)
+		now := "tarn answers: " + s.place() + " leads to it"
+		if err := s.link(); err != nil {
+			now = err.Error()
+		} else if err := Answers(ctx, s.Client, s.Mirror.URL); err != nil && ctx.Err() == nil {
+			now = fmt.Sprintf("the registries themselves are asked: %v", err)
 			if err := s.take(); err != nil {
 				now = fmt.Sprintf("%v", err)
 			}
 		} else if err := s.put(); err != nil {
-			now = fmt.Sprintf("pulls go to the registries themselves: %v", err)
+			now = fmt.Sprintf("the registries themselves are asked: %v", err)
 		}
 		if now != was && ctx.Err() == nil {
 			s.Told(now)
@@ -67,6 +76,23 @@ func (s Sync) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// alone keeps a second one out, which would take the link away at its end. Whoever
+// holds the lock has it until its process ends.
+func (s Sync) alone() (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(s.dir), 0o755); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(s.dir+".lock", os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("another tarn hosts sync runs here: %s: %w", lock.Name(), err)
+	}
+	return func() { lock.Close() }, nil
 }
 
 func (s Sync) place() string { return filepath.Join(s.CertsDir, anyRegistry) }

@@ -303,7 +303,10 @@ func (ix *Index) Len() int {
 
 // Counts are numbers of rows.
 type Counts struct {
-	Objects, Tags, Memberships, Possessions int
+	Objects     int `json:"objects"`
+	Tags        int `json:"tags"`
+	Memberships int `json:"memberships"`
+	Possessions int `json:"possessions"`
 }
 
 // Counts counts the rows. It looks at each of them and is meant for people.

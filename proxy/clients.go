@@ -25,7 +25,10 @@ var clientKinds = []struct {
 	{otherClient, nil},
 }
 
-const otherClient = "other"
+const (
+	otherClient = "other"
+	otherKind   = 5 // in clientKinds
+)
 
 // clients are when each kind of client asked last, in nanoseconds since 1970; 0 for
 // never.
@@ -43,7 +46,7 @@ func clientKind(userAgent string) int {
 			}
 		}
 	}
-	return len(clientKinds) - 1
+	return otherKind
 }
 
 // LastRequest is when a kind of client asked last for a manifest, a blob or a list.

@@ -211,6 +211,9 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 	}
 	w.request = q
 	if q.upstream == probeName {
+		if !q.base && clientKind(r.UserAgent()) != otherKind { // others watch by it
+			p.metrics.client(r.UserAgent(), w.start)
+		}
 		if err := serveProbe(w, r, q); err != nil {
 			w.fail(q, err)
 		}

@@ -24,7 +24,7 @@ func describeClients(last []proxy.LastRequest, started, now time.Time) string {
 		if ago := now.Sub(since); ago < quietFor {
 			client := last[0].Client
 			if client == "other" {
-				client = "another client"
+				return fmt.Sprintf("a client that is not known by its User-Agent asked tarn %s ago", ago.Round(time.Second))
 			}
 			return fmt.Sprintf("%s pulled through tarn %s ago, as its User-Agent says", client, ago.Round(time.Second))
 		}

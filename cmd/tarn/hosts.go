@@ -37,6 +37,7 @@ func newHostsCommand() *cobra.Command {
 		Use:   "hosts",
 		Short: "Have this node's container runtime ask tarn first",
 		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newHostsInstallCommand(), newHostsCheckCommand(), newHostsRemoveCommand(), newHostsSyncCommand())
 	return cmd

@@ -37,7 +37,7 @@ var house = map[string][]string{
 	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
 	"internal/registrytest": {},
 	"tools/image":           {},
-	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "internal/nodeca", "proxy", "upstream"},
+	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "index", "internal/nodeca", "proxy", "upstream"},
 }
 
 func TestImportsOnlyPointDown(t *testing.T) {

@@ -174,6 +174,9 @@ func (p place) socket(ctx context.Context) string {
 	return s.AdminSocket
 }
 
+// readPatience is for a long list of a busy daemon.
+const readPatience = 20 * time.Second
+
 func (p place) ask(ctx context.Context, method, path string, order []byte) (*http.Response, error) {
 	host, transport := p.address, &http.Transport{DisableKeepAlives: true}
 	if socket, ok := strings.CutPrefix(p.address, unixPrefix); ok {
@@ -192,6 +195,9 @@ func (p place) ask(ctx context.Context, method, path string, order []byte) (*htt
 		return nil, fmt.Errorf("--admin: %w", err)
 	}
 	req.Header.Set("Content-Type", "application/json")
+	if method == http.MethodGet { // what is read is in memory: else the daemon hangs
+		transport.ResponseHeaderTimeout = readPatience
+	}
 	if p.meant != "" {
 		req.Header.Set(admin.DirHeader, p.meant)
 	}

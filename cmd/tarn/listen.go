@@ -17,7 +17,7 @@ import (
 func listen(network, addr string) (net.Listener, error) {
 	l, err := net.Listen(network, addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("%s is taken by another process; choose another address, or stop that process", addr)
+		return nil, fmt.Errorf("%s is taken by another process (perhaps another tarn); choose another address, or stop that process", addr)
 	}
 	return l, err
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"tarn/index"
 	"tarn/upstream"
 
 	"github.com/spf13/cobra"
@@ -25,7 +26,7 @@ registries are in trouble. As JSON it is the document of /api/v1/status.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var s struct {
 				status
-				Index struct{ Objects, Tags int }
+				Index index.Counts `json:"index"`
 			}
 			return d.do(cmd, "GET", "/api/v1/status", nil, &s, func(w io.Writer) {
 				fmt.Fprintln(w, s.Clients)
