@@ -26,8 +26,9 @@ type Options struct {
 type Plan struct {
 	changes []change
 	left    []string // by a kill
-	// Past says which registries' pulls go past tarn all the same, a line each.
-	Past []string
+	// Notes say which registries' pulls go past tarn all the same, and what tarn itself
+	// needs for others, a line each.
+	Notes []string
 }
 
 // change makes, replaces or removes one file. Without old it is made, without new
@@ -101,6 +102,10 @@ func PlanInstall(o Options) (p Plan, err error) {
 			if r, rerr = r.withCertificates(filepath.Join(o.CertsDir, dir)); rerr == nil {
 				rerr = add(dir, &r)
 			}
+			if rerr == nil && len(r.ca) > 0 {
+				p.Notes = append(p.Notes, fmt.Sprintf("tarn needs the certificates of %s, too, in its configuration: upstreams: [{name: %q, ca_file: %s}]",
+					r.host, r.host, filepath.Join(o.CertsDir, dir, r.ca[0])))
+			}
 		}
 		err = errors.Join(err, rerr)
 	}
@@ -115,7 +120,8 @@ func PlanInstall(o Options) (p Plan, err error) {
 		}
 	}
 	p.left = leftovers(o.CertsDir)
-	p.Past, err = past(o.CertsDir, p.changes)
+	lines, err := past(o.CertsDir, p.changes)
+	p.Notes = append(p.Notes, lines...)
 	return p, err
 }
 

@@ -128,8 +128,18 @@ func (d *decoder) mapping(n *yaml.Node, path string, keys []key) {
 	}
 }
 
-// suggestion names the key that was meant, as far as one is close.
+// suggestion names the key that was meant, as far as one is close, or says where one of
+// that name belongs.
 func suggestion(word string, keys []key) string {
+	known := func(keys []key) bool { return slices.ContainsFunc(keys, func(k key) bool { return k.name == word }) }
+	switch {
+	case known(new(Defaults).keys()):
+		return "; it belongs under defaults:, or to one of the upstreams:"
+	case known(new(Upstream).keys()):
+		return "; it belongs to one of the upstreams:, as in upstreams: [{name: registry.corp:5000, " + word + ": ...}]"
+	case known(new(Config).keys()):
+		return "; it belongs to the top of the file"
+	}
 	best, distance := "", 2+len(word)/3 // a letter or two, more in long words
 	for _, k := range keys {
 		if d := levenshtein.ComputeDistance(word, k.name); d < distance {

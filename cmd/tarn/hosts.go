@@ -190,7 +190,7 @@ func carryOut(out io.Writer, plan hosts.Plan, dry bool, done, nothing string) er
 			fmt.Fprintln(out, done, path)
 		}
 	}
-	for _, line := range plan.Past {
+	for _, line := range plan.Notes {
 		fmt.Fprintln(out, line)
 	}
 	return nil
