@@ -4,6 +4,7 @@ package hosts
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -238,5 +239,41 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(root, "run/hosts")); !os.IsNotExist(err) {
 		t.Errorf("it left its directory: %v", err)
+	}
+}
+
+// TestSyncChangesNothingElsewhere: what stands in place of its directory is not followed,
+// waited for, or taken away.
+func TestSyncChangesNothingElsewhere(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Status", probe.CacheStatus)
+	}))
+	t.Cleanup(s.Close)
+	for name, put := range map[string]func(dir, elsewhere string) error{
+		"a link":                          func(dir, elsewhere string) error { return os.Symlink(elsewhere, dir) },
+		"a directory that all may change": func(dir, _ string) error { return errors.Join(os.Mkdir(dir, 0o755), os.Chmod(dir, 0o777)) },
+		"a file":                          func(dir, _ string) error { return os.WriteFile(dir, nil, 0o644) },
+	} {
+		for _, url := range []string{s.URL, "http://127.0.0.1:1"} {
+			root := t.TempDir()
+			dir, elsewhere := filepath.Join(root, "hosts"), filepath.Join(root, "elsewhere")
+			precious := filepath.Join(elsewhere, "hosts.toml")
+			if err := errors.Join(os.Mkdir(elsewhere, 0o755), os.WriteFile(precious, []byte("precious"), 0o644), put(dir, elsewhere)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			var told string
+			err := Sync{CertsDir: filepath.Join(root, "certs.d"), Mirror: Mirror{URL: url}, Client: s.Client(), Every: time.Hour,
+				Told: func(m string) { told = m; stop() }, dir: dir}.Run(ctx)
+			if err == nil || !strings.Contains(err.Error(), "remove it") {
+				t.Errorf("%s, %s: it says %q, and %v at the end", name, url, told, err)
+			}
+			if text, err := os.ReadFile(precious); err != nil || string(text) != "precious" {
+				t.Errorf("%s, %s: elsewhere there is %q, %v", name, url, text, err)
+			}
+			if _, err := os.Lstat(filepath.Join(root, "certs.d", anyRegistry)); !os.IsNotExist(err) {
+				t.Errorf("%s, %s: the link is left: %v", name, url, err)
+			}
+		}
 	}
 }

@@ -287,7 +287,7 @@ func newHostsSyncCommand() *cobra.Command {
 		Use:   "sync",
 		Short: "Keep the hosts.toml in place while tarn answers, and only then",
 		Long: `Keep the hosts.toml in place while tarn answers, and take it away when it does
-not, and at the end. _default is a link into /run/tarn meanwhile, which leads
+not, and at the end. _default is a link to /run/tarn-hosts meanwhile, which leads
 nowhere after a restart of the machine: then it is as if it were not there. It
 is for a pod or a unit beside tarn, where nobody is to install anything.`,
 		Args: cobra.NoArgs,
