@@ -183,17 +183,30 @@ func carryOut(out io.Writer, plan hosts.Plan, dry bool, done, nothing string) er
 	case plan.Empty():
 		fmt.Fprintln(out, nothing)
 	case dry:
-		fmt.Fprint(out, plan.Diff())
+		fmt.Fprint(out, printable(plan.Diff()))
 	default:
 		for _, path := range plan.Paths() {
 			fmt.Fprintln(out, done, path)
 		}
 	}
 	for _, line := range plan.Past {
-		fmt.Fprintln(out, line)
+		fmt.Fprintln(out, indented(line))
 	}
 	return nil
 }
+
+// printable is text out of files that others have written, without what a terminal
+// obeys; indented has none of its further lines look like one of tarn's own.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text)
+}
+
+func indented(text string) string { return strings.ReplaceAll(printable(text), "\n", "\n    ") }
 
 func newHostsRemoveCommand() *cobra.Command {
 	var dir string
@@ -269,12 +282,12 @@ cannot be told.`,
 }
 
 func printReport(out io.Writer, r hosts.Report) {
-	fmt.Fprintf(out, "%s: %s\n", r.Verdict, r.Reason)
+	fmt.Fprintf(out, "%s: %s\n", r.Verdict, indented(r.Reason))
 	if r.Fix != "" {
-		fmt.Fprintf(out, "  to do: %s\n", r.Fix)
+		fmt.Fprintf(out, "  to do: %s\n", indented(r.Fix))
 	}
 	for _, note := range r.Notes {
-		fmt.Fprintf(out, "  note: %s\n", note)
+		fmt.Fprintf(out, "  note: %s\n", indented(note))
 	}
 }
 
