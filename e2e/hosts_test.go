@@ -86,7 +86,7 @@ var cases2 = []hostsCase{
 	{name: "TLS settings on http", config: "version = 3\n" + registry3 + oneFolder, files: map[string]string{anyRegistrysFile: asInstalled + "  skip_verify = true\n"}, used: true},
 	{name: "a CA that is not there", config: "version = 3\n" + registry3 + oneFolder, files: map[string]string{anyRegistrysFile: asInstalled + "  ca = \"gone.crt\"\n"}},
 	{name: "a folder of its own", config: "version = 3\n" + registry3 + oneFolder, files: map[string]string{certsDir + "/probe.tarn.invalid/": ""}, install: true},
-	{name: "a link into /run", config: "version = 3\n" + registry3 + oneFolder, files: map[string]string{"/run/tarn/hosts/hosts.toml": asInstalled, certsDir + "/_default": "-> /run/tarn/hosts"}, used: true},
+	{name: "a link into /run", config: "version = 3\n" + registry3 + oneFolder, files: map[string]string{"/run/tarn-hosts/hosts.toml": asInstalled, certsDir + "/_default": "-> /run/tarn-hosts"}, used: true},
 }
 
 // TestCheckSaysWhatAPullDoes prepares nodes as operators leave them, and has a real
@@ -197,7 +197,7 @@ func mustTarn(t *testing.T, args ...string) string {
 // clearNode makes the node one that nobody has set up.
 func clearNode(t *testing.T) {
 	t.Helper()
-	for _, path := range []string{"/etc/containerd", "/etc/docker", "/run/tarn/hosts"} {
+	for _, path := range []string{"/etc/containerd", "/etc/docker", "/run/tarn-hosts"} {
 		if err := os.RemoveAll(path); err != nil {
 			t.Fatal(err)
 		}

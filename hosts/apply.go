@@ -145,7 +145,7 @@ func (c change) unchanged() error {
 	if c.old == nil {
 		return nil
 	}
-	text, err := os.ReadFile(c.path)
+	text, err := tree{}.readFile(c.path)
 	if err == nil && !bytes.Equal(text, c.old) {
 		err = fmt.Errorf("%s: somebody else has just changed it; run this again", c.path)
 	}

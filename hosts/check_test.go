@@ -4,6 +4,7 @@ package hosts
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -84,7 +85,7 @@ func TestWhatContainerdReads(t *testing.T) {
 		"an empty _default":              {"v2.4.2", "version = 3\n" + path3, map[string]string{"etc/containerd/certs.d/_default/": ""}, NotUsed, "_default is empty", "tarn hosts install"},
 		"a dangling _default":            {"v2.4.2", "version = 3\n" + path3, map[string]string{"etc/containerd/certs.d/_default": "-> /gone"}, NotUsed, "there is no", ""},
 		"_default is a file":             {"v2.4.2", "version = 3\n" + path3, map[string]string{"etc/containerd/certs.d/_default": "x"}, NotUsed, "every pull fails", ""},
-		"_default through a link":        {"v2.4.2", "version = 3\n" + path3, map[string]string{"run/tarn/hosts/hosts.toml": ours, "etc/containerd/certs.d/_default": "-> /run/tarn/hosts"}, Used, "", ""},
+		"_default through a link":        {"v2.4.2", "version = 3\n" + path3, map[string]string{"run/tarn-hosts/hosts.toml": ours, "etc/containerd/certs.d/_default": "-> /run/tarn-hosts"}, Used, "", ""},
 		"not TOML in hosts.toml":         {"v2.4.2", "version = 3\n" + path3, map[string]string{any: ours + "]["}, NotUsed, "ignores", ""},
 		"referrers on 2.1":               {"v2.1.4", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, `"resolve"`, `"resolve", "referrers"`, 1)}, NotUsed, `knows no capability "referrers"`, ""},
 		"referrers on 2.2":               {"v2.2.0", "version = 3\n" + path3, map[string]string{any: strings.Replace(ours, `"resolve"`, `"resolve", "referrers"`, 1)}, Used, "", ""},
@@ -260,5 +261,41 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(root, "run/hosts")); !os.IsNotExist(err) {
 		t.Errorf("it left its directory: %v", err)
+	}
+}
+
+// TestSyncChangesNothingElsewhere: what stands in place of its directory is not followed,
+// waited for, or taken away.
+func TestSyncChangesNothingElsewhere(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Status", probe.CacheStatus)
+	}))
+	t.Cleanup(s.Close)
+	for name, put := range map[string]func(dir, elsewhere string) error{
+		"a link":                          func(dir, elsewhere string) error { return os.Symlink(elsewhere, dir) },
+		"a directory that all may change": func(dir, _ string) error { return errors.Join(os.Mkdir(dir, 0o755), os.Chmod(dir, 0o777)) },
+		"a file":                          func(dir, _ string) error { return os.WriteFile(dir, nil, 0o644) },
+	} {
+		for _, url := range []string{s.URL, "http://127.0.0.1:1"} {
+			root := t.TempDir()
+			dir, elsewhere := filepath.Join(root, "hosts"), filepath.Join(root, "elsewhere")
+			precious := filepath.Join(elsewhere, "hosts.toml")
+			if err := errors.Join(os.Mkdir(elsewhere, 0o755), os.WriteFile(precious, []byte("precious"), 0o644), put(dir, elsewhere)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			var told string
+			err := Sync{CertsDir: filepath.Join(root, "certs.d"), Mirror: Mirror{URL: url}, Client: s.Client(), Every: time.Hour,
+				Told: func(m string) { told = m; stop() }, dir: dir}.Run(ctx)
+			if err == nil || !strings.Contains(err.Error(), "remove it") {
+				t.Errorf("%s, %s: it says %q, and %v at the end", name, url, told, err)
+			}
+			if text, err := os.ReadFile(precious); err != nil || string(text) != "precious" {
+				t.Errorf("%s, %s: elsewhere there is %q, %v", name, url, text, err)
+			}
+			if _, err := os.Lstat(filepath.Join(root, "certs.d", anyRegistry)); !os.IsNotExist(err) {
+				t.Errorf("%s, %s: the link is left: %v", name, url, err)
+			}
+		}
 	}
 }

@@ -3,9 +3,13 @@
 package hosts
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // FuzzHostFile reads what anybody may have written as hosts.toml: it must not panic,
@@ -45,4 +49,36 @@ func FuzzConfiguration(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestNobodyWaitsForAPipe: a pipe in place of a file has neither what looks nor what
+// installs wait for whoever writes into it.
+func TestNobodyWaitsForAPipe(t *testing.T) {
+	certs := t.TempDir()
+	for _, name := range []string{"_default", "quay.io"} {
+		if err := os.Mkdir(filepath.Join(certs, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pipe := filepath.Join(certs, "quay.io", fileName)
+	if err := syscall.Mkfifo(pipe, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	said := make(chan string, 2)
+	go func() {
+		_, err := inDirectory(tree{}, filepath.Dir(pipe), DefaultURL, containerds[0])
+		said <- fmt.Sprint(err)
+		plan, err := PlanInstall(Options{CertsDir: certs, Mirror: Mirror{URL: DefaultURL}})
+		said <- fmt.Sprint(plan.Notes, err)
+	}()
+	for range 2 {
+		select {
+		case s := <-said:
+			if !strings.Contains(s, pipe+" is a pipe") {
+				t.Errorf("it says %q", s)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("it waits")
+		}
+	}
 }

@@ -40,8 +40,15 @@ type hostFields struct {
 	DialTimeout  string         `toml:"dial_timeout"`
 }
 
+// maxHostFile is far above what anybody writes, in bytes: the time that a file takes
+// to be read grows with the square of its tables.
+const maxHostFile = 256 << 10
+
 // parseHostFile fails with what has that release of containerd ignore the whole file.
 func parseHostFile(text []byte, v version) (f hostFile, err error) {
+	if len(text) > maxHostFile {
+		return f, fmt.Errorf("it has more than %d bytes, and takes long to read", maxHostFile)
+	}
 	if err := toml.Unmarshal(text, &f); err != nil {
 		return f, err
 	}

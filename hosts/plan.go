@@ -171,7 +171,7 @@ func planFile(o Options, name string, server *registry) (c change, err error) {
 	case !info.Mode().IsRegular():
 		return c, fmt.Errorf("%s is not a plain file, and not tarn's; it is left alone", c.path)
 	}
-	if c.old, err = os.ReadFile(c.path); err != nil {
+	if c.old, err = (tree{}).readFile(c.path); err != nil {
 		return c, err
 	}
 	by, made, ours := own(c.old)
@@ -231,10 +231,10 @@ func PlanRemove(certsDir string, registries []string) (p Plan, err error) {
 		}
 		path := filepath.Join(certsDir, e.Name(), fileName)
 		info, err := os.Lstat(path)
-		if err != nil || !info.Mode().IsRegular() {
+		if err != nil || !info.Mode().IsRegular() || info.Size() > maxFile {
 			continue
 		}
-		text, err := os.ReadFile(path)
+		text, err := tree{}.readFile(path)
 		if err != nil {
 			return p, err
 		}
@@ -296,7 +296,10 @@ func past(certsDir string, changes []change) (lines []string, err error) {
 // whyPast says why pulls of the directory's registry go past tarn, "" where they do
 // not, by a file of tarn's.
 func whyPast(dir string) string {
-	text, err := os.ReadFile(filepath.Join(dir, fileName))
+	text, err := tree{}.readFile(filepath.Join(dir, fileName))
+	if err != nil && !os.IsNotExist(err) {
+		return err.Error()
+	}
 	if _, _, ours := own(text); ours {
 		return ""
 	}

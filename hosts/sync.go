@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"tarn/internal/probe"
@@ -19,8 +20,9 @@ import (
 
 // syncDir is where sync keeps the directory that _default is a link to. /run is gone
 // after a restart of the machine, and then the link leads nowhere, which containerd
-// takes for no settings at all.
-const syncDir = "/run/tarn/hosts"
+// takes for no settings at all. It is not in /run/tarn, which is the user's that tarn runs
+// as: sync is root's, and would write and remove wherever that user has a link lead.
+const syncDir = "/run/tarn-hosts"
 
 // Sync keeps tarn's hosts.toml in place while tarn answers, until the context ends,
 // and then takes it away.
@@ -126,11 +128,14 @@ func (s Sync) unlink() error {
 func (s Sync) put() error {
 	path := filepath.Join(s.dir, fileName)
 	text := render(bySync, 0, s.Mirror, nil)
-	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
-		return nil
-	}
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		return err
+	}
+	if err := s.checkDir(); err != nil {
+		return err
+	}
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text) {
+		return nil
 	}
 	coming := filepath.Join(s.dir, comingName)
 	if err := os.RemoveAll(coming); err != nil {
@@ -139,8 +144,27 @@ func (s Sync) put() error {
 	return errors.Join(writeFile(coming, text), os.Rename(coming, path))
 }
 
+// checkDir tells whether the directory is sync's alone to change.
+func (s Sync) checkDir() error {
+	info, err := os.Lstat(s.dir)
+	if err != nil {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	if !info.IsDir() || info.Mode().Perm()&0o022 != 0 || owner != 0 && int(owner) != os.Geteuid() {
+		return fmt.Errorf("%s is no directory that only its owner, root, can change; remove it", s.dir)
+	}
+	return nil
+}
+
 // take removes the file first, since a directory without one is as if absent.
 func (s Sync) take() error {
+	if err := s.checkDir(); err != nil {
+		if os.IsNotExist(err) {
+			return nil
+		}
+		return err
+	}
 	if err := os.Remove(filepath.Join(s.dir, fileName)); err != nil && !os.IsNotExist(err) {
 		return err
 	}

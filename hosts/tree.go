@@ -19,10 +19,11 @@ const maxFile = 4 << 20
 // another process's /proc/PID/root. "" is this process's own.
 type tree struct{ root string }
 
-// open resolves links as the runtime does, within its root.
+// open resolves links as the runtime does, within its root. It does not wait for the
+// other end of a pipe.
 func (t tree) open(path string) (*os.File, error) {
 	if t.root == "" {
-		return os.Open(path)
+		return os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
 	root, err := unix.Open(t.root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -51,6 +52,9 @@ func (t tree) readFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Mode()&fs.ModeNamedPipe != 0 {
+		return nil, fmt.Errorf("%s is a pipe, and not a file; remove it", path)
+	}
 	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err == nil && len(text) > maxFile {
 		err = fmt.Errorf("%s has more than %d bytes", path, maxFile)

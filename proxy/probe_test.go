@@ -11,6 +11,7 @@ import (
 	"tarn/index"
 	"tarn/internal/probe"
 	"tarn/internal/registrytest"
+	"tarn/upstream"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -100,6 +101,31 @@ func TestEachClientIsKnownByItsUserAgent(t *testing.T) {
 		last := d.proxy.metrics.LastRequests()
 		if len(last) == 0 || last[0].Client != want || last[0].At.Before(before.Truncate(time.Millisecond)) {
 			t.Errorf("%q counts as %+v, not as %s", agent, last, want)
+		}
+	}
+}
+
+// TestNobodyListsTheProbe: whoever did would have all that it is asked for answered with
+// tarn's own image, or wonder why none of its settings is used.
+func TestNobodyListsTheProbe(t *testing.T) {
+	for _, listed := range []bool{true, false} {
+		var o upstream.Options
+		if listed {
+			o.Listed = []upstream.Config{{Name: probeName}}
+		}
+		client, err := upstream.New(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		if _, err := New(Options{Upstreams: client, DefaultUpstream: probeName}); err == nil || !strings.Contains(err.Error(), "tarn answers for it") {
+			t.Errorf("listed %v: %v", listed, err)
+		}
+		if !listed {
+			continue
+		}
+		if _, err := New(Options{Upstreams: client}); err == nil || !strings.Contains(err.Error(), "tarn answers for it") {
+			t.Errorf("listed: %v", err)
 		}
 	}
 }

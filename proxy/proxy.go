@@ -111,6 +111,9 @@ func New(opts Options) (*Proxy, error) {
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
+	if opts.DefaultUpstream == probeName || opts.Upstreams.Listed(probeName) {
+		return nil, fmt.Errorf("%s is no registry to list, or to be the default: tarn answers for it, and asks nobody", probeName)
+	}
 	hosts, err := newHosts(opts.Names)
 	if err != nil {
 		return nil, fmt.Errorf("names: %w", err)

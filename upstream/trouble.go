@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"strconv"
 	"strings"
 	"syscall"
 )
@@ -60,14 +61,25 @@ func (e *HostError) Unwrap() error { return e.err }
 // are not theirs to know.
 func (e *HostError) Brief() string { return e.brief }
 
+// bounded is what another side has said as people may see it: its beginning, in one line,
+// and without what a terminal obeys.
+func bounded(said string) string {
+	said = strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, said[:min(len(said), maxCause)])
+	return strings.ToValidUTF8(said[:min(len(said), maxCause)], "")
+}
+
 // newHostError says why u was not answered; nil where that says nothing of the host.
 func (r *Registry) newHostError(u *url.URL, w *wire, home bool, err error) *HostError {
 	if lacking(err) || errors.Is(err, context.Canceled) && !errors.Is(err, ErrTimeout) {
 		return nil
 	}
 	e := &HostError{Host: u.Host, asked: shown(u, home)}
-	said := strings.ToValidUTF8(strings.TrimPrefix(err.Error(), ErrGuard.Error()+": "), "")
-	e.Cause = said[:min(len(said), maxCause)]
+	e.Cause = bounded(strings.TrimPrefix(err.Error(), ErrGuard.Error()+": "))
 	e.err = unreachable(u.Hostname(), err)
 	switch {
 	case errors.Is(err, ErrGuard):
@@ -150,8 +162,7 @@ func (r *Registry) adviseHost(e *HostError, u *url.URL, home bool, err error) {
 	case errors.As(err, &dns):
 		e.Kind, e.brief, e.Advice = troubleName, "its name cannot be looked up", adviceNameServer
 	case errors.As(err, &cert):
-		e.Kind, e.brief = troubleCertificate, cert.Err.Error()
-		e.brief = e.brief[:min(len(e.brief), maxCause)]
+		e.Kind, e.brief = troubleCertificate, bounded(cert.Err.Error())
 		e.Advice = r.adviseCertificate(u, home, cert.Err)
 	case errors.As(err, &alert):
 		e.Kind, e.brief = troubleCertificate, alert.Error()

@@ -4,11 +4,19 @@ package upstream
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
+	"log"
+	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"net/netip"
 	"net/url"
@@ -148,6 +156,42 @@ func TestTroubleIsToldWithItsCauseAndWhatToDo(t *testing.T) {
 				t.Errorf("the status says %+v", f)
 			}
 		})
+	}
+}
+
+// TestACertificateMovesNoCursor: its names are chosen by who answers, and people read them
+// on terminals.
+func TestACertificateMovesNoCursor(t *testing.T) {
+	t.Parallel()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"x\x1b[2J\r\nall is well"}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(nil)
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.StartTLS()
+	defer s.Close()
+	_, port, _ := net.SplitHostPort(s.Listener.Addr().String())
+	client, err := New(Options{Listed: []Config{{Name: lab, Endpoints: []Endpoint{{URL: &url.URL{Scheme: "https", Host: "localhost:" + port}}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	_, err = client.Registry(lab).Do(t.Context(), Request{Method: http.MethodGet, Repository: "app", Kind: Manifest, Reference: "1"})
+	var e *HostError
+	if !errors.As(err, &e) {
+		t.Fatal(err)
+	}
+	for _, said := range []string{e.Brief(), e.Cause, client.Health()[0].Failing[0].Cause} {
+		if !strings.Contains(said, "all is well") || strings.ContainsAny(said, "\x1b\r\n") {
+			t.Errorf("it says %q", said)
+		}
 	}
 }
 

@@ -6,9 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
-	"os"
 	"strings"
 
 	"tarn/upstream"
@@ -55,12 +53,7 @@ func (p Proxy) config(noProxy string) (*httpproxy.Config, error) {
 
 // readCredentials reads USER:PASSWORD. Its errors never say what is in the file.
 func readCredentials(path string) (*url.Userinfo, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxCredentialsBytes+1))
+	data, err := readSettings(path)
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +93,7 @@ func withRoots(files ...string) (roots *x509.CertPool, err error) {
 }
 
 func appendCertificates(pool *x509.CertPool, file string) error {
-	pem, err := os.ReadFile(file)
+	pem, err := readSettings(file)
 	if err != nil {
 		return fmt.Errorf("ca_file: %w", err)
 	}

@@ -184,17 +184,30 @@ func carryOut(out io.Writer, plan hosts.Plan, dry bool, done, nothing string) er
 	case plan.Empty():
 		fmt.Fprintln(out, nothing)
 	case dry:
-		fmt.Fprint(out, plan.Diff())
+		fmt.Fprint(out, printable(plan.Diff()))
 	default:
 		for _, path := range plan.Paths() {
 			fmt.Fprintln(out, done, path)
 		}
 	}
 	for _, line := range plan.Notes {
-		fmt.Fprintln(out, line)
+		fmt.Fprintln(out, indented(line))
 	}
 	return nil
 }
+
+// printable is text out of files that others have written, without what a terminal
+// obeys; indented has none of its further lines look like one of tarn's own.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text)
+}
+
+func indented(text string) string { return strings.ReplaceAll(printable(text), "\n", "\n    ") }
 
 func newHostsRemoveCommand() *cobra.Command {
 	var dir string
@@ -270,12 +283,12 @@ cannot be told.`,
 }
 
 func printReport(out io.Writer, r hosts.Report) {
-	fmt.Fprintf(out, "%s: %s\n", r.Verdict, r.Reason)
+	fmt.Fprintf(out, "%s: %s\n", r.Verdict, indented(r.Reason))
 	if r.Fix != "" {
-		fmt.Fprintf(out, "  to do: %s\n", r.Fix)
+		fmt.Fprintf(out, "  to do: %s\n", indented(r.Fix))
 	}
 	for _, note := range r.Notes {
-		fmt.Fprintf(out, "  note: %s\n", note)
+		fmt.Fprintf(out, "  note: %s\n", indented(note))
 	}
 }
 
@@ -288,7 +301,7 @@ func newHostsSyncCommand() *cobra.Command {
 		Use:   "sync",
 		Short: "Keep the hosts.toml in place while tarn answers, and only then",
 		Long: `Keep the hosts.toml in place while tarn answers, and take it away when it does
-not, and at the end. _default is a link into /run/tarn meanwhile, which leads
+not, and at the end. _default is a link to /run/tarn-hosts meanwhile, which leads
 nowhere after a restart of the machine: then it is as if it were not there. It
 is for a pod or a unit beside tarn, where nobody is to install anything.`,
 		Args: cobra.NoArgs,

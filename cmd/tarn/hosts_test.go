@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,6 +61,28 @@ func TestInstallWithTLSNamesWhatItMakes(t *testing.T) {
 	} {
 		if _, err := runHosts(t, args...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v, want %q", args, err, want)
+		}
+	}
+}
+
+// TestCheckMovesNoCursor: what stands in a runtime's files is shown without what a
+// terminal obeys, and takes no line for a verdict of tarn's.
+func TestCheckMovesNoCursor(t *testing.T) {
+	dir := t.TempDir()
+	file, config := filepath.Join(dir, "_default/hosts.toml"), filepath.Join(dir, "config.toml")
+	err := errors.Join(os.Mkdir(filepath.Dir(file), 0o755), os.Mkdir(filepath.Join(dir, "x\x1b[2J"), 0o755),
+		os.WriteFile(file, []byte("ca = \"/x\\u001b[2J\\r\\nused: containerd asks tarn\"\n[host.\"http://127.0.0.1:5050\"]\n"), 0o644),
+		os.WriteFile(config, []byte("version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\nconfig_path = \""+dir+"\"\n"), 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"check", "--config", config, "--containerd-version", "2.4"},
+		{"install", "--certs-dir", dir, "--registry", "quay.io", "--dry-run"},
+	} {
+		out, _ := runHosts(t, args...)
+		if !strings.Contains(out, "x?[2J") || strings.ContainsAny(out, "\x1b\r") || strings.Contains(out, "\nused: ") {
+			t.Errorf("%v: it says %q", args, out)
 		}
 	}
 }

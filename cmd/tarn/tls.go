@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"syscall"
@@ -114,7 +115,7 @@ func (c *certificates) warn(now time.Time) {
 // older ones.
 func readCertificates(files TLS) (*tls.Config, [3]fileVersion, error) {
 	seen := versions(files)
-	cert, err := tls.LoadX509KeyPair(files.CertFile, files.KeyFile)
+	cert, err := readKeyPair(files.CertFile, files.KeyFile)
 	if err != nil {
 		return nil, seen, fmt.Errorf("tls: cert_file %s, key_file %s: %w", files.CertFile, files.KeyFile, err)
 	}
@@ -134,9 +135,42 @@ func readCertificates(files TLS) (*tls.Config, [3]fileVersion, error) {
 	return config, seen, nil
 }
 
+// maxSettingsBytes is far more than certificates, keys and passwords take.
+const maxSettingsBytes = 4 << 20
+
+// readSettings reads a file that the configuration names. It does not wait for the other
+// end of a pipe: clients may wait for what it says, and so does the end of tarn.
+func readSettings(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is no file", path)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxSettingsBytes+1))
+	if err == nil && len(data) > maxSettingsBytes {
+		err = fmt.Errorf("%s has more than %d bytes", path, maxSettingsBytes)
+	}
+	return data, err
+}
+
+func readKeyPair(certFile, keyFile string) (tls.Certificate, error) {
+	cert, err := readSettings(certFile)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	key, err := readSettings(keyFile)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	return tls.X509KeyPair(cert, key)
+}
+
 // readPool reads a file of certificates.
 func readPool(path string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(path)
+	pem, err := readSettings(path)
 	if err != nil {
 		return nil, err
 	}

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -413,4 +414,30 @@ func residentOf(t *testing.T, p *process) int64 {
 		t.Fatal(err)
 	}
 	return resident * int64(os.Getpagesize())
+}
+
+// TestNobodyWaitsForAPipeInTheConfiguration: neither a handshake nor a reload.
+func TestNobodyWaitsForAPipeInTheConfiguration(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files := TLS{CertFile: pipe, KeyFile: pipe, ClientCAFile: pipe}
+	for name, read := range map[string]func() error{
+		"tls":              func() error { _, _, err := readCertificates(files); return err },
+		"client_ca_file":   func() error { _, err := readPool(pipe); return err },
+		"ca_file":          func() error { _, err := withRoots(pipe); return err },
+		"credentials_file": func() error { _, err := readCredentials(pipe); return err },
+	} {
+		done := make(chan error, 1)
+		go func() { done <- read() }()
+		select {
+		case err := <-done:
+			if err == nil || !strings.Contains(err.Error(), pipe+" is no file") {
+				t.Errorf("%s: %v", name, err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: it waits", name)
+		}
+	}
 }

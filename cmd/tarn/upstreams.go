@@ -164,7 +164,7 @@ func upstreamConfig(u Upstream, defaults Defaults, roots *x509.CertPool) (c upst
 		}
 	}
 	if u.CertFile != "" || u.KeyFile != "" {
-		cert, err := tls.LoadX509KeyPair(u.CertFile, u.KeyFile)
+		cert, err := readKeyPair(u.CertFile, u.KeyFile)
 		if err != nil {
 			return c, fmt.Errorf("cert_file, key_file: %w", err)
 		}

@@ -48,6 +48,9 @@ func open(dir string) (unlock func(), err error) {
 	if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 && int(owner) != os.Geteuid() {
 		return nil, fmt.Errorf("%s belongs to the user %d, who could put another CA there", dir, owner)
 	}
+	if err := checkAbove(dir); err != nil {
+		return nil, err
+	}
 	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, keyMode)
 	if err != nil {
 		return nil, err
@@ -61,6 +64,28 @@ func open(dir string) (unlock func(), err error) {
 		os.Remove(path)
 	}
 	return func() { lock.Close() }, nil
+}
+
+// checkAbove refuses a directory that somebody else could put another one in place of:
+// what is made and given away here would be made and given away there.
+func checkAbove(dir string) error {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return err
+	}
+	for _, path := range []string{dir, real} {
+		for ; path != "/"; path = filepath.Dir(path) {
+			info, err := os.Lstat(path)
+			if err != nil {
+				return err
+			}
+			owner, mode := info.Sys().(*syscall.Stat_t).Uid, info.Mode()
+			if owner != 0 && int(owner) != os.Geteuid() || mode.IsDir() && mode.Perm()&0o022 != 0 && mode&fs.ModeSticky == 0 {
+				return fmt.Errorf("%s may be changed by others than this user and root, who could put another directory in place of %s: choose another", path, dir)
+			}
+		}
+	}
+	return nil
 }
 
 // readKey returns nil where there is no key that can be used: none, one that is not

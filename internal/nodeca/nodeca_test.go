@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -386,4 +387,28 @@ func TestRunsAtTheSameTimeMakeOneSet(t *testing.T) {
 		t.Errorf("%d runs of 16 made something", n)
 	}
 	works(t, In(dir), now, "localhost")
+}
+
+// TestADirectoryThatOthersCouldSwapIsRefused: root would write into whatever they put in
+// its place.
+func TestADirectoryThatOthersCouldSwapIsRefused(t *testing.T) {
+	root := t.TempDir()
+	theirs := filepath.Join(root, "theirs")
+	if err := errors.Join(os.MkdirAll(filepath.Join(theirs, "tls"), 0o755), os.Chmod(theirs, 0o777), os.Symlink(theirs, filepath.Join(root, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{filepath.Join(theirs, "tls"), filepath.Join(root, "link/tls"), filepath.Join(root, "link/../theirs/tls")} {
+		if _, _, err := Ensure(dir, nil, time.Now()); err == nil || !strings.Contains(err.Error(), theirs+" may be changed by others") {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	if entries, err := os.ReadDir(filepath.Join(theirs, "tls")); err != nil || len(entries) > 0 {
+		t.Errorf("it made %v, %v", entries, err)
+	}
+	if err := os.Chmod(theirs, 0o777|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := Ensure(filepath.Join(theirs, "tls"), nil, time.Now()); err != nil {
+		t.Errorf("where nobody can rename another's: %v", err)
+	}
 }
