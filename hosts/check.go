@@ -73,6 +73,9 @@ func Check(ctx context.Context, o CheckOptions) Report {
 		return Report{Verdict: CannotTell, Reason: err.Error(), Fix: "name the socket with --socket; or, where there is none, the file with --config"}
 	}
 	f, notes := o.find(ctx, socket)
+	if _, err := f.process.files.stat(o.Config); o.Config != "" && err != nil {
+		return Report{Verdict: CannotTell, Reason: err.Error(), Fix: "name containerd's file with --config, or leave that out"}
+	}
 	report := o.judge(ctx, f)
 	report.Notes = append(notes, report.Notes...)
 	if o.Live {

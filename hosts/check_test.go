@@ -299,3 +299,13 @@ func TestSyncChangesNothingElsewhere(t *testing.T) {
 		}
 	}
 }
+
+func TestAFileThatIsNamedMustBeThere(t *testing.T) {
+	r := Check(t.Context(), CheckOptions{Socket: filepath.Join(t.TempDir(), "gone.sock"), Config: filepath.Join(t.TempDir(), "config.toml"), Version: "2.4"})
+	if r.Verdict != CannotTell || !strings.Contains(r.Reason, "config.toml: no such file") {
+		t.Errorf("%+v", r)
+	}
+	if r := Check(t.Context(), CheckOptions{Live: true, Registry: "quay.io"}); r.Verdict != CannotTell || !strings.Contains(r.Fix, "leave out --live") {
+		t.Errorf("%+v", r)
+	}
+}
