@@ -248,3 +248,36 @@ func startBare(t *testing.T, binary string) *process {
 	})
 	return p
 }
+
+// TestContainerdWithMountsOfItsOwn is judged by the files that it sees: what was
+// installed where it does not look is no use.
+func TestContainerdWithMountsOfItsOwn(t *testing.T) {
+	startTarn(t, folder(t, work(), "tarn"), "")
+	clearNode(t)
+	theirs := folder(t, work(), "theirs")
+	layNode(t, map[string]string{containerdFile: "version = 3\n" + registry3 + oneFolder, certsDir + "/": ""})
+	mustTarn(t, "hosts", "install")
+	root := folder(t, "/run/tarn-e2e", "root")
+	p := start(t, "containerd", "unshare", "--mount", "sh", "-ec",
+		`mount --bind "$1" "$2"; exec containerd --root "$3" --state "$4"`, "sh", theirs, certsDir, root, folder(t, "/run/tarn-e2e", "state"))
+	t.Cleanup(func() {
+		p.stop(t)
+		os.RemoveAll(filepath.Dir(root))
+	})
+	waitFor(t, "containerd answers", func() error {
+		return exec.CommandContext(t.Context(), "ctr", "--address", containerdSocket, "version").Run()
+	})
+	for _, args := range [][]string{nil, {"--live"}} {
+		r := hostsCheck(t, args...)
+		if r.Verdict != "not used" || !strings.Contains(strings.Join(r.Notes, "\n"), "it has mounts of its own") {
+			t.Errorf("%q, before: %+v", args, r)
+		}
+	}
+	mustTarn(t, "hosts", "install", "--certs-dir", theirs)
+	for _, args := range [][]string{nil, {"--live"}} {
+		if r := hostsCheck(t, args...); r.Verdict != "used" {
+			t.Errorf("%q, after: %+v", args, r)
+		}
+	}
+	clearNode(t)
+}
