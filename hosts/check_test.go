@@ -256,8 +256,8 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if entries, err := os.ReadDir(certs); err != nil || len(entries) > 0 {
-		t.Errorf("it left %v, %v", entries, err)
+	if _, err := os.Stat(certs); !os.IsNotExist(err) {
+		t.Errorf("it left the directory that it made: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(root, "run/hosts")); !os.IsNotExist(err) {
 		t.Errorf("it left its directory: %v", err)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -51,8 +52,13 @@ func (s Sync) Run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	_, err = os.Stat(s.CertsDir)
+	made := errors.Is(err, fs.ErrNotExist)
 	if err := s.link(); err != nil {
 		return err
+	}
+	if made {
+		defer os.Remove(s.CertsDir) // where nobody else has used it meanwhile
 	}
 	tick := time.NewTicker(s.Every)
 	defer tick.Stop()
