@@ -65,8 +65,14 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 			}
 			size := p.here(q) // -1 also when a flight does not know it yet
 			here = size >= 0 || present
+			if here { // by an answer that may have come since, and be this client's, too
+				y, ok = p.entitled(q)
+			}
 			var err error
-			if y, ok, err = p.inquire(ctx, w, q, here, size); err != nil {
+			if !ok {
+				y, ok, err = p.inquire(ctx, w, q, here, size)
+			}
+			if err != nil {
 				y, stale, err := p.stale(q, err)
 				if err != nil {
 					return nil, y, nil, err
