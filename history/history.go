@@ -195,31 +195,43 @@ func (h *History) Went(d digest.Digest, bytes int64, cause Cause) {
 	}
 }
 
-// Fate says why an object that is not here is not: the last that is known of it.
-func (h *History) Fate(d digest.Digest) Cause {
+// Why says why an object that a request was for was not on the disk: the last that is
+// known of it.
+func (h *History) Why(d digest.Digest) Cause {
 	if h == nil {
 		return ""
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	cause := NeverSeen
 	for i := len(h.entries) - 1; i >= 0; i-- {
 		e := h.entries[i]
 		if e.Digest != d {
 			continue
 		}
-		switch {
-		case e.Outcome == OutcomeGone:
-			return e.Cause
-		case e.Outcome == "hit", e.Outcome == "confirmed", e.Outcome == "stale":
-			return Lost
-		case e.Method != "GET", e.Outcome == "bypassed", e.Cause == Unproven, e.Cause == Refused:
-		case e.Outcome == "miss", e.Outcome == "joined":
-			return Lost
-		case e.Status < 300:
-			return Unfinished
+		if e.Before != "" {
+			cause = Moved // unless it was here some time
+		}
+		if was, known := e.fate(); known {
+			return was
 		}
 	}
-	return NeverSeen
+	return cause
+}
+
+// fate is what an entry tells of its object, where that is not here any more.
+func (e *Entry) fate() (Cause, bool) {
+	switch e.Outcome {
+	case OutcomeGone:
+		return e.Cause, true
+	case "hit", "confirmed", "stale":
+		return Lost, true
+	case "miss", "joined":
+		return Lost, e.Method == "GET" && e.Cause != Unproven
+	case "error":
+		return Unfinished, e.Method == "GET" && e.Status > 0 && e.Status < 300
+	}
+	return "", false
 }
 
 // Find returns the last entries of which match says yes, the latest first, at most so

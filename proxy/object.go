@@ -93,6 +93,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 			}
 		case !here:
 			// The GET that fetches it is the question.
+			w.told.asked = http.MethodGet
 			w.fetcher = p.fetcher(q, q.digest, nil)
 			o, err = p.openWith(ctx, q, w.fetcher, false)
 			y = w.fetcher.answer()
@@ -145,6 +146,7 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 // of what is here.
 func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, error) {
 	w.fetcher = p.fetcher(q, q.digest, nil)
+	w.told.asked, w.told.unproven = http.MethodGet, true
 	o, err := p.cache.Pass(ctx, p.cacheRequest(q, w.fetcher, false))
 	return o, w.fetcher.answer(), err
 }
@@ -163,6 +165,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 		q.kind == upstream.Manifest && (here || p.asksApart(q) || !p.rights.Granted(q.asker))
 	refused := false
 	if head {
+		w.told.asked = http.MethodHead
 		y, err = p.question(asking, q, http.MethodHead, part{})
 		switch {
 		case err == nil && covers():
@@ -178,6 +181,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 	if !here && (head || !p.asksApart(q)) {
 		return y, false, nil
 	}
+	w.told.asked = http.MethodGet
 	first := part{}
 	if q.kind == upstream.Blob && !registry.Has(upstream.NoRanges) && size != 0 {
 		first.length = 1
@@ -274,6 +278,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 func (p *Proxy) headQuestion(ctx context.Context, w *response, q *request) (rights.Yes, error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
+	w.told.asked = http.MethodHead
 	y, err := p.question(asking, q, http.MethodHead, part{})
 	if lacksHead(err) {
 		p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
