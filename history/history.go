@@ -142,11 +142,11 @@ func (h *History) Add(e Entry) {
 		return
 	}
 	own(&key)
-	at, bytes := e.At, e.Bytes
-	e = key
-	e.At, e.Bytes, e.Count = at, bytes, 1
-	h.append(&e)
-	h.open[key] = &e
+	fresh := new(Entry)
+	*fresh = key
+	fresh.At, fresh.Bytes, fresh.Count = e.At, e.Bytes, 1
+	h.append(fresh)
+	h.open[key] = fresh
 }
 
 // own has the strings of an entry keep nothing else alive.
