@@ -54,7 +54,11 @@ func judge(x *Explanation, n proxy.ImageName, now time.Time) {
 		x.Next = "The next pull fetches what of the new one is not here; layers that both have are not fetched again."
 	case whole:
 		x.State, x.FromHere = Current, true
-		x.Verdict = fmt.Sprintf("current: at %s %s is %s now, and all of it is here (%s%s).", registry, what, short(here.Digest), platforms(here), size)
+		is := " is " + short(here.Digest)
+		if n.Tag == "" {
+			is = " is known"
+		}
+		x.Verdict = fmt.Sprintf("current: at %s %s%s now, and all of it is here (%s%s).", registry, what, is, platforms(here), size)
 		x.Next = nextWhole(x, n)
 	default:
 		x.State = Partly
@@ -308,5 +312,5 @@ func since(t, now time.Time) string {
 }
 
 func seconds(s float64) string {
-	return units.HumanDuration(time.Duration(math.Round(s)) * time.Second)
+	return strings.ToLower(units.HumanDuration(time.Duration(math.Round(s)) * time.Second))
 }

@@ -133,7 +133,9 @@ func (h *History) Add(e Entry) {
 	h.day.add(e)
 	key := e
 	key.ID, key.At, key.Last, key.Count, key.Bytes = 0, time.Time{}, time.Time{}, 0, 0
-	if was := h.open[key]; was != nil && e.At.Sub(was.At).Abs() < together {
+	// What was fetched, and what went, has its place among what else happened to it.
+	alone := e.Outcome == "miss" || e.Outcome == OutcomeGone
+	if was := h.open[key]; was != nil && !alone && e.At.Sub(was.At).Abs() < together {
 		if e.At.After(was.Last) {
 			was.Last = e.At
 		}
@@ -145,8 +147,9 @@ func (h *History) Add(e Entry) {
 	fresh := new(Entry)
 	*fresh = key
 	fresh.At, fresh.Bytes, fresh.Count = e.At, e.Bytes, 1
-	h.append(fresh)
-	h.open[key] = fresh
+	if h.append(fresh); !alone {
+		h.open[key] = fresh
+	}
 }
 
 // own has the strings of an entry keep nothing else alive.

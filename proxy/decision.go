@@ -46,6 +46,9 @@ func (p *Proxy) remember(w *response, r *http.Request, q *request) {
 		Shared:     w.collapsed,
 		Bytes:      w.bytes,
 	}
+	if e.Asked == "" && w.fetcher.fetched() {
+		e.Asked = http.MethodGet // for the bytes, of which it was known who may have them
+	}
 	e.Cause, e.Detail = p.why(w, r, e)
 	p.history.Add(e)
 }

@@ -260,6 +260,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 	if stale != nil {
 		return stale.err // it went just now, or was not what it should be
 	}
+	w.told.unproven = cached // and the answer is not about that
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:

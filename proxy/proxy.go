@@ -150,7 +150,7 @@ func New(opts Options) (*Proxy, error) {
 		sealer:  newSealer(),
 		memory:  newMemory(),
 		ahead:   newAhead(opts.Prefetch),
-		now:     time.Now,
+		now:     opts.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 	}

@@ -245,7 +245,8 @@ func (p *Proxy) readBody(ctx context.Context, q *request, resp *upstream.Respons
 // from the HEAD; it fetches nothing, because who polls would spend the quota
 // of pulls.
 func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	if size, cached := p.cache.Has(p.key(q, c.digest)); cached && c.yes.Covers(size) {
+	size, cached := p.cache.Has(p.key(q, c.digest))
+	if cached && c.yes.Covers(size) {
 		mediaType, err := p.storedType(ctx, q, c.digest, c.mediaType)
 		if !errors.Is(err, errGone) {
 			if err != nil {
@@ -255,6 +256,7 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 			return serveHead(w, r, c.digest, mediaType, size)
 		}
 	}
+	w.told.unproven = cached // and the answer is not about that
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
