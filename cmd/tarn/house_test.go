@@ -35,7 +35,7 @@ var house = map[string][]string{
 	"history":               {"internal/regular"},
 	"upstream":              {},
 	"proxy":                 {"blobstore", "cache", "history", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
-	"explain":               {"cache", "history", "images", "proxy", "upstream"},
+	"explain":               {"cache", "cache/store", "history", "images", "proxy", "upstream"},
 	"admin":                 {"cache", "cache/store", "explain", "history", "images", "index", "proxy"},
 	"internal/registrytest": {},
 	"tools/image":           {},

@@ -231,7 +231,7 @@ func shown(cmd *cobra.Command, show func(w io.Writer)) error {
 	return err
 }
 
-func size(n int64) string { return units.HumanSizeWithPrecision(float64(n), 3) }
+func size(n int64) string { return units.BytesSize(float64(n)) }
 
 func ago(t time.Time) string {
 	if t.IsZero() {

@@ -179,6 +179,8 @@ type status struct {
 	// each kind of client asked last.
 	Clients      string              `json:"clients"`
 	LastRequests []proxy.LastRequest `json:"lastRequests"`
+	// Day is what was served within a day.
+	Day history.Sum `json:"day"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
 	// Unlisted are other registries in trouble, the last few.
@@ -233,13 +235,13 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 			s := store.Stats()
 			return true, []admin.Check{
 				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
-				{Name: "clients", OK: true, Detail: describeClients(a.metrics.LastRequests(), started, time.Now())},
+				{Name: "clients", OK: true, Detail: describeClients(a.lastRequests(), history.Total(a.history.Day()), started, time.Now())},
 			}
 		},
 		Status: func() any {
-			last, upstreams := a.metrics.LastRequests(), a.upstreams.Load()
+			last, upstreams, day := a.lastRequests(), a.upstreams.Load(), history.Total(a.history.Day())
 			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(),
-				describeClients(last, started, time.Now()), last, upstreams.Health(), upstreams.Strangers()}
+				describeClients(last, day, started, time.Now()), last, day, upstreams.Health(), upstreams.Strangers()}
 		},
 	}
 }
