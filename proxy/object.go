@@ -250,7 +250,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 	if stale != nil {
 		return stale.err // it went just now, or was not what it should be
 	}
-	w.detail("fwd=uri-miss; fwd-status=200", "")
+	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:
 		return serveHead(w, r, q.digest, blobType, y.Size)

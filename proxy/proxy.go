@@ -86,6 +86,7 @@ type Proxy struct {
 	sizes     sizes
 	wrongs    wrongs
 	metrics   *Metrics
+	counted   counted
 	log       *zap.Logger
 	router    *mux.Router
 	rights    *rights.Rights
@@ -128,6 +129,7 @@ func New(opts Options) (*Proxy, error) {
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
 		metrics:   opts.Metrics,
+		counted:   newCounted(opts.Metrics, append(opts.Upstreams.Names(), opts.DefaultUpstream)),
 		log:       opts.Logger,
 		hosts:     hosts,
 		names: names{
@@ -165,6 +167,9 @@ func New(opts Options) (*Proxy, error) {
 // Retire has this proxy remember no yes any more, since another one takes its place.
 // Requests that it has go on as they began.
 func (p *Proxy) Retire() { p.rights.Retire() }
+
+// Grants is how many yeses of registries this proxy remembers.
+func (p *Proxy) Grants() int { return p.rights.Grants() }
 
 // newRouter has mux find prefixes and methods; SkipClean and UseEncodedPath keep
 // it from redirecting and from decoding. The rest is one parser's.
@@ -292,7 +297,7 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	if q.base || q.kind != "" {
 		route = q.route()
 	}
-	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
+	p.counted.of(q.upstream).count(q.metricKind(), w.ended(), w.bytes, w.headers)
 	level := zap.InfoLevel
 	if w.status >= http.StatusInternalServerError {
 		level = zap.WarnLevel // the client goes past tarn, or has nothing

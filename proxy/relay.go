@@ -65,7 +65,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	} else if q.method == http.MethodGet && !r.ProtoAtLeast(1, 1) {
 		return errNoLength
 	}
-	w.detail("fwd=bypass; fwd-status=200", "list")
+	w.detail(outcomeBypassed, "fwd=bypass; fwd-status=200", "list")
 	w.slow = true
 	w.WriteHeader(http.StatusOK)
 	_, err = io.Copy(w, list)

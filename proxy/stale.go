@@ -145,5 +145,5 @@ func (p *Proxy) serveStaleTag(ctx context.Context, w *response, r *http.Request,
 func (w *response) stale(s *staleness) {
 	seconds := int64(s.age / time.Second)
 	w.Header().Set("Age", strconv.FormatInt(seconds, 10))
-	w.detail(fmt.Sprintf("hit; ttl=-%d", seconds), s.cause)
+	w.detail(outcomeStale, fmt.Sprintf("hit; ttl=-%d", seconds), s.cause)
 }

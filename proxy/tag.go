@@ -243,11 +243,11 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 			if err != nil {
 				return err
 			}
-			w.detail("fwd=stale; fwd-status=200", "confirmed")
+			w.detail(outcomeConfirmed, "fwd=stale; fwd-status=200", "confirmed")
 			return serveHead(w, r, c.digest, mediaType, size)
 		}
 	}
-	w.detail("fwd=uri-miss; fwd-status=200", "")
+	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
 
@@ -272,7 +272,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	}
 	defer o.Close()
 	if o.Source == cache.Hit {
-		w.detail("fwd=stale; fwd-status=200", "confirmed")
+		w.detail(outcomeConfirmed, "fwd=stale; fwd-status=200", "confirmed")
 	} else {
 		p.notePending(q, c.digest)
 		w.source(o.Source)
@@ -336,7 +336,7 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	case c.poor():
 		cause = "head-only"
 	}
-	w.detail("fwd=bypass; fwd-status=200", cause)
+	w.detail(outcomeBypassed, "fwd=bypass; fwd-status=200", cause)
 	if q.method == http.MethodHead {
 		h.Set("Content-Type", cmp.Or(c.mediaType, blobType))
 		if c.size >= 0 {

@@ -141,6 +141,13 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // health is how the listed registries do.
 func (a *api) health() []upstream.Health { return a.upstreams.Load().Health() }
 
+// grants is how many yeses are remembered.
+func (a *api) grants() int {
+	g := a.enter()
+	defer g.running.Done()
+	return g.proxy.Grants()
+}
+
 // parseImage and askImage are the proxy's.
 
 func (a *api) parseImage(name string) (proxy.ImageName, error) {

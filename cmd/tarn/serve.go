@@ -89,8 +89,8 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 		return fmt.Errorf("admin_socket: %w", err)
 	}
 	defer closeListener(socket)
-	registerCache(registry, a.cache)
-	registerUpstreams(registry, a.health)
+	registerCache(registry, a, cfg.Dir)
+	registerUpstreams(registry, a)
 
 	r := &reloader{load: flags.config, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
