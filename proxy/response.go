@@ -28,6 +28,7 @@ type response struct {
 	timeout     time.Duration // Options.WriteTimeout
 	start       time.Time
 	headers     time.Duration // from arrival to the headers
+	waits       waits         // of those, what was waited for
 	slow        bool          // the body may come later than the headers
 	status      int
 	bytes       int64
@@ -38,6 +39,9 @@ func (w *response) WriteHeader(status int) {
 		w.status = status
 		w.headers = time.Since(w.start)
 		w.Header().Set("Cache-Status", w.cacheStatus)
+		if status < http.StatusBadRequest { // a refusal looks the same whatever is here
+			w.waits.tell(w.Header())
+		}
 	}
 	w.ResponseWriter.WriteHeader(status)
 	if w.slow {

@@ -132,7 +132,7 @@ func (p *Proxy) serveStaleTag(ctx context.Context, w *response, r *http.Request,
 		w.stale(stale)
 		return serveHead(w, r, one.digest, mediaType, y.Size)
 	}
-	o, oerr := p.openStale(ctx, &one, stale)
+	o, oerr := p.openStale(ctx, w, &one, stale)
 	if oerr != nil {
 		return err
 	}

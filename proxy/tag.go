@@ -48,6 +48,7 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*confirmation, bool, error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
+	defer w.waits.since(stepHead, time.Now())
 	return p.confirmTag(asking, ctx, q, false)
 }
 
@@ -260,7 +261,9 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		return err
 	}
 	if err != nil {
-		if c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true); err != nil {
+		start := time.Now()
+		c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true)
+		if w.waits.since(stepHead, start); err != nil {
 			return err
 		}
 		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
@@ -293,7 +296,7 @@ func (p *Proxy) openTag(ctx context.Context, w *response, q *request, c *confirm
 			return io.NopCloser(bytes.NewReader(data)), cache.Info{Size: int64(len(data))}, nil
 		}
 	}
-	o, err := p.cache.Open(ctx, cache.Request{
+	o, err := p.open(ctx, w, cache.Request{
 		Key:        p.key(q, c.digest),
 		Reader:     q.asker.Name(),
 		Source:     string(q.upstream),
@@ -350,7 +353,9 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	}
 	if c.body == nil {
 		var err error
-		if c, err = p.readAlone(ctx, q); err != nil {
+		start := time.Now()
+		c, err = p.readAlone(ctx, q)
+		if w.waits.since(stepFirstByte, start); err != nil {
 			return err
 		}
 	}
