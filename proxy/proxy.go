@@ -66,8 +66,9 @@ type Options struct {
 	// before its connection is cut, since it holds a file. The http.Server
 	// must have the same, to begin with. 0 means DefaultWriteTimeout.
 	WriteTimeout time.Duration
-	// Logger gets one line for each request; nil logs nothing.
-	Logger *zap.Logger
+	// Logger gets one line for each request that AccessLog means; nil logs nothing.
+	Logger    *zap.Logger
+	AccessLog AccessLog
 	// Replaces is the proxy of the same cache whose place this one will take: the
 	// HEADs of both are numbered together. nil: there is none.
 	Replaces *Proxy
@@ -88,6 +89,7 @@ type Proxy struct {
 	metrics   *Metrics
 	counted   counted
 	log       *zap.Logger
+	accessLog AccessLog
 	router    *mux.Router
 	rights    *rights.Rights
 	ruleset   ruleset
@@ -131,6 +133,7 @@ func New(opts Options) (*Proxy, error) {
 		metrics:   opts.Metrics,
 		counted:   newCounted(opts.Metrics, append(opts.Upstreams.Names(), opts.DefaultUpstream)),
 		log:       opts.Logger,
+		accessLog: opts.AccessLog,
 		hosts:     hosts,
 		names: names{
 			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
@@ -297,7 +300,11 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	if q.base || q.kind != "" {
 		route = q.route()
 	}
-	p.counted.of(q.upstream).count(q.metricKind(), w.ended(), w.bytes, w.headers)
+	ended := w.ended()
+	p.counted.of(q.upstream).count(q.metricKind(), ended, w.bytes, w.headers)
+	if !p.accessLog.wants(w, ended) {
+		return
+	}
 	level := zap.InfoLevel
 	if w.status >= http.StatusInternalServerError {
 		level = zap.WarnLevel // the client goes past tarn, or has nothing
