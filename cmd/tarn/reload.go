@@ -138,9 +138,6 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.proxy.ServeHTTP(w, r)
 }
 
-// health is how the listed registries do.
-func (a *api) health() []upstream.Health { return a.upstreams.Load().Health() }
-
 // grants is how many yeses are remembered.
 func (a *api) grants() int {
 	g := a.enter()
