@@ -170,6 +170,7 @@ func (a *api) close() error {
 // reloader reads the configuration anew.
 type reloader struct {
 	load  func() (Config, error) // the file, and the flags that go before it
+	file  string                 // "" for none
 	log   *zap.Logger
 	level zap.AtomicLevel
 	certs *certificates // nil: plain http

@@ -92,7 +92,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	registerCache(registry, a, cfg.Dir)
 	registerUpstreams(registry, a)
 
-	r := &reloader{load: flags.config, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
+	r := &reloader{load: flags.config, file: flags.file, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
@@ -209,6 +209,7 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Parse:    a.parseImage,
 		Ask:      a.askImage,
 		Reload:   r.reload,
+		Process:  func() any { return newProcessReport(r.file) },
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.
