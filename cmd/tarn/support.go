@@ -110,10 +110,8 @@ type supportPart struct {
 func (d *daemon) gather(ctx context.Context) []supportPart {
 	ctx, cancel := context.WithTimeout(ctx, 3*supportPatience) // a daemon that hangs does so each time
 	defer cancel()
-	process, report := d.part(ctx, "process.json", "the daemon's version, arguments, environment and goroutines", "/api/v1/process"), processReport{}
-	if process.err == nil {
-		process.err = json.Unmarshal(process.data, &report)
-	}
+	process, report := d.process(ctx)
+	goroutines := supportPart{name: "goroutines.txt", what: "what the daemon is at", data: []byte(report.Goroutines), err: process.err}
 	config := supportPart{name: "config.yaml", what: "the configuration file, without comments and secrets"}
 	config.data, config.err = readReportedConfig(cmp.Or(d.config, report.Config))
 	return []supportPart{
@@ -121,6 +119,7 @@ func (d *daemon) gather(ctx context.Context) []supportPart {
 		config,
 		{name: "environment.txt", what: "what of this command's environment bears upon tarn", data: []byte(strings.Join(reportedEnvironment(os.Environ()), "\n") + "\n")},
 		process,
+		goroutines,
 		d.part(ctx, "status.json", "how the daemon does", "/api/v1/status"),
 		d.part(ctx, "ready.json", "what its readiness says", "/readyz"),
 		d.part(ctx, "decisions.json", "what it decided last, with names of images", "/api/v1/decisions"),
@@ -129,6 +128,21 @@ func (d *daemon) gather(ctx context.Context) []supportPart {
 		d.part(ctx, "metrics.txt", "its metrics", "/metrics"),
 		checked(ctx),
 	}
+}
+
+// process is what the daemon says of its process, but for the goroutines, which are
+// more legible as they are.
+func (d *daemon) process(ctx context.Context) (p supportPart, report processReport) {
+	p = d.part(ctx, "process.json", "the daemon's version, arguments and environment", "/api/v1/process")
+	if p.err == nil {
+		p.err = json.Unmarshal(p.data, &report)
+	}
+	if p.err == nil {
+		short := report
+		short.Goroutines = "in goroutines.txt"
+		p.data, p.err = json.MarshalIndent(short, "", "  ")
+	}
+	return p, report
 }
 
 // part is an answer of the daemon.

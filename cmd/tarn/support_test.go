@@ -114,7 +114,7 @@ func TestASupportArchiveHasWhatHelpsAndNoSecret(t *testing.T) {
 	files := unpack(t, data)
 	for name, want := range map[string]string{
 		"version.txt": "tarn devel", "config.yaml": "docker_config: ", "environment.txt": "HTTPS_PROXY=http://LEFT-OUT@127.0.0.1:1",
-		"process.json": "serveAll", "status.json": `"lab.test"`, "metrics.txt": "tarn_build_info", "ready.json": `"ready": true`,
+		"goroutines.txt": "serveAll", "status.json": `"lab.test"`, "metrics.txt": "tarn_build_info", "ready.json": `"ready": true`,
 		"hosts-check.txt": ": ", "README.txt": "names of images",
 	} {
 		if !strings.Contains(files[name], want) {
@@ -174,7 +174,7 @@ func TestASupportArchiveIsWrittenWhileTarnIsAway(t *testing.T) {
 		t.Errorf("%v", files)
 	}
 	for _, said := range []string{told.String(), files["README.txt"]} {
-		if !strings.Contains(said, "could not be had: process.json, status.json") || strings.Contains(said, "Get ") || !strings.Contains(said, "is tarn running?") {
+		if !strings.Contains(said, "could not be had: process.json, goroutines.txt, status.json") || strings.Contains(said, "Get ") || !strings.Contains(said, "is tarn running?") {
 			t.Errorf("it says:\n%s", said)
 		}
 	}
