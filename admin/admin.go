@@ -73,6 +73,9 @@ type Options struct {
 	// nil serves none.
 	Explain func(context.Context, proxy.ImageName) explain.Explanation
 	History *history.History
+	// Process is the document of /api/v1/process, which is served over a socket only.
+	// nil serves none.
+	Process func() any
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)
@@ -117,8 +120,11 @@ func New(opts Options) http.Handler {
 	if opts.Reload != nil {
 		own.HandleFunc("POST /api/v1/reload", opts.reload)
 	}
+	if opts.Process != nil {
+		own.HandleFunc("GET /api/v1/process", opts.process)
+	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, explain, decisions, images, pins, evict, verify, reload"))
+		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, explain, decisions, images, pins, evict, verify, reload, process"))
 	})
 	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, own)))
 	return headers(mux)

@@ -143,8 +143,12 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.proxy.ServeHTTP(w, r)
 }
 
-// health is how the listed registries do.
-func (a *api) health() []upstream.Health { return a.upstreams.Load().Health() }
+// grants is how many yeses are remembered.
+func (a *api) grants() int {
+	g := a.enter()
+	defer g.running.Done()
+	return g.proxy.Grants()
+}
 
 // parseImage and askImage are the proxy's.
 
@@ -180,6 +184,7 @@ func (a *api) close() error {
 // reloader reads the configuration anew.
 type reloader struct {
 	load  func() (Config, error) // the file, and the flags that go before it
+	file  string                 // "" for none
 	log   *zap.Logger
 	level zap.AtomicLevel
 	certs *certificates // nil: plain http

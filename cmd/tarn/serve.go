@@ -92,10 +92,10 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 		return fmt.Errorf("admin_socket: %w", err)
 	}
 	defer closeListener(socket)
-	registerCache(registry, a.cache)
-	registerUpstreams(registry, a.health)
+	registerCache(registry, a, cfg.Dir)
+	registerUpstreams(registry, a)
 
-	r := &reloader{load: flags.config, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
+	r := &reloader{load: flags.config, file: flags.file, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
@@ -229,6 +229,7 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Reload:   r.reload,
 		Explain:  a.explain,
 		History:  a.history,
+		Process:  func() any { return newProcessReport(r.file) },
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.

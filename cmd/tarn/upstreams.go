@@ -83,6 +83,7 @@ func proxyOptions(cfg Config) (proxy.Options, error) {
 		ListedOnly:      cfg.Allow == "listed",
 		Names:           cfg.Names,
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
+		AccessLog:       map[string]proxy.AccessLog{"upstream": proxy.LogUpstream, "errors": proxy.LogErrors}[cfg.AccessLog],
 		Rules:           rules,
 		Defaults:        rulesOf(cfg.Defaults.UpstreamDefaults),
 	}, err
