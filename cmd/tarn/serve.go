@@ -80,7 +80,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	defer ls.close()
 
 	registry := newRegistry()
-	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
+	a := &api{metrics: proxy.NewMetrics(registry), history: history.New(time.Now), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
 	if err := a.open(cfg); err != nil {
 		return err
 	}
