@@ -26,6 +26,10 @@ func main() {
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "tarn:", err)
+		var refused *refusal
+		if errors.As(err, &refused) && refused.next != "" {
+			fmt.Fprintln(os.Stderr, "  to do:", refused.next)
+		}
 		os.Exit(1)
 	}
 }
@@ -37,13 +41,20 @@ func newCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(newServeCommand(), newStatusCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newVerifyCommand(), newReloadCommand(), &cobra.Command{
+	root.Version = versionLine()
+	root.SetVersionTemplate("{{.Version}}\n")
+	root.AddCommand(otherWords()...)
+	root.AddCommand(newServeCommand(), newStatusCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newPullCommand(), newVerifyCommand(), newReloadCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "tarn %s (commit %s) %s %s/%s\n", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintln(cmd.OutOrStdout(), versionLine())
 		},
 	})
 	return root
+}
+
+func versionLine() string {
+	return fmt.Sprintf("tarn %s (commit %s) %s %s/%s", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

@@ -141,7 +141,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // health is how the listed registries do.
 func (a *api) health() []upstream.Health { return a.upstreams.Load().Health() }
 
-// parseImage and askImage are the proxy's.
+// parseImage, askImage and pullImage are the proxy's.
 
 func (a *api) parseImage(name string) (proxy.ImageName, error) {
 	g := a.enter()
@@ -153,6 +153,12 @@ func (a *api) askImage(ctx context.Context, name proxy.ImageName) (proxy.Offered
 	g := a.enter()
 	defer g.running.Done()
 	return g.proxy.AskImage(ctx, name)
+}
+
+func (a *api) pullImage(ctx context.Context, name proxy.ImageName, o proxy.PullOptions) (proxy.Pulled, error) {
+	g := a.enter()
+	defer g.running.Done()
+	return g.proxy.Pull(ctx, name, o)
 }
 
 // close waits for all generations, and closes the cache. Call it when no request

@@ -169,6 +169,14 @@ type status struct {
 	Unlisted []upstream.Health `json:"unlisted"`
 }
 
+// upstreamList is the document of /api/v1/upstreams, and a part of the status.
+type upstreamList struct {
+	// Upstreams are the listed registries.
+	Upstreams []upstream.Health `json:"upstreams"`
+	// Unlisted are other registries in trouble, the last few.
+	Unlisted []upstream.Health `json:"unlisted"`
+}
+
 // newAdmins are the services for people and probes: at the admin listener and at the
 // socket, where there are such.
 func newAdmins(cfg Config, opts admin.Options, log *zap.Logger, listener, socket net.Listener) (services []service) {
@@ -208,6 +216,8 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Store:    store,
 		Parse:    a.parseImage,
 		Ask:      a.askImage,
+		Pull:     a.pullImage,
+		Version:  version,
 		Reload:   r.reload,
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
@@ -217,6 +227,10 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
 				{Name: "clients", OK: true, Detail: describeClients(a.metrics.LastRequests(), started, time.Now())},
 			}
+		},
+		Upstreams: func() any {
+			upstreams := a.upstreams.Load()
+			return upstreamList{upstreams.Health(), upstreams.Strangers()}
 		},
 		Status: func() any {
 			last, upstreams := a.metrics.LastRequests(), a.upstreams.Load()
