@@ -28,6 +28,8 @@ import (
 	"strings"
 
 	"tarn/cache"
+	"tarn/explain"
+	"tarn/history"
 	"tarn/proxy"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -69,6 +71,10 @@ type Options struct {
 	// Reload reads the configuration anew, and says what became of it; an error
 	// says why nothing did. nil serves none.
 	Reload func() (Reloaded, error)
+	// Explain explains an image that has a repository, and History is what happened.
+	// nil serves none.
+	Explain func(context.Context, proxy.ImageName) explain.Explanation
+	History *history.History
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)

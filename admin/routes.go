@@ -41,6 +41,12 @@ func (o Options) routes() []route {
 	if o.Registry != nil {
 		all = append(all, route{"GET", "/metrics", "for Prometheus", false, promhttp.HandlerFor(o.Registry, promhttp.HandlerOpts{}).ServeHTTP})
 	}
+	if o.Explain != nil {
+		all = append(all, route{"GET", "/api/v1/explain", "what is there and here of ?image=, and what happened to it", false, o.explain})
+	}
+	if o.History != nil {
+		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
+	}
 	if o.Store != nil {
 		i := imageAPI{o.Store, o.Parse, o.Ask, o.Pull, make(chan struct{}, maxPulls)}
 		all = append(all,

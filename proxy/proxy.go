@@ -31,6 +31,7 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/history"
 	"tarn/rights"
 	"tarn/upstream"
 
@@ -66,6 +67,10 @@ type Options struct {
 	// before its connection is cut, since it holds a file. The http.Server
 	// must have the same, to begin with. 0 means DefaultWriteTimeout.
 	WriteTimeout time.Duration
+	// History remembers what became of requests; nil does not.
+	History *history.History
+	// Now is the clock by which rights end; nil is time.Now.
+	Now func() time.Time
 	// Logger gets one line for each request; nil logs nothing.
 	Logger *zap.Logger
 	// Replaces is the proxy of the same cache whose place this one will take: the
@@ -86,6 +91,7 @@ type Proxy struct {
 	sizes     sizes
 	wrongs    wrongs
 	metrics   *Metrics
+	history   *history.History
 	log       *zap.Logger
 	router    *mux.Router
 	rights    *rights.Rights
@@ -108,6 +114,9 @@ func New(opts Options) (*Proxy, error) {
 	if opts.DefaultUpstream == "" {
 		opts.DefaultUpstream = upstream.DockerHub
 	}
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
@@ -128,6 +137,7 @@ func New(opts Options) (*Proxy, error) {
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
 		metrics:   opts.Metrics,
+		history:   opts.History,
 		log:       opts.Logger,
 		hosts:     hosts,
 		names: names{
@@ -140,7 +150,7 @@ func New(opts Options) (*Proxy, error) {
 		sealer:  newSealer(),
 		memory:  newMemory(),
 		ahead:   newAhead(opts.Prefetch),
-		now:     time.Now,
+		now:     opts.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 	}
@@ -293,6 +303,7 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 		route = q.route()
 	}
 	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
+	p.remember(w, r, q)
 	level := zap.InfoLevel
 	if w.status >= http.StatusInternalServerError {
 		level = zap.WarnLevel // the client goes past tarn, or has nothing

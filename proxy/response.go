@@ -28,6 +28,7 @@ type response struct {
 	start       time.Time
 	headers     time.Duration // from arrival to the headers
 	slow        bool          // the body may come later than the headers
+	told        told
 	status      int
 	bytes       int64
 }
@@ -170,7 +171,7 @@ func (w *response) source(s cache.Source) {
 	case cache.Hit:
 		w.detail("hit", "")
 	case cache.Joined:
-		w.collapsed = true
+		w.collapsed, w.told.joined = true, true
 		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
 	case cache.Fetched:
 		w.detail("fwd=uri-miss; fwd-status=200; stored", "")

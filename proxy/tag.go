@@ -27,11 +27,13 @@ import (
 // answer to a question that was sent after this request arrived; the bytes come
 // from the disk when they are there.
 func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *request) error {
+	w.told.asked = http.MethodHead
 	c, shared, err := p.confirmInTime(ctx, w, q)
 	if err != nil {
 		return p.serveStaleTag(ctx, w, r, q, err)
 	}
 	w.collapsed = shared
+	w.told.asked, w.told.meant, w.told.before = c.asked, c.digest, c.before
 	if q.method == http.MethodHead && c.poor() {
 		return p.relayManifest(ctx, w, q, c)
 	}
@@ -92,7 +94,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		tag: key.tag, accept: acceptLines(key.accept),
 	}
 	q.asker = p.rights.Asker(q.repositoryKey(), key.credential)
-	asked := p.now()
+	asked, method := p.now(), http.MethodHead
 	var c *confirmation
 	var err error
 	if !key.manifest {
@@ -101,7 +103,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	if key.manifest || lacksHead(err) || err == nil && c.poor() || isNo(err) && key.method == http.MethodGet {
 		refused := err != nil
 		poor := c
-		asked = p.now()
+		asked, method = p.now(), http.MethodGet
 		if !key.manifest {
 			sequence = p.fresh.number()
 		}
@@ -109,6 +111,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
 		}
 		if poor != nil && answered(err) && key.method == http.MethodHead {
+			poor.asked = http.MethodHead
 			return poor, nil // it says yes to HEAD and no to GET, and that is what there is to say
 		}
 	}
@@ -119,7 +122,12 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	c.evidence.Asked = asked
 	c.yes = p.rights.Learn(q.asker, q.object(c.digest), c.evidence)
 	c.row = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
-	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row)
+	c.asked = method
+	tag := q.repositoryKey().TagKey(q.tag)
+	if last, known := p.cache.Index().Tag(tag); known && last.Digest != c.digest {
+		c.before = last.Digest
+	}
+	p.cache.NoteTag(tag, c.row)
 	if !c.stored && c.digest != "" {
 		p.pending.add(q.repositoryKey(), q.tag, c.row)
 	}
@@ -237,7 +245,8 @@ func (p *Proxy) readBody(ctx context.Context, q *request, resp *upstream.Respons
 // from the HEAD; it fetches nothing, because who polls would spend the quota
 // of pulls.
 func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	if size, cached := p.cache.Has(p.key(q, c.digest)); cached && c.yes.Covers(size) {
+	size, cached := p.cache.Has(p.key(q, c.digest))
+	if cached && c.yes.Covers(size) {
 		mediaType, err := p.storedType(ctx, q, c.digest, c.mediaType)
 		if !errors.Is(err, errGone) {
 			if err != nil {
@@ -247,6 +256,7 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 			return serveHead(w, r, c.digest, mediaType, size)
 		}
 	}
+	w.told.unproven = cached // and the answer is not about that
 	w.detail("fwd=uri-miss; fwd-status=200", "")
 	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
@@ -263,6 +273,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		if c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true); err != nil {
 			return err
 		}
+		w.told.asked, w.told.meant = c.asked, c.digest
 		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
 			return p.relayManifest(ctx, w, q, c)
 		}

@@ -6,6 +6,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 
@@ -25,12 +26,17 @@ func main() {
 		os.Exit(int(exit))
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "tarn:", err)
-		var refused *refusal
-		if errors.As(err, &refused) && refused.next != "" {
-			fmt.Fprintln(os.Stderr, "  to do:", refused.next)
-		}
+		complain(os.Stderr, err)
 		os.Exit(1)
+	}
+}
+
+// complain says what went wrong, and, where the daemon said so, what to do.
+func complain(to io.Writer, err error) {
+	fmt.Fprintln(to, "tarn:", err)
+	var refused *refusal
+	if errors.As(err, &refused) && refused.next != "" {
+		fmt.Fprintln(to, "  to do:", refused.next)
 	}
 }
 
@@ -44,7 +50,7 @@ func newCommand() *cobra.Command {
 	root.Version = versionLine()
 	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(otherWords()...)
-	root.AddCommand(newServeCommand(), newStatusCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newPullCommand(), newVerifyCommand(), newReloadCommand(), &cobra.Command{
+	root.AddCommand(newServeCommand(), newStatusCommand(), newExplainCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newPullCommand(), newVerifyCommand(), newReloadCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,

@@ -14,9 +14,12 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"tarn/admin"
 	"tarn/cache"
+	"tarn/explain"
+	"tarn/history"
 	"tarn/proxy"
 	"tarn/upstream"
 
@@ -50,6 +53,7 @@ type api struct {
 	log     *zap.Logger
 	own     []net.Listener // tarn's, which are never dialled
 	cache   *cache.Cache
+	history *history.History
 
 	// upstreams are those of the generation that is served, or will be as soon as
 	// the cache, which asks which are listed, is open.
@@ -75,11 +79,12 @@ func (a *api) open(cfg Config) error {
 	if _, err := proxyOptions(cfg); err != nil { // before the cache, which may take a while
 		return err
 	}
-	if a.cache, err = openCache(cfg, a.log, a.listed); err != nil {
+	a.history = history.New(time.Now)
+	if a.cache, err = openCache(cfg, a.log, a.listed, a.history); err != nil {
 		return err
 	}
 	if a.now, err = a.build(cfg, upstreams, nil); err != nil {
-		return errors.Join(err, a.cache.Close())
+		return errors.Join(err, a.history.Close(), a.cache.Close())
 	}
 	return nil
 }
@@ -91,7 +96,7 @@ func (a *api) build(cfg Config, upstreams *upstream.Client, replaces *proxy.Prox
 		return nil, err
 	}
 	options.Upstreams, options.Cache = upstreams, a.cache
-	options.Metrics, options.Logger, options.Replaces = a.metrics, a.log, replaces
+	options.Metrics, options.Logger, options.Replaces, options.History = a.metrics, a.log, replaces, a.history
 	p, err := proxy.New(options)
 	if err != nil {
 		return nil, err
@@ -161,11 +166,20 @@ func (a *api) pullImage(ctx context.Context, name proxy.ImageName, o proxy.PullO
 	return g.proxy.Pull(ctx, name, o)
 }
 
+func (a *api) explain(ctx context.Context, name proxy.ImageName) explain.Explanation {
+	g := a.enter()
+	defer g.running.Done()
+	return explain.Explain(ctx, explain.Sources{Proxy: g.proxy, Cache: a.cache, History: a.history, Now: time.Now}, name)
+}
+
 // close waits for all generations, and closes the cache. Call it when no request
 // comes any more.
 func (a *api) close() error {
 	a.now.close()
 	a.closing.Wait()
+	if err := a.history.Close(); err != nil { // which nobody is kept from stopping for
+		a.log.Warn("the last decisions could not be written", zap.Error(err))
+	}
 	return a.cache.Close()
 }
 
