@@ -270,3 +270,26 @@ func TestAPullThatIsLeftTakesNothingFromAClient(t *testing.T) {
 	}
 	(<-got).mustBe(t, layer)
 }
+
+// TestAPullThatTheDiskDoesNotTakeIsAnError, while a client would have the bytes all the same.
+func TestAPullThatTheDiskDoesNotTakeIsAnError(t *testing.T) {
+	t.Parallel()
+	r := registrytest.New(t)
+	d := start(t, setup{listed: map[string]*registrytest.Registry{lab: r}, maxSize: 16 << 20})
+	kept := r.Image("team/app", "kept", random(1, 8<<20))
+	r.Image("team/app", "v1", random(2, 12<<20))
+	if _, err := d.pullImage(t.Context(), "lab.test/team/app:kept", PullOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// Who reads it keeps it from making room.
+	reader, err := d.cache.Open(t.Context(), cache.Request{Key: cache.Key{Domain: cache.ListedDomain, Digest: kept.Layers[0]}, Authorised: true, Fetch: notNow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	_, err = d.pullImage(t.Context(), "lab.test/team/app:v1", PullOptions{})
+	var pe *PullError
+	if !errors.As(err, &pe) || pe.Code != "not_stored" || !strings.Contains(pe.Error(), "no room") {
+		t.Errorf("%v", err)
+	}
+}

@@ -13,6 +13,8 @@ import (
 
 	"tarn/cache"
 	"tarn/upstream"
+
+	"github.com/docker/go-units"
 )
 
 // PullError says why an image was not pulled, and what to do about it.
@@ -61,7 +63,7 @@ func (e *storeError) Error() string {
 type roomError struct{ room int64 }
 
 func (e *roomError) Error() string {
-	return fmt.Sprintf("the image is larger than the %d bytes that max_size and min_free leave", e.room)
+	return fmt.Sprintf("the image is larger than the %s that max_size and min_free leave", units.BytesSize(float64(e.room)))
 }
 
 // words turns what went wrong into words for whoever asked for the pull.

@@ -112,6 +112,14 @@ func showImagesWide(w io.Writer, all []images.Image) {
 	}
 }
 
+// oneImage is for commands that take exactly one.
+func oneImage(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%d images are named; this takes one at a time", len(args))
+	}
+	return nil
+}
+
 // imageName is the image as other commands take it.
 func imageName(i images.Image) string {
 	name := i.Upstream + "/" + i.Repository
@@ -199,7 +207,7 @@ func newUnpinCommand() *cobra.Command {
 		Use:               "unpin IMAGE",
 		ValidArgsFunction: d.completePin,
 		Short:             "Let a pinned image be evicted again",
-		Args:              cobra.ExactArgs(1),
+		Args:              oneImage,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var answer admin.Unpinned
 			return d.do(cmd, "DELETE", "/api/v1/pins", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {
@@ -220,7 +228,7 @@ func newEvictCommand() *cobra.Command {
 no other stored image has. By digest, which may be cut short as in the list, the name
 says nothing. Who pulls it just now gets
 it whole; the next one has it fetched anew.`,
-		Args: cobra.ExactArgs(1),
+		Args: oneImage,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var answer admin.Evicted
 			return d.do(cmd, "POST", "/api/v1/evict", admin.Order{Image: args[0]}, &answer, func(w io.Writer) {

@@ -47,7 +47,12 @@ tarn asks as anonymous, or as the node for what is under share: in its configura
 that has its pull secret. The exit code is 1 when any image has not come.`,
 		Example: `  tarn pull alpine:3.20 ghcr.io/org/app:v1
   tarn pull --pin --platform linux/amd64 --platform linux/arm64 registry.k8s.io/pause:3.10`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New("name an image, or - for a list on standard input")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if order.Images, err = pullList(args, cmd.InOrStdin()); err != nil {
 				return err
