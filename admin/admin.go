@@ -25,7 +25,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"slices"
 	"strings"
 
 	"tarn/cache"
@@ -34,7 +33,6 @@ import (
 	"tarn/proxy"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
 // Check is one line of /readyz.
@@ -54,8 +52,12 @@ type Options struct {
 	// Ready says whether registry requests are served, and what is to be
 	// known of it. nil means ready.
 	Ready func() (bool, []Check)
+	// Version is this tarn's, which each answer names. "" names none.
+	Version string
 	// Status is the document of /api/v1/status. nil serves none.
 	Status func() any
+	// Upstreams is the document of /api/v1/upstreams. nil serves none.
+	Upstreams func() any
 	// ReadOnly says, to who asks this listener to change something, where that is
 	// done. "" means here.
 	ReadOnly string
@@ -79,6 +81,8 @@ type Options struct {
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)
+	// Pull fetches an image into the store, as Proxy.Pull does. nil fetches none.
+	Pull func(context.Context, proxy.ImageName, proxy.PullOptions) (proxy.Pulled, error)
 }
 
 // New returns the handler.
@@ -99,35 +103,9 @@ func New(opts Options) http.Handler {
 		}
 		serveJSON(w, status, map[string]any{"ready": ready, "checks": checks})
 	})
-	own := http.NewServeMux()
-	if opts.Registry != nil {
-		own.Handle("GET /metrics", promhttp.HandlerFor(opts.Registry, promhttp.HandlerOpts{}))
-	}
-	if opts.Status != nil {
-		own.HandleFunc("GET /api/v1/status", func(w http.ResponseWriter, _ *http.Request) {
-			serveJSON(w, http.StatusOK, opts.Status())
-		})
-	}
-	if opts.Store != nil {
-		imageAPI{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
-	}
-	if opts.Explain != nil {
-		own.HandleFunc("GET /api/v1/explain", opts.explain)
-	}
-	if opts.History != nil {
-		own.HandleFunc("GET /api/v1/decisions", opts.decisions)
-	}
-	if opts.Reload != nil {
-		own.HandleFunc("POST /api/v1/reload", opts.reload)
-	}
-	if opts.Process != nil {
-		own.HandleFunc("GET /api/v1/process", opts.process)
-	}
-	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, explain, decisions, images, pins, evict, verify, reload, process"))
-	})
-	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, own)))
-	return headers(mux)
+	routes := opts.routes()
+	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, opts.newMux(routes))))
+	return headers(opts.Version, checked(routes, mux))
 }
 
 // Reloaded is the answer to a reload.
@@ -138,14 +116,10 @@ type Reloaded struct {
 }
 
 func (o Options) reload(w http.ResponseWriter, r *http.Request) {
-	if o.ReadOnly != "" {
-		serveJSON(w, http.StatusForbidden, failure(o.ReadOnly))
-		return
-	}
 	// Whoever can connect to a port could have all that was learnt forgotten, again
 	// and again, also where he may pin and evict.
 	if o.Listener.Network() != "unix" {
-		serveJSON(w, http.StatusForbidden, failure("a reload is asked for over the admin socket only, by the user that tarn runs as, or with SIGHUP"))
+		refuse(w, http.StatusForbidden, codeReadOnly, "a reload is asked for over the admin socket only, by the user that tarn runs as, or with SIGHUP", "tarn reload, or send SIGHUP")
 		return
 	}
 	if _, ok := readOrder(w, r); !ok {
@@ -153,13 +127,11 @@ func (o Options) reload(w http.ResponseWriter, r *http.Request) {
 	}
 	done, err := o.Reload()
 	if err != nil {
-		serveJSON(w, http.StatusUnprocessableEntity, failure(err.Error()))
+		refuse(w, http.StatusUnprocessableEntity, "invalid_configuration", err.Error(), "mend the configuration, and reload again; all stays as it was")
 		return
 	}
 	serveJSON(w, http.StatusOK, done)
 }
-
-func failure(message string) map[string]string { return map[string]string{"error": message} }
 
 func serveJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
@@ -169,28 +141,17 @@ func serveJSON(w http.ResponseWriter, status int, v any) {
 	e.Encode(v) // the client may have gone
 }
 
-// methods are those of the paths that take others than GET and HEAD.
-var methods = map[string]string{
-	"/api/v1/pins":   "GET, HEAD, POST, DELETE",
-	"/api/v1/evict":  "POST",
-	"/api/v1/verify": "POST",
-	"/api/v1/reload": "POST",
-}
+// VersionHeader says which tarn answers, for commands of another one.
+const VersionHeader = "Tarn-Version"
 
-func headers(next http.Handler) http.Handler {
+func headers(version string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 		h.Set("Cache-Control", "no-store")
-		allowed, ok := methods[r.URL.Path]
-		if !ok {
-			allowed = "GET, HEAD"
-		}
-		if !slices.Contains(strings.Split(allowed, ", "), r.Method) {
-			h.Set("Allow", allowed)
-			serveJSON(w, http.StatusMethodNotAllowed, failure("only "+allowed))
-			return
+		if version != "" {
+			h.Set(VersionHeader, version)
 		}
 		next.ServeHTTP(w, r)
 	})
@@ -207,11 +168,11 @@ func guard(listener net.Addr, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if ok {
 			if !ownHost(r.Host, own) {
-				serveJSON(w, http.StatusForbidden, failure("ask for localhost or an address of this listener, not for another host name"))
+				refuse(w, http.StatusForbidden, "wrong_host", "ask for localhost or an address of this listener, not for another host name", "use http://127.0.0.1 with the port of admin_listen")
 				return
 			}
 			if !ownOrigin(r.Header, own) {
-				serveJSON(w, http.StatusForbidden, failure("requests of other web sites are refused"))
+				refuse(w, http.StatusForbidden, "wrong_origin", "requests of other web sites are refused", "open the address of admin_listen itself")
 				return
 			}
 		}
@@ -227,7 +188,7 @@ const DirHeader = "Tarn-Dir"
 func meant(dir string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if other := r.Header.Get(DirHeader); other != "" && dir != "" && other != dir {
-			serveJSON(w, http.StatusMisdirectedRequest, failure("this is the tarn whose data directory is "+dir))
+			refuse(w, http.StatusMisdirectedRequest, "other_daemon", "this is the tarn whose data directory is "+dir, "name the one that is meant with --admin or --dir")
 			return
 		}
 		next.ServeHTTP(w, r)

@@ -18,11 +18,11 @@ const maxDecisions = 1000
 func (o Options) explain(w http.ResponseWriter, r *http.Request) {
 	n, err := o.Parse(r.URL.Query().Get("image"))
 	if err != nil {
-		serveJSON(w, http.StatusBadRequest, failure(err.Error()))
+		invalid(w, err.Error())
 		return
 	}
 	if n.Repository.Upstream == "" || n.Prefix != "" {
-		serveJSON(w, http.StatusBadRequest, failure("an image is explained by its name, with a tag or a whole digest: without a registry nobody can be asked"))
+		invalid(w, "an image is explained by its name, with a tag or a whole digest: without a registry nobody can be asked")
 		return
 	}
 	select {
@@ -56,7 +56,7 @@ func (o Options) decisions(w http.ResponseWriter, r *http.Request) {
 		if s := query.Get(name); s != "" {
 			v, err := strconv.ParseInt(s, 10, 64)
 			if err != nil || v < 0 || name == "limit" && (v == 0 || v > maxDecisions) {
-				serveJSON(w, http.StatusBadRequest, failure(name+" is a number, and limit at most "+strconv.Itoa(maxDecisions)))
+				invalid(w, name+" is a number, and limit at most "+strconv.Itoa(maxDecisions))
 				return
 			}
 			*n = v

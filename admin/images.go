@@ -11,6 +11,7 @@ import (
 	"mime"
 	"net/http"
 	"runtime"
+	"slices"
 	"time"
 
 	"tarn/cache"
@@ -24,26 +25,8 @@ type imageAPI struct {
 	cache *cache.Cache
 	parse func(string) (proxy.ImageName, error)
 	ask   func(context.Context, proxy.ImageName) (proxy.Offered, error)
-}
-
-// register serves what reads, and what changes something unless it says where that
-// is done.
-func (i imageAPI) register(mux *http.ServeMux, readOnly string) {
-	mux.HandleFunc("GET /api/v1/images", i.list)
-	mux.HandleFunc("GET /api/v1/pins", i.pins)
-	for pattern, change := range map[string]http.HandlerFunc{
-		"POST /api/v1/pins":   i.pin,
-		"DELETE /api/v1/pins": i.unpin,
-		"POST /api/v1/evict":  i.evict,
-		"POST /api/v1/verify": i.verify,
-	} {
-		if readOnly != "" {
-			change = func(w http.ResponseWriter, _ *http.Request) {
-				serveJSON(w, http.StatusForbidden, failure(readOnly))
-			}
-		}
-		mux.HandleFunc(pattern, change)
-	}
+	fetch func(context.Context, proxy.ImageName, proxy.PullOptions) (proxy.Pulled, error)
+	pulls chan struct{} // has one for each that is running
 }
 
 // Pinned is the answer to a pin.
@@ -71,16 +54,22 @@ type Evicted struct {
 // Order is what POST and DELETE are told.
 type Order struct {
 	Image string `json:"image,omitempty"`
-	// Platforms of a pin: none are this node's, "all" is all; at most maxPlatforms.
+	// Images of a pull, at most maxImages.
+	Images []string `json:"images,omitempty"`
+	// Pin has a pull pin what it fetches, and AsNode has it fail unless the repository
+	// is shared.
+	Pin    bool `json:"pin,omitempty"`
+	AsNode bool `json:"asNode,omitempty"`
+	// Platforms of a pin or a pull: none are this node's, "all" is all; at most maxPlatforms.
 	Platforms []string `json:"platforms,omitempty"`
 	// Rate of verifying, in bytes a second; 0 is as fast as the disk.
 	Rate int64 `json:"rate,omitempty"`
 }
 
 const (
-	maxOrder     = 64 << 10 // bytes
-	maxPlatforms = 64       // an index has a dozen
-	maxPlatform  = 64       // characters
+	maxOrder     = 256 << 10 // bytes: so many are maxImages names of twice the usual length
+	maxPlatforms = 64        // an index has a dozen
+	maxPlatform  = 64        // characters
 	// allPlatforms is the word for all that an index has.
 	allPlatforms = "all"
 	// nodePlatform is what a pin keeps of an index when none is named.
@@ -90,7 +79,7 @@ const (
 func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 	// A page of another site cannot send this type unasked.
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
-		serveJSON(w, http.StatusUnsupportedMediaType, failure("the Content-Type must be application/json"))
+		refuse(w, http.StatusUnsupportedMediaType, "unsupported_media_type", "the Content-Type must be application/json", "send it with Content-Type: application/json")
 		return o, false
 	}
 	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxOrder))
@@ -102,21 +91,21 @@ func readOrder(w http.ResponseWriter, r *http.Request) (o Order, ok bool) {
 		}
 	}
 	if err != nil {
-		serveJSON(w, http.StatusBadRequest, failure("the body cannot be read: "+err.Error()))
+		invalid(w, "the body cannot be read: "+err.Error())
 		return o, false
 	}
 	if len(o.Platforms) > maxPlatforms {
-		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d platforms are named; %d is the most", len(o.Platforms), maxPlatforms)))
+		invalid(w, fmt.Sprintf("%d platforms are named; %d is the most", len(o.Platforms), maxPlatforms))
 		return o, false
 	}
 	for _, p := range o.Platforms {
 		if len(p) > maxPlatform {
-			serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("a platform's name has %d characters; %d is the most", len(p), maxPlatform)))
+			invalid(w, fmt.Sprintf("a platform's name has %d characters; %d is the most", len(p), maxPlatform))
 			return o, false
 		}
 	}
 	if o.Rate < 0 {
-		serveJSON(w, http.StatusBadRequest, failure("rate is negative"))
+		invalid(w, "rate is negative")
 		return o, false
 	}
 	// All is read, and from now on it is listened whether the client leaves.
@@ -131,43 +120,35 @@ func (i imageAPI) named(w http.ResponseWriter, r *http.Request) (o Order, n prox
 	}
 	n, err := i.parse(o.Image)
 	if err != nil {
-		serveJSON(w, http.StatusBadRequest, failure(err.Error()))
+		invalid(w, err.Error())
 		return o, n, false
 	}
 	return o, n, true
 }
 
-func serveFailure(w http.ResponseWriter, err error) {
-	status := http.StatusInternalServerError
-	switch {
-	case errors.Is(err, images.ErrNotHere), errors.Is(err, images.ErrNotPinned), errors.Is(err, proxy.ErrNoImage):
-		status = http.StatusNotFound
-	case errors.Is(err, store.ErrVerifying), errors.Is(err, images.ErrPinned), errors.Is(err, images.ErrPinsTooLarge), errors.Is(err, images.ErrShared), errors.Is(err, errSeveral):
-		status = http.StatusConflict
-	case errors.Is(err, images.ErrNoPin), errors.Is(err, proxy.ErrNotAsked):
-		status = http.StatusBadRequest
-	case errors.Is(err, store.ErrClosed):
-		status = http.StatusServiceUnavailable
-	}
-	serveJSON(w, status, failure(err.Error()))
-}
-
 // maxFilters bounds how many images are asked for at once.
 const maxFilters = 64
 
-// list answers with all images, or with those that ?image= names.
+// list answers with all images, or with those that ?image= names and each kind of ?filter=
+// lets pass.
 func (i imageAPI) list(w http.ResponseWriter, r *http.Request) {
 	all := i.cache.Images().List()
-	asked := r.URL.Query()["image"]
-	if len(asked) > maxFilters {
-		serveJSON(w, http.StatusBadRequest, failure(fmt.Sprintf("%d images are asked for; %d is the most", len(asked), maxFilters)))
+	query := r.URL.Query()
+	asked := query["image"]
+	if n := len(asked) + len(query["filter"]); n > maxFilters {
+		invalid(w, fmt.Sprintf("%d images and filters are asked for; %d is the most", n, maxFilters))
+		return
+	}
+	passes, err := parseFilters(query["filter"], time.Now())
+	if err != nil {
+		serveFailure(w, err)
 		return
 	}
 	wanted := make([]bool, len(all))
 	for _, s := range asked {
 		n, err := i.parse(s)
 		if err != nil {
-			serveJSON(w, http.StatusBadRequest, failure(err.Error()))
+			invalid(w, err.Error())
 			return
 		}
 		found := false
@@ -183,11 +164,42 @@ func (i imageAPI) list(w http.ResponseWriter, r *http.Request) {
 	}
 	found := []images.Image{}
 	for j, image := range all {
-		if len(asked) == 0 || wanted[j] {
+		if (len(asked) == 0 || wanted[j]) && passes(image) {
 			found = append(found, image)
 		}
 	}
 	serveJSON(w, http.StatusOK, map[string]any{"images": found})
+}
+
+// one answers with one image, whose name is the rest of the path, as it is or with its
+// slashes encoded.
+func (i imageAPI) one(w http.ResponseWriter, r *http.Request) {
+	n, err := i.parse(r.PathValue("ref"))
+	if err != nil {
+		invalid(w, err.Error())
+		return
+	}
+	all := i.cache.Images().List()
+	if n.Bare {
+		n, err = bare(n, all, false)
+	}
+	var found []images.Image
+	for _, image := range all {
+		if err == nil && means(n, image) && !slices.ContainsFunc(found, func(f images.Image) bool { return f.Digest == image.Digest }) {
+			found = append(found, image)
+		}
+	}
+	switch {
+	case err == nil && len(found) == 0:
+		err = notHere(n, all)
+	case len(found) > 1:
+		err = several(n, found)
+	}
+	if err != nil {
+		serveFailure(w, err)
+		return
+	}
+	serveJSON(w, http.StatusOK, found[0])
 }
 
 func (i imageAPI) pins(w http.ResponseWriter, _ *http.Request) {
@@ -213,19 +225,24 @@ func (i imageAPI) pin(w http.ResponseWriter, r *http.Request) {
 		serveFailure(w, err)
 		return
 	}
-	p := pinOf(n)
-	switch {
-	case len(o.Platforms) == 0:
-		p.Platforms = []string{nodePlatform}
-	case len(o.Platforms) > 1 || o.Platforms[0] != allPlatforms:
-		p.Platforms = o.Platforms
-	}
+	p := withPlatforms(pinOf(n), o.Platforms)
 	t, err := i.cache.Images().Pin(p)
 	if err != nil {
 		serveFailure(w, err)
 		return
 	}
 	serveJSON(w, http.StatusOK, Pinned{n.String(), p, t.Here, t.Total, warning})
+}
+
+// withPlatforms is a pin for these platforms of an index, or this node's.
+func withPlatforms(p images.Pin, platforms []string) images.Pin {
+	switch {
+	case len(platforms) == 0:
+		p.Platforms = []string{nodePlatform}
+	case !slices.Contains(platforms, allPlatforms):
+		p.Platforms = platforms
+	}
+	return p
 }
 
 func (i imageAPI) unpin(w http.ResponseWriter, r *http.Request) {
@@ -285,17 +302,14 @@ func (i imageAPI) verify(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	control := http.NewResponseController(w)
-	lines := json.NewEncoder(w)
+	out := &lines{control: http.NewResponseController(w), to: json.NewEncoder(w)}
 	var last time.Time
 	send := func(v Verified) {
 		if last.IsZero() {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 		}
 		last = time.Now()
-		control.SetWriteDeadline(last.Add(reportTimeout))
-		lines.Encode(v) // who has left has ended the context
-		control.Flush()
+		out.send(v)
 	}
 	v, err := i.cache.Store().Verify(r.Context(), o.Rate, func(v store.Verification) {
 		if time.Since(last) >= reportEvery {

@@ -42,6 +42,8 @@ type (
 	Info    = flight.Info
 	Object  = flight.Object
 	Source  = flight.Source
+	// Progress is how far a download has come.
+	Progress = flight.Progress
 )
 
 const (
@@ -248,6 +250,9 @@ func (c *Cache) hit(req Request, f *store.File) (*Object, error) {
 	}
 	return flight.Stored(f.Size, f, f.Close), nil
 }
+
+// Progress is that of all downloads that are running or parked, in no order.
+func (c *Cache) Progress() []Progress { return c.flights.Progress() }
 
 // Stats are for people and metrics.
 type Stats struct {

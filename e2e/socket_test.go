@@ -93,7 +93,7 @@ func TestTheCommandsFindTheTarnThatIsMeant(t *testing.T) {
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
-	if out, err := asOther("images"); err != nil || !strings.Contains(out, "REPOSITORY") {
+	if out, err := asOther("images"); err != nil || !strings.Contains(out, "IMAGE") {
 		t.Errorf("images as another user: %v: %s", err, out)
 	}
 	if out, err := asOther("pin", upstreamName+"/app/a:v1"); err == nil || !strings.Contains(out, runSocket) || !strings.Contains(out, "sudo") || !strings.Contains(out, "kubectl exec") {

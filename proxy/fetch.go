@@ -57,6 +57,8 @@ func (p *Proxy) fetcher(q *request, d digest.Digest, y *rights.Yes) *fetcher {
 	return f
 }
 
+var errPullEnded = errors.New("the pull was ended by who had asked for it")
+
 var errClientLeft = errors.New("the client has left, and its right has ended")
 
 // fetched tells whether any source was asked for bytes. A nil fetcher asked none.
@@ -74,6 +76,9 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 	begun, asked, yes, after, first := f.begun, f.asked, f.yes, f.after(), f.first
 	f.begun = true
 	f.mu.Unlock()
+	if f.q.leaves != nil && f.q.hasLeft() {
+		return nil, cache.Info{}, fmt.Errorf("%w: %w", cache.ErrRefused, errPullEnded)
+	}
 	if (begun || asked) && f.q.hasLeft() {
 		// Before the first answer the grant is the right: parts are asked for at once.
 		if _, ok := f.proxy.entitled(f.q); !ok && (asked || !f.proxy.rights.Granted(f.q.asker)) {
@@ -92,6 +97,10 @@ func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, er
 		return nil, cache.Info{}, err
 	}
 	f.note(r.source.name())
+	if f.q.leaves != nil {
+		from := r.Body
+		r.Body = leavingBody{from, f.q.leaves(func() { from.Close() })}
+	}
 	body := &watchedBody{ReadCloser: r.Body, fetcher: f, source: r.source}
 	if r.yes != nil {
 		f.confirm(*r.yes)
@@ -311,6 +320,17 @@ func decoded(data []byte, encoding string, d digest.Digest) []byte {
 		return data
 	}
 	return plain
+}
+
+// leavingBody is closed, too, when who asked for it leaves.
+type leavingBody struct {
+	io.ReadCloser
+	stop func() bool
+}
+
+func (b leavingBody) Close() error {
+	b.stop()
+	return b.ReadCloser.Close()
 }
 
 // watchedBody sees when a source's body breaks off, so that the next one is asked

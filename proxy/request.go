@@ -77,6 +77,9 @@ type request struct {
 	asker rights.Asker // who asks, see identify
 
 	gone <-chan struct{} // closed when the client has left, or has its answer
+	// leaves has a function called when the client leaves, as context.AfterFunc has: then
+	// its downloads end, unless others read them, too. nil: they go on.
+	leaves func(func()) (stop func() bool)
 }
 
 func (q *request) hasLeft() bool {

@@ -267,7 +267,7 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 // tag only, and it may be gone meanwhile: then the tag is asked for itself.
 func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
 	o, err := p.openTag(ctx, w, q, c)
-	if err != nil && (!isNo(err) && !errors.Is(err, cache.ErrBroken) && !errors.Is(err, errManifest) || c.body != nil) {
+	if err != nil && (!goesByTag(err) || c.body != nil) {
 		return err
 	}
 	if err != nil {
@@ -292,6 +292,12 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		w.source(o.Source)
 	}
 	return p.serveManifest(ctx, w, r, q, o, c.digest, c.mediaType)
+}
+
+// goesByTag tells whether the tag itself is worth asking for, after it was not to be had
+// by its digest.
+func goesByTag(err error) bool {
+	return err != nil && (isNo(err) || errors.Is(err, cache.ErrBroken) || errors.Is(err, errManifest))
 }
 
 // openTag opens what the authority said that the tag means. What is here of

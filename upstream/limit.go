@@ -170,6 +170,7 @@ func (r *Registry) noteRate(h http.Header) {
 
 // Health returns that of the listed registries, by name.
 func (c *Client) Health() (all []Health) {
+	all = []Health{} // a list also when it is empty
 	for _, name := range slices.Sorted(maps.Keys(c.listed)) {
 		all = append(all, c.listed[name].health())
 	}

@@ -152,5 +152,5 @@ func (c *Client) dropStranger(name Name, origin string) {
 func (c *Client) Strangers() []Health {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return slices.Clone(c.troubled)
+	return append([]Health{}, c.troubled...) // a list also when it is empty
 }

@@ -25,6 +25,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"time"
 
 	"tarn/blobstore"
 	"tarn/index"
@@ -224,6 +225,48 @@ func (e *Engine) Waiting(k Key) int {
 
 // Closing is closed when the engine ends its flights.
 func (e *Engine) Closing() <-chan struct{} { return e.ctx.Done() }
+
+// Progress is how far the download of an object has come.
+type Progress struct {
+	Key
+	// Source is who was asked first, as in Request; "" for a file that is parked.
+	Source string
+	// Here is how many of its bytes are in the file, and Size how many it has, -1
+	// while the source has not said.
+	Here, Size int64
+	// Readers are those that read it now.
+	Readers int
+	// Since is when the flight began, or when the file was parked.
+	Since time.Time
+	// Parked: nobody brings it any more, and the next who asks goes on with it.
+	Parked bool
+}
+
+// Progress is that of all that is on its way or parked, but for stored files that are
+// read again, in no order. A flight may have ended by the time that its own lock is
+// taken, which is never inside the engine's; then it is as it ended.
+func (e *Engine) Progress() (all []Progress) {
+	e.mu.Lock()
+	flights := make([]*flight, 0, len(e.flights))
+	for _, f := range e.flights {
+		flights = append(flights, f)
+	}
+	for k, p := range e.parked {
+		all = append(all, Progress{Key: k, Here: p.filled.total(), Size: p.size, Since: p.parked, Parked: true})
+	}
+	e.mu.Unlock()
+	for _, f := range flights {
+		if f.stored {
+			continue
+		}
+		p := Progress{Key: f.key, Source: f.source, Readers: max(0, int(f.refs.Load())-1), Since: f.since}
+		f.mu.Lock()
+		p.Here, p.Size = f.filled.total(), f.size
+		f.mu.Unlock()
+		all = append(all, p)
+	}
+	return all
+}
 
 // Stats are how many flights there are, how many files are parked, and what is
 // claimed for those, in bytes.

@@ -9,6 +9,7 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"tarn/blobstore"
 
@@ -58,6 +59,7 @@ type flight struct {
 	cancel   context.CancelFunc
 	refs     atomic.Int32 // the table's or the committer's one, and one for each reader
 	source   string       // who is asked first
+	since    time.Time    // when it began
 	asker    string       // the reader whose right the fetch is to find out; "" when that is known
 	ahead    bool         // see Request
 	stored   bool         // its source is the stored file, see recheck.go
@@ -158,7 +160,7 @@ func (e *Engine) join(req Request, s *Suspect) (f *flight, leader bool, err erro
 	if e.closed {
 		return nil, false, ErrClosed
 	}
-	f = &flight{engine: e, key: req.Key, source: req.Source, ahead: req.Ahead, parallel: max(1, req.Parallel), most: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
+	f = &flight{engine: e, key: req.Key, source: req.Source, since: time.Now(), ahead: req.Ahead, parallel: max(1, req.Parallel), most: max(1, req.Parallel), check: req.Check, waiting: make(map[*follower]int64)}
 	if e.mixed.has(req.Key) {
 		f.parallel, f.most, f.whole = 1, 1, true
 	}

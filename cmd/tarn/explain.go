@@ -37,7 +37,8 @@ In Kubernetes, ask the tarn of the node where the pod runs:
   node=$(kubectl get pod POD -o jsonpath='{.spec.nodeName}')
   kubectl -n tarn exec $(kubectl -n tarn get pod -l app.kubernetes.io/name=tarn \
     --field-selector spec.nodeName=$node -o name) -- tarn explain IMAGE`,
-		Args: cobra.ExactArgs(1),
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: d.completeImage,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path := "/api/v1/explain?" + url.Values{"image": args}.Encode()
 			return d.do(cmd, "GET", path, nil, &x, func(w io.Writer) { showExplanation(w, x) })
@@ -46,7 +47,7 @@ In Kubernetes, ask the tarn of the node where the pod runs:
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := run(cmd, args); err != nil {
-			fmt.Fprintln(cmd.ErrOrStderr(), "tarn:", err)
+			complain(cmd.ErrOrStderr(), err)
 			return exitError(2)
 		}
 		if !x.FromHere {

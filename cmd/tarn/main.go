@@ -6,6 +6,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 
@@ -25,8 +26,17 @@ func main() {
 		os.Exit(int(exit))
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "tarn:", err)
+		complain(os.Stderr, err)
 		os.Exit(1)
+	}
+}
+
+// complain says what went wrong, and, where the daemon said so, what to do.
+func complain(to io.Writer, err error) {
+	fmt.Fprintln(to, "tarn:", err)
+	var refused *refusal
+	if errors.As(err, &refused) && refused.next != "" {
+		fmt.Fprintln(to, "  to do:", refused.next)
 	}
 }
 
@@ -37,13 +47,20 @@ func newCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(newServeCommand(), newStatusCommand(), newExplainCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newVerifyCommand(), newReloadCommand(), newSupportCommand(), &cobra.Command{
+	root.Version = versionLine()
+	root.SetVersionTemplate("{{.Version}}\n")
+	root.AddCommand(otherWords()...)
+	root.AddCommand(newServeCommand(), newStatusCommand(), newExplainCommand(), newHostsCommand(), newImagesCommand(), newPinCommand(), newUnpinCommand(), newEvictCommand(), newPullCommand(), newVerifyCommand(), newReloadCommand(), newSupportCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "tarn %s (commit %s) %s %s/%s\n", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintln(cmd.OutOrStdout(), versionLine())
 		},
 	})
 	return root
+}
+
+func versionLine() string {
+	return fmt.Sprintf("tarn %s (commit %s) %s %s/%s", version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

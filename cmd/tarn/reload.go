@@ -158,7 +158,7 @@ func (a *api) grants() int {
 	return g.proxy.Grants()
 }
 
-// parseImage and askImage are the proxy's.
+// parseImage, askImage and pullImage are the proxy's.
 
 func (a *api) parseImage(name string) (proxy.ImageName, error) {
 	g := a.enter()
@@ -170,6 +170,12 @@ func (a *api) askImage(ctx context.Context, name proxy.ImageName) (proxy.Offered
 	g := a.enter()
 	defer g.running.Done()
 	return g.proxy.AskImage(ctx, name)
+}
+
+func (a *api) pullImage(ctx context.Context, name proxy.ImageName, o proxy.PullOptions) (proxy.Pulled, error) {
+	g := a.enter()
+	defer g.running.Done()
+	return g.proxy.Pull(ctx, name, o)
 }
 
 func (a *api) explain(ctx context.Context, name proxy.ImageName) explain.Explanation {

@@ -187,6 +187,14 @@ type status struct {
 	Unlisted []upstream.Health `json:"unlisted"`
 }
 
+// upstreamList is the document of /api/v1/upstreams, and a part of the status.
+type upstreamList struct {
+	// Upstreams are the listed registries.
+	Upstreams []upstream.Health `json:"upstreams"`
+	// Unlisted are other registries in trouble, the last few.
+	Unlisted []upstream.Health `json:"unlisted"`
+}
+
 // newAdmins are the services for people and probes: at the admin listener and at the
 // socket, where there are such.
 func newAdmins(cfg Config, opts admin.Options, log *zap.Logger, listener, socket net.Listener) (services []service) {
@@ -226,6 +234,8 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Store:    store,
 		Parse:    a.parseImage,
 		Ask:      a.askImage,
+		Pull:     a.pullImage,
+		Version:  version,
 		Reload:   r.reload,
 		Explain:  a.explain,
 		History:  a.history,
@@ -238,6 +248,10 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
 				{Name: "clients", OK: true, Detail: describeClients(a.lastRequests(), history.Total(a.history.Day()), started, time.Now())},
 			}
+		},
+		Upstreams: func() any {
+			upstreams := a.upstreams.Load()
+			return upstreamList{upstreams.Health(), upstreams.Strangers()}
 		},
 		Status: func() any {
 			last, upstreams, day := a.lastRequests(), a.upstreams.Load(), history.Total(a.history.Day())

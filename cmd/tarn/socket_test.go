@@ -248,7 +248,7 @@ func TestCommandsReadOverTCPWhereThereIsNoSocket(t *testing.T) {
 		out, _ := cmd.CombinedOutput()
 		return string(out)
 	}
-	if said := tell("images"); !strings.Contains(said, "REPOSITORY") {
+	if said := tell("images"); !strings.Contains(said, "IMAGE") {
 		t.Errorf("images: %s", said)
 	}
 	if said := tell("evict", "app"); !strings.Contains(said, "only for reading") || !strings.Contains(said, "set admin_socket") {

@@ -54,6 +54,9 @@ func terminal(t *testing.T) (screen, tty *os.File) {
 	if err == nil {
 		tty, err = os.OpenFile(fmt.Sprint("/dev/pts/", n), os.O_RDWR|syscall.O_NOCTTY, 0)
 	}
+	if err == nil {
+		err = unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 80})
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +81,7 @@ func TestVerifyShowsHowFarItHasCome(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
-	if !regexp.MustCompile(`[1-9][0-9]%`).Match(shown) || !bytes.Contains(shown, []byte("verify 100%")) {
+	if !regexp.MustCompile(`verify +\[=+>-+\] +[1-3][.0-9]*MiB/4MiB`).Match(shown) || !bytes.Contains(shown, []byte(" 4MiB/4MiB")) {
 		t.Errorf("%q", shown)
 	}
 }
