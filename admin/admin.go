@@ -61,6 +61,9 @@ type Options struct {
 	// ReadOnly says, to who asks this listener to change something, where that is
 	// done. "" means here.
 	ReadOnly string
+	// NamesElsewhere says, to who asks this listener for what names images, where that
+	// is told. "" means here.
+	NamesElsewhere string
 	// Dir is the data directory, by which this tarn is told from another one. ""
 	// means that it is not.
 	Dir string

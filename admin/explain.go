@@ -66,9 +66,14 @@ func (o Options) decisions(w http.ResponseWriter, r *http.Request) {
 	found := o.History.Find(func(e *history.Entry) bool {
 		return e.ID > after && (image == "" || strings.Contains(e.Upstream+"/"+e.Repository+":"+e.Tag+"@"+string(e.Digest), image))
 	}, int(limit))
-	d := Decisions{Since: o.History.Reach(), Day: o.History.Day(), Decisions: make([]explain.Event, len(found))}
+	serveJSON(w, http.StatusOK, Decisions{Since: o.History.Reach(), Day: o.History.Day(), Decisions: told(found)})
+}
+
+// told are entries in words, the earliest first, of entries that are the latest first.
+func told(found []history.Entry) []explain.Event {
+	events := make([]explain.Event, len(found))
 	for i, e := range found {
-		d.Decisions[len(found)-1-i] = explain.Event{Entry: e, Words: explain.Words(e)}
+		events[len(found)-1-i] = explain.Event{Entry: e, Words: explain.Words(e)}
 	}
-	serveJSON(w, http.StatusOK, d)
+	return events
 }

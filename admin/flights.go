@@ -32,8 +32,13 @@ type Flight struct {
 const allListed = "listed"
 
 func (i imageAPI) flights(w http.ResponseWriter, _ *http.Request) {
+	serveJSON(w, http.StatusOK, map[string]any{"flights": flights(i.cache)})
+}
+
+// flights are the downloads of a cache, the oldest first.
+func flights(c *cache.Cache) []Flight {
 	all := []Flight{}
-	for _, p := range i.cache.Progress() {
+	for _, p := range c.Progress() {
 		f := Flight{Digest: p.Digest, Upstream: p.Source, SourceDomain: p.Domain, HereBytes: p.Here, Readers: p.Readers, Since: p.Since, Parked: p.Parked}
 		if p.Domain == cache.ListedDomain {
 			f.SourceDomain = allListed
@@ -44,5 +49,5 @@ func (i imageAPI) flights(w http.ResponseWriter, _ *http.Request) {
 		all = append(all, f)
 	}
 	slices.SortFunc(all, func(a, b Flight) int { return a.Since.Compare(b.Since) })
-	serveJSON(w, http.StatusOK, map[string]any{"flights": all})
+	return all
 }

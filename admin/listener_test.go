@@ -92,7 +92,7 @@ func TestOnEveryAddressNoNameButLocalhostIsFine(t *testing.T) {
 func TestMethodsAndPathsThatAreNotThere(t *testing.T) {
 	t.Parallel()
 	c := serve(t, "tcp", "127.0.0.1:0")
-	for _, path := range []string{"/", "/api/v1/", "/api/v1/status/", "/v2/", "/metrics/x", "/healthz/"} {
+	for _, path := range []string{"/page.html", "/page/page.js", "/api/v1/", "/api/v1/status/", "/v2/", "/metrics/x", "/healthz/"} {
 		resp := get(t, c, http.MethodGet, "http://localhost"+path)
 		var body map[string]string
 		if err := json.NewDecoder(resp.Body).Decode(&body); err != nil {

@@ -48,6 +48,9 @@ func (o Options) routes() []route {
 	if o.History != nil {
 		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
 	}
+	if o.Status != nil && o.Store != nil && o.History != nil {
+		all = append(all, route{"GET", "/api/v1/events", "what the page shows, as it changes", false, newFeed(o.live).serve})
+	}
 	if o.Store != nil {
 		i := imageAPI{o.Store, o.Parse, o.Ask, o.Pull, make(chan struct{}, maxPulls)}
 		all = append(all,
@@ -63,9 +66,21 @@ func (o Options) routes() []route {
 		)
 	}
 	all = slices.DeleteFunc(all, func(r route) bool { return r.serve == nil })
+	if o.NamesElsewhere != "" {
+		for i := range all {
+			if slices.Contains(naming, all[i].Path) {
+				all[i].serve = func(w http.ResponseWriter, _ *http.Request) {
+					refuse(w, http.StatusForbidden, "names_elsewhere", o.NamesElsewhere, "ask over the admin socket, as the user that tarn runs as")
+				}
+			}
+		}
+	}
 	slices.SortStableFunc(all, func(a, b route) int { return strings.Compare(a.Path, b.Path) })
 	return all
 }
+
+// naming are the paths whose answers name repositories, perhaps private ones.
+var naming = []string{"/api/v1/images", "/api/v1/images/{ref...}", "/api/v1/pins", "/api/v1/explain", "/api/v1/decisions"}
 
 // document serves what a function returns; nil where there is none.
 func (o Options) document(of func() any) http.HandlerFunc {
@@ -112,6 +127,9 @@ func (o Options) newMux(routes []route) *http.ServeMux {
 		}
 		mux.HandleFunc(r.Method+" "+r.Path, serve)
 	}
+	for path, file := range map[string]string{"/{$}": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/worker.js": "worker.js", "/icon.svg": "icon.svg"} {
+		mux.HandleFunc("GET "+path, pageFile(file))
+	}
 	mux.HandleFunc("GET /api/v1", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusOK, listing{o.Version, routes})
 	})
@@ -122,7 +140,7 @@ func (o Options) newMux(routes []route) *http.ServeMux {
 		}
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		refuse(w, http.StatusNotFound, "no_such_path", "no such path; there are /healthz, /readyz, /metrics and below /api/v1: "+strings.Join(names, ", "), "GET /api/v1 lists what there is")
+		refuse(w, http.StatusNotFound, "no_such_path", "no such path; there are / for people, /healthz, /readyz, /metrics and below /api/v1: "+strings.Join(names, ", "), "GET /api/v1 lists what there is")
 	})
 	return mux
 }

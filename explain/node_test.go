@@ -35,8 +35,7 @@ type node struct {
 	history  *history.History
 	server   *httptest.Server
 	ahead    atomic.Int64
-	asks     func(*http.Request) // looks at what the registry is asked; nil does not
-	answers  atomic.Value        // func(w, r) bool, in place of the registry
+	answers  atomic.Value // func(w, r) bool, in place of the registry
 }
 
 // usual are the rules of a tarn without a configuration.

@@ -34,6 +34,10 @@ type Config struct {
 	// first of /run/tarn, $XDG_RUNTIME_DIR/tarn and Dir that can be written and
 	// has no other tarn's; and for none where AdminListen is a socket. Default "".
 	AdminSocket string
+	// AdminNames tells where what names images is told (images, pins, explanations,
+	// decisions): tcp, which is at AdminListen, too, or socket. Any process of the
+	// node can connect to the loopback.
+	AdminNames string
 	// AdminChanges tells where these are asked for: socket, or tcp, which is at
 	// AdminListen, too, by whoever can connect there. Default socket.
 	AdminChanges string
@@ -212,6 +216,7 @@ func defaultConfig() Config {
 		Listen:          "127.0.0.1:5050",
 		AdminListen:     "127.0.0.1:5051",
 		AdminChanges:    "socket",
+		AdminNames:      "tcp",
 		LogLevel:        "info",
 		AccessLog:       "all",
 		Dir:             defaultDir,

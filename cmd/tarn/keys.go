@@ -24,6 +24,7 @@ func (c *Config) keys() []key {
 		{"admin_listen", text(&c.AdminListen, checkAdminAddress)},
 		{"admin_socket", text(&c.AdminSocket, checkAdminSocket)},
 		{"admin_changes", text(&c.AdminChanges, oneOf("socket", "tcp"))},
+		{"admin_names", text(&c.AdminNames, oneOf("socket", "tcp"))},
 		{"metrics_listen", text(&c.MetricsListen, checkMetricsAddress)},
 		{"log_level", text(&c.LogLevel, oneOf("debug", "info", "warn", "error"))},
 		{"access_log", text(&c.AccessLog, oneOf("all", "upstream", "errors"))},

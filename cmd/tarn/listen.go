@@ -125,3 +125,15 @@ func readOnly(cfg Config, l, socket net.Listener) string {
 	return "this listener is only for reading; what changes something is asked for at " + addressOf(socket) +
 		", by the user that tarn runs as: with sudo, or in tarn's pod (kubectl exec), tarn pin, unpin, evict and verify find it by themselves; admin_changes: tcp in tarn's configuration would allow it here"
 }
+
+// namesElsewhere are the words for who asks the admin listener for names of images; ""
+// where it tells them.
+func namesElsewhere(cfg Config, l, socket net.Listener) string {
+	switch {
+	case cfg.AdminNames == "tcp" || l.Addr().Network() == "unix":
+		return ""
+	case socket == nil:
+		return "names of images are told over the admin socket only, and there is none: set admin_socket in tarn's configuration, or admin_names: tcp"
+	}
+	return "names of images are told at " + addressOf(socket) + " only, by the user that tarn runs as: with sudo, or in tarn's pod (kubectl exec), the commands find it by themselves; admin_names: tcp in tarn's configuration would have them told here"
+}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"io"
@@ -106,6 +107,7 @@ var exchanges = []exchange{
 	{"GET", "/api/v1/explain", "/api/v1/explain?image=sha256:012345", "", 400},
 	{"GET", "/api/v1/decisions", "/api/v1/decisions?limit=10", "", 200},
 	{"GET", "/api/v1/decisions", "/api/v1/decisions?limit=x", "", 400},
+	{"GET", "/api/v1/process", "", "", 200},
 	{"GET", "/api/v1/pins", "", "", 200},
 	{"POST", "/api/v1/pins", "", `{"image":"lab.test/team/app:v1","platforms":["linux/amd64"]}`, 200},
 	{"POST", "/api/v1/pins", "", `{"image":"lab.test/team/app:v1","platforms":["linux/mips"]}`, 400},
@@ -171,6 +173,8 @@ func TestEachAnswerIsAsItIsDescribed(t *testing.T) {
 			}
 		}
 	}
+	asked["GET /api/v1/events"] = true
+	live(t, doc, p)
 	var listing struct {
 		Paths []struct{ Method, Path string }
 	}
@@ -188,6 +192,28 @@ func TestEachAnswerIsAsItIsDescribed(t *testing.T) {
 				t.Errorf("%s is described, and not asked or not there", name)
 			}
 		}
+	}
+}
+
+// live holds the first event to its description.
+func live(t *testing.T, doc *openapi3.T, p *process) {
+	t.Helper()
+	resp, err := p.overSocket().Get("http://tarn/api/v1/events")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	line, err := bufio.NewReader(resp.Body).ReadBytes('\n')
+	data, ok := bytes.CutPrefix(line, []byte("data: "))
+	if err != nil || !ok || resp.Header.Get("Content-Type") != "text/event-stream" {
+		t.Fatalf("%v, %s: %s", err, resp.Header.Get("Content-Type"), line)
+	}
+	var event any
+	if err := json.Unmarshal(data, &event); err != nil {
+		t.Fatal(err)
+	}
+	if err := doc.Components.Schemas["Live"].Value.VisitJSON(event); err != nil {
+		t.Errorf("an event is not as it is described: %.600v", err)
 	}
 }
 

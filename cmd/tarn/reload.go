@@ -320,6 +320,7 @@ func keepFixed(next, now *Config) []string {
 	keep(&changed, "admin_listen", &next.AdminListen, now.AdminListen)
 	keep(&changed, "admin_socket", &next.AdminSocket, now.AdminSocket)
 	keep(&changed, "admin_changes", &next.AdminChanges, now.AdminChanges)
+	keep(&changed, "admin_names", &next.AdminNames, now.AdminNames)
 	keep(&changed, "metrics_listen", &next.MetricsListen, now.MetricsListen)
 	keep(&changed, "dir", &next.Dir, now.Dir)
 	keep(&changed, "max_size", &next.MaxSize, now.MaxSize)

@@ -200,7 +200,9 @@ type upstreamList struct {
 func newAdmins(cfg Config, opts admin.Options, log *zap.Logger, listener, socket net.Listener) (services []service) {
 	if listener != nil {
 		warnOfChanges(cfg, log, listener)
+		opts.NamesElsewhere = namesElsewhere(cfg, listener, socket)
 		services = append(services, newAdmin(opts, log, listener, readOnly(cfg, listener, socket)))
+		opts.NamesElsewhere = ""
 	}
 	if socket != nil {
 		services = append(services, newAdmin(opts, log, socket, ""))
