@@ -29,6 +29,8 @@ import (
 	"strings"
 
 	"tarn/cache"
+	"tarn/explain"
+	"tarn/history"
 	"tarn/proxy"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -67,6 +69,10 @@ type Options struct {
 	// Reload reads the configuration anew, and says what became of it; an error
 	// says why nothing did. nil serves none.
 	Reload func() (Reloaded, error)
+	// Explain explains an image that has a repository, and History is what happened.
+	// nil serves none.
+	Explain func(context.Context, proxy.ImageName) explain.Explanation
+	History *history.History
 	// Process is the document of /api/v1/process, which is served over a socket only.
 	// nil serves none.
 	Process func() any
@@ -105,6 +111,12 @@ func New(opts Options) http.Handler {
 	if opts.Store != nil {
 		imageAPI{opts.Store, opts.Parse, opts.Ask}.register(own, opts.ReadOnly)
 	}
+	if opts.Explain != nil {
+		own.HandleFunc("GET /api/v1/explain", opts.explain)
+	}
+	if opts.History != nil {
+		own.HandleFunc("GET /api/v1/decisions", opts.decisions)
+	}
 	if opts.Reload != nil {
 		own.HandleFunc("POST /api/v1/reload", opts.reload)
 	}
@@ -112,7 +124,7 @@ func New(opts Options) http.Handler {
 		own.HandleFunc("GET /api/v1/process", opts.process)
 	}
 	own.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
-		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, images, pins, evict, verify, reload, process"))
+		serveJSON(w, http.StatusNotFound, failure("no such path; there are /healthz, /readyz, /metrics and below /api/v1: status, explain, decisions, images, pins, evict, verify, reload, process"))
 	})
 	mux.Handle("/", guard(opts.Listener, meant(opts.Dir, own)))
 	return headers(mux)

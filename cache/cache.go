@@ -174,6 +174,9 @@ func (c *Cache) Size(k Key) (size int64, ok bool) {
 	return c.flights.Size(k)
 }
 
+// Flies tells whether the object is on its way.
+func (c *Cache) Flies(k Key) bool { return c.flights.Flies(k) }
+
 // Open returns the object as soon as its size is known (or known to be
 // unknown); one that is small enough to be held back altogether, not before it
 // is verified. ctx bounds only that; reading ends with Interrupt. Errors:

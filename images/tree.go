@@ -72,6 +72,19 @@ type Tree struct {
 	barren    []digest.Digest // named as manifests, and here, and lead nowhere
 }
 
+// Look walks from a digest over the manifests that are here, to these platforms of an
+// index, or to all; where it has none of them, to what is here of the others.
+func (im *Images) Look(d digest.Digest, platforms []string) Tree {
+	t := im.tree(d, platforms)
+	if len(t.others) > 0 {
+		t = im.tree(d, nil)
+	}
+	return t
+}
+
+// Objects are all that it leads to, as far as that is known, with their sizes.
+func (t Tree) Objects() map[digest.Digest]int64 { return t.sizes }
+
 // tree walks from a digest over the manifests that are here, to these platforms
 // of an index, or to all.
 func (im *Images) tree(root digest.Digest, platforms []string) Tree {

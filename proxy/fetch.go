@@ -59,6 +59,16 @@ func (p *Proxy) fetcher(q *request, d digest.Digest, y *rights.Yes) *fetcher {
 
 var errClientLeft = errors.New("the client has left, and its right has ended")
 
+// fetched tells whether any source was asked for bytes. A nil fetcher asked none.
+func (f *fetcher) fetched() bool {
+	if f == nil {
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.begun
+}
+
 func (f *fetcher) fetch(ctx context.Context, off, n int64) (body, cache.Info, error) {
 	f.mu.Lock()
 	begun, asked, yes, after, first := f.begun, f.asked, f.yes, f.after(), f.first

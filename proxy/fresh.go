@@ -28,7 +28,10 @@ type confirmation struct {
 	evidence rights.Evidence
 	yes      rights.Yes // what it makes
 	stored   bool       // it was, when a HEAD was answered
-	row      index.Tag
+	asked    string     // by which method
+	// before is what the tag meant, as far as was known, if that was something else.
+	before digest.Digest
+	row    index.Tag
 }
 
 // headKey is who may share one question: those who ask the same with the same

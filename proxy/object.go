@@ -66,8 +66,14 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 			}
 			size := p.here(q) // -1 also when a flight does not know it yet
 			here = size >= 0 || present
+			if here { // by an answer that may have come since, and be this client's, too
+				y, ok = p.entitled(q)
+			}
 			var err error
-			if y, ok, err = p.inquire(ctx, w, q, here, size); err != nil {
+			if !ok {
+				y, ok, err = p.inquire(ctx, w, q, here, size)
+			}
+			if err != nil {
 				y, stale, err := p.stale(q, err)
 				if err != nil {
 					return nil, y, nil, err
@@ -88,6 +94,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 			}
 		case !here:
 			// The GET that fetches it is the question.
+			w.told.asked = http.MethodGet
 			w.fetcher = p.fetcher(q, q.digest, nil)
 			o, err = p.open(ctx, w, p.cacheRequest(q, w.fetcher, false))
 			y = w.fetcher.answer()
@@ -147,6 +154,7 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, error) {
 	defer w.waits.since(stepFirstByte, time.Now())
 	w.fetcher = p.fetcher(q, q.digest, nil)
+	w.told.asked, w.told.unproven = http.MethodGet, true
 	o, err := p.cache.Pass(ctx, p.cacheRequest(q, w.fetcher, false))
 	return o, w.fetcher.answer(), err
 }
@@ -166,6 +174,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 		q.kind == upstream.Manifest && (here || p.asksApart(q) || !p.rights.Granted(q.asker))
 	refused := false
 	if head {
+		w.told.asked = http.MethodHead
 		y, err = p.question(asking, q, http.MethodHead, part{})
 		switch {
 		case err == nil && covers():
@@ -181,6 +190,7 @@ func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool,
 	if !here && (head || !p.asksApart(q)) {
 		return y, false, nil
 	}
+	w.told.asked = http.MethodGet
 	first := part{}
 	if q.kind == upstream.Blob && !registry.Has(upstream.NoRanges) && size != 0 {
 		first.length = 1
@@ -260,6 +270,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 	if stale != nil {
 		return stale.err // it went just now, or was not what it should be
 	}
+	w.told.unproven = cached // and the answer is not about that
 	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:
@@ -278,6 +289,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 func (p *Proxy) headQuestion(ctx context.Context, w *response, q *request) (rights.Yes, error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
+	w.told.asked = http.MethodHead
 	defer w.waits.since(stepRights, time.Now())
 	y, err := p.question(asking, q, http.MethodHead, part{})
 	if lacksHead(err) {

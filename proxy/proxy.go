@@ -31,6 +31,7 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/history"
 	"tarn/rights"
 	"tarn/upstream"
 
@@ -66,6 +67,10 @@ type Options struct {
 	// before its connection is cut, since it holds a file. The http.Server
 	// must have the same, to begin with. 0 means DefaultWriteTimeout.
 	WriteTimeout time.Duration
+	// History remembers what became of requests; nil does not.
+	History *history.History
+	// Now is the clock by which rights end; nil is time.Now.
+	Now func() time.Time
 	// Logger gets one line for each request that AccessLog means; nil logs nothing.
 	Logger    *zap.Logger
 	AccessLog AccessLog
@@ -87,6 +92,7 @@ type Proxy struct {
 	sizes     sizes
 	wrongs    wrongs
 	metrics   *Metrics
+	history   *history.History
 	counted   counted
 	log       *zap.Logger
 	accessLog AccessLog
@@ -111,6 +117,9 @@ func New(opts Options) (*Proxy, error) {
 	if opts.DefaultUpstream == "" {
 		opts.DefaultUpstream = upstream.DockerHub
 	}
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
@@ -131,6 +140,7 @@ func New(opts Options) (*Proxy, error) {
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
 		metrics:   opts.Metrics,
+		history:   opts.History,
 		counted:   newCounted(opts.Metrics, append(opts.Upstreams.Names(), opts.DefaultUpstream)),
 		log:       opts.Logger,
 		accessLog: opts.AccessLog,
@@ -145,7 +155,7 @@ func New(opts Options) (*Proxy, error) {
 		sealer:  newSealer(),
 		memory:  newMemory(),
 		ahead:   newAhead(opts.Prefetch),
-		now:     time.Now,
+		now:     opts.Now,
 
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 	}
@@ -302,6 +312,7 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	}
 	ended := w.ended()
 	p.counted.of(q.upstream).count(q.metricKind(), ended, w.headers)
+	p.remember(w, r, q, ended)
 	if !p.accessLog.wants(w, ended) {
 		return
 	}

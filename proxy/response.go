@@ -31,6 +31,7 @@ type response struct {
 	err         error
 	timeout     time.Duration // Options.WriteTimeout
 	slow        bool          // the body may come later than the headers
+	told        told
 	status      int
 	bytes       int64
 	sent        prometheus.Counter // of bytes, once the headers are out; nil: nobody counts

@@ -117,7 +117,7 @@ func (p *Proxy) serveStaleTag(ctx context.Context, w *response, r *http.Request,
 	age := p.now().Sub(last.Confirmed)
 	one := *q
 	if known && age >= 0 && age < limit {
-		one.digest = last.Digest
+		one.digest, w.told.meant = last.Digest, last.Digest
 	}
 	y, stale, serr := p.stale(&one, err)
 	if serr != nil {
@@ -143,6 +143,7 @@ func (p *Proxy) serveStaleTag(ctx context.Context, w *response, r *http.Request,
 
 // stale marks the answer (RFC 9211 2.3, RFC 9111 5.1).
 func (w *response) stale(s *staleness) {
+	w.told.away = s.err
 	seconds := int64(s.age / time.Second)
 	w.Header().Set("Age", strconv.FormatInt(seconds, 10))
 	w.detail(outcomeStale, fmt.Sprintf("hit; ttl=-%d", seconds), s.cause)

@@ -27,11 +27,13 @@ import (
 // answer to a question that was sent after this request arrived; the bytes come
 // from the disk when they are there.
 func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *request) error {
+	w.told.asked = http.MethodHead
 	c, shared, err := p.confirmInTime(ctx, w, q)
 	if err != nil {
 		return p.serveStaleTag(ctx, w, r, q, err)
 	}
 	w.collapsed = shared
+	w.told.asked, w.told.meant, w.told.before = c.asked, c.digest, c.before
 	if q.method == http.MethodHead && c.poor() {
 		return p.relayManifest(ctx, w, q, c)
 	}
@@ -93,7 +95,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 		tag: key.tag, accept: acceptLines(key.accept),
 	}
 	q.asker = p.rights.Asker(q.repositoryKey(), key.credential)
-	asked := p.now()
+	asked, method := p.now(), http.MethodHead
 	var c *confirmation
 	var err error
 	if !key.manifest {
@@ -102,7 +104,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	if key.manifest || lacksHead(err) || err == nil && c.poor() || isNo(err) && key.method == http.MethodGet {
 		refused := err != nil
 		poor := c
-		asked = p.now()
+		asked, method = p.now(), http.MethodGet
 		if !key.manifest {
 			sequence = p.fresh.number()
 		}
@@ -110,6 +112,7 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 			p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
 		}
 		if poor != nil && answered(err) && key.method == http.MethodHead {
+			poor.asked = http.MethodHead
 			return poor, nil // it says yes to HEAD and no to GET, and that is what there is to say
 		}
 	}
@@ -120,7 +123,12 @@ func (p *Proxy) askTag(ctx context.Context, key headKey, sequence uint64) (*conf
 	c.evidence.Asked = asked
 	c.yes = p.rights.Learn(q.asker, q.object(c.digest), c.evidence)
 	c.row = index.Tag{Digest: c.digest, Confirmed: asked, Sequence: sequence}
-	p.cache.NoteTag(q.repositoryKey().TagKey(q.tag), c.row)
+	c.asked = method
+	tag := q.repositoryKey().TagKey(q.tag)
+	if last, known := p.cache.Index().Tag(tag); known && last.Digest != c.digest {
+		c.before = last.Digest
+	}
+	p.cache.NoteTag(tag, c.row)
 	if !c.stored && c.digest != "" {
 		p.pending.add(q.repositoryKey(), q.tag, c.row)
 	}
@@ -238,7 +246,8 @@ func (p *Proxy) readBody(ctx context.Context, q *request, resp *upstream.Respons
 // from the HEAD; it fetches nothing, because who polls would spend the quota
 // of pulls.
 func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *request, c *confirmation) error {
-	if size, cached := p.cache.Has(p.key(q, c.digest)); cached && c.yes.Covers(size) {
+	size, cached := p.cache.Has(p.key(q, c.digest))
+	if cached && c.yes.Covers(size) {
 		mediaType, err := p.storedType(ctx, q, c.digest, c.mediaType)
 		if !errors.Is(err, errGone) {
 			if err != nil {
@@ -248,6 +257,7 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 			return serveHead(w, r, c.digest, mediaType, size)
 		}
 	}
+	w.told.unproven = cached // and the answer is not about that
 	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
@@ -266,6 +276,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		if w.waits.since(stepHead, start); err != nil {
 			return err
 		}
+		w.told.asked, w.told.meant = c.asked, c.digest
 		if schema1(c.mediaType) || !accepts(q.accept, c.mediaType) {
 			return p.relayManifest(ctx, w, q, c)
 		}

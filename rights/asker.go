@@ -28,6 +28,22 @@ type Credential struct {
 // Anonymous tells whether it is nobody's.
 func (c Credential) Anonymous() bool { return c == Credential{} }
 
+// Kind is what kind of credential it is: anonymous, node, Basic, Bearer or other.
+func (c Credential) Kind() string {
+	scheme, _, _ := strings.Cut(c.Authorization, " ")
+	switch {
+	case c.Node:
+		return "node"
+	case c.Anonymous():
+		return "anonymous"
+	case strings.EqualFold(scheme, "Basic"):
+		return "Basic"
+	case strings.EqualFold(scheme, "Bearer"):
+		return "Bearer"
+	}
+	return "other"
+}
+
 // Asker is a credential in a repository.
 type Asker struct {
 	Credential Credential

@@ -52,6 +52,7 @@
 package rights
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -215,7 +216,11 @@ type Rights struct {
 }
 
 // grant is kept past until for as long as a stale answer may rest on it.
-type grant struct{ asked, until time.Time }
+type grant struct {
+	asked, until time.Time
+	repository   index.RepositoryKey
+	as           string // what kind of credential
+}
 
 // New returns rights that know of no grant.
 func New(opts Options) *Rights {
@@ -268,7 +273,7 @@ func (r *Rights) Learn(a Asker, o Object, e Evidence) Yes {
 		delete(r.closed, a.repository)
 	}
 	if asker && (does.grant || does.anonymous && a.anonymous()) {
-		r.granted(a, grant{e.Asked, until}, terms, now)
+		r.granted(a, grant{e.Asked, until, a.repository, a.Credential.Kind()}, terms, now)
 	}
 	r.mu.Unlock()
 	if member {
@@ -472,4 +477,28 @@ func (r *Rights) Had(a Asker, o Object) bool {
 	defer r.mu.Unlock()
 	_, ok := r.grants[a.name]
 	return ok
+}
+
+// Remembered is a yes of an authority that is remembered.
+type Remembered struct {
+	// As is the kind of credential: anonymous, node, Basic, Bearer or other.
+	As    string    `json:"as"`
+	Asked time.Time `json:"asked"` // when the question was sent
+	Until time.Time `json:"until"` // until when it stands for another question
+}
+
+// Remembered are the grants in a repository that stand for another question, the
+// latest first.
+func (r *Rights) Remembered(k index.RepositoryKey) []Remembered {
+	now := r.opts.Now()
+	all := []Remembered{}
+	r.mu.Lock()
+	for _, g := range r.grants {
+		if g.repository == k && now.Before(g.until) {
+			all = append(all, Remembered{g.as, g.asked, g.until})
+		}
+	}
+	r.mu.Unlock()
+	slices.SortFunc(all, func(a, b Remembered) int { return b.Asked.Compare(a.Asked) })
+	return all
 }

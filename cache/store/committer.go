@@ -327,7 +327,7 @@ func (s *Store) drop(d digest.Digest) {
 	if _, sound := s.sound(d); !ok || sound {
 		return // it was replaced meanwhile
 	}
-	s.remove(d, row)
+	s.remove(d, row, NotAsItWas)
 	s.log.Sugar().Warnw("dropped an object whose file was not as it was stored", "digest", d)
 }
 
@@ -350,7 +350,7 @@ func (s *Store) Remove(ds []digest.Digest) (gone Evicted, failed error) {
 		if !ok {
 			continue
 		}
-		if err := s.remove(d, row); err != nil {
+		if err := s.remove(d, row, OnRequest); err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}
@@ -362,8 +362,9 @@ func (s *Store) Remove(ds []digest.Digest) (gone Evicted, failed error) {
 
 // remove takes an object away, row first. What the disk does not let go of makes room
 // before all others.
-func (s *Store) remove(d digest.Digest, row index.Object) error {
+func (s *Store) remove(d digest.Digest, row index.Object, why Why) error {
 	s.index.Drop(d)
+	s.went(d, row.Size, why)
 	s.hot.drop(d) // with the row gone, nobody brings it back
 	if err := s.blobs.Remove(d); err != nil {
 		s.leftOver(d, row.Alloc)

@@ -29,12 +29,14 @@ const (
 	PinsName   = "pins.json"
 	ListName   = v1.ImageIndexFile
 	LayoutName = v1.ImageLayoutFile
+	// HistoryName is where who opens the store may keep what became of requests.
+	HistoryName = "decisions.jsonl"
 	// MaxLayout is what is read of an oci-layout file. Ours has 30 bytes.
 	MaxLayout = 4096
 )
 
 // ownNames are those that tarn's own files may have, with suffixes.
-var ownNames = []string{lockName, blobsName, pendingName, indexName, PinsName, ListName, LayoutName, "admin.sock", "stale.key", probeName}
+var ownNames = []string{lockName, blobsName, pendingName, indexName, PinsName, ListName, LayoutName, "admin.sock", "stale.key", probeName, HistoryName}
 
 // checkDir refuses a directory in which somebody else keeps something: tarn removes
 // from blobs/ and pending/ what it does not know. A directory is tarn's when it has

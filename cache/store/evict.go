@@ -189,6 +189,9 @@ func (s *Store) evictAll(victims []digest.Digest) (freed int64, left []digest.Di
 		s.order.mu.Unlock()
 		gone.Objects++
 		s.doubts.unstray(d) // whoever adopts finds that it has gone
+		if len(was) > 0 {
+			s.went(d, was[0].Object.Size, ForRoom)
+		}
 		s.gone(d)
 	}
 	s.hot.drop(victims...) // with the rows gone, nobody brings them back

@@ -172,6 +172,13 @@ func (s *Store) gone(d digest.Digest) {
 	}
 }
 
+// went says why an object is stored no more, of the size that its row had.
+func (s *Store) went(d digest.Digest, size int64, why Why) {
+	if s.opts.Went != nil {
+		s.opts.Went(d, size, why)
+	}
+}
+
 // IsLost tells whether nothing leads to an object any more that has before.
 func (s *Store) IsLost(d digest.Digest) bool {
 	s.order.mu.Lock()

@@ -264,6 +264,10 @@ func (s *Store) Expand(n int64) error {
 	return nil
 }
 
+// Grow makes room for n bytes more in a small file of the directory that is not the
+// store's own. It waits for the committer.
+func (s *Store) Grow(n int64) error { return s.Do(func() error { return s.Expand(n) }) }
+
 // growIndex makes room for what the index grows by. Its writer waits for it, and once
 // the committer has ended, it is the only one that changes anything.
 func (s *Store) growIndex(n int64) error {

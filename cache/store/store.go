@@ -67,6 +67,15 @@ var (
 	errChanged = errors.New("the file on the disk was changed")
 )
 
+// Why an object is stored no more.
+type Why int
+
+const (
+	ForRoom    Why = iota // something else wanted its room
+	OnRequest             // somebody had it removed
+	NotAsItWas            // its file was not as it was stored
+)
+
 // Options of a store.
 type Options struct {
 	// Dir is the data directory; one process at a time.
@@ -78,6 +87,9 @@ type Options struct {
 	// Listed tells whether the operator has named an upstream: others have only a
 	// part of what tarn keeps account of. nil: all are.
 	Listed func(upstream string) bool
+	// Went is told of each object that is stored no more, why, and how many bytes it
+	// has. The committer calls it, and waits for it. nil: nobody wants to know.
+	Went func(d digest.Digest, size int64, why Why)
 	// Logger is for what happens in the background. nil logs nothing.
 	Logger *zap.Logger
 	// Steps is for tests, which have some of them fail.

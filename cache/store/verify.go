@@ -118,7 +118,7 @@ func (s *Store) settleHash(d digest.Digest, was fs.FileInfo, sound bool, childre
 		return
 	}
 	s.doubts.unstray(d)
-	s.remove(d, row)
+	s.remove(d, row, NotAsItWas)
 	s.log.Sugar().Errorw("a file on the disk was changed or has gone, and is dropped", "digest", d)
 }
 

@@ -4,8 +4,10 @@ package main
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
+	"tarn/history"
 	"tarn/proxy"
 
 	"github.com/docker/go-units"
@@ -16,19 +18,46 @@ import (
 const quietFor = time.Hour
 
 // describeClients is one sentence on who pulls through this tarn: last are the kinds
-// of clients, the latest first.
-func describeClients(last []proxy.LastRequest, started, now time.Time) string {
+// of clients, the latest first, and day is what was served within a day.
+func describeClients(last []proxy.LastRequest, day history.Sum, started, now time.Time) string {
 	since := started
 	if len(last) > 0 {
 		since = last[0].At
 		if ago := now.Sub(since); ago < quietFor {
 			client := last[0].Client
 			if client == "other" {
-				return fmt.Sprintf("a client that is not known by its User-Agent asked tarn %s ago", ago.Round(time.Second))
+				client = "a client that is not known by its User-Agent"
 			}
-			return fmt.Sprintf("%s pulled through tarn %s ago, as its User-Agent says", client, ago.Round(time.Second))
+			return fmt.Sprintf("%s pulls through tarn: last request %s ago%s", client, ago.Round(time.Second), describeDay(day))
 		}
 	}
-	return fmt.Sprintf("nothing has asked for %s: usual where no pod was started; tarn hosts check proves the way",
-		units.HumanDuration(now.Sub(since)))
+	return fmt.Sprintf("nothing has asked for %s, which is usual where no pod was started: tarn hosts check proves the way%s",
+		strings.ToLower(units.HumanDuration(now.Sub(since))), describeDay(day))
+}
+
+// describeDay says how much of what was served came from the disk; "" where nothing
+// was.
+func describeDay(day history.Sum) string {
+	all := day.FromDisk + day.FromRegistry
+	if all == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d%% of %s from the disk in 24 hours", day.FromDisk*100/all, size(all))
+}
+
+// lastRequests are the kinds of clients that have asked since the start, or before it
+// as far as that is remembered, the latest first.
+func (a *api) lastRequests() []proxy.LastRequest {
+	last := a.metrics.LastRequests()
+	if len(last) > 0 {
+		return last
+	}
+	for _, e := range a.history.Find(func(e *history.Entry) bool { return e.Client != "" }, 1) {
+		at := e.At
+		if e.Last.After(at) {
+			at = e.Last
+		}
+		last = append(last, proxy.LastRequest{Client: e.Client, At: at})
+	}
+	return last
 }

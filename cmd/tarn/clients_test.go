@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"tarn/history"
 	"tarn/proxy"
 )
 
@@ -14,13 +15,18 @@ func TestWhoPullsIsOneSentence(t *testing.T) {
 	asked := func(client string, ago time.Duration) proxy.LastRequest {
 		return proxy.LastRequest{Client: client, At: now.Add(-ago)}
 	}
+	day := history.Sum{FromDisk: 24 << 30, FromRegistry: 1 << 30}
 	for want, last := range map[string][]proxy.LastRequest{
-		"containerd pulled through tarn 12s ago, as its User-Agent says":                                   {asked("containerd", 12*time.Second), asked("other", time.Hour)},
-		"nothing has asked for 3 hours: usual where no pod was started; tarn hosts check proves the way":   {asked("containerd", 3*time.Hour)},
-		"nothing has asked for 5 minutes: usual where no pod was started; tarn hosts check proves the way": nil,
+		"containerd pulls through tarn: last request 12s ago, 96% of 25GiB from the disk in 24 hours":                                                     {asked("containerd", 12*time.Second), asked("other", time.Hour)},
+		"a client that is not known by its User-Agent pulls through tarn: last request 1s ago, 96% of 25GiB from the disk in 24 hours":                    {asked("other", time.Second)},
+		"nothing has asked for 3 hours, which is usual where no pod was started: tarn hosts check proves the way, 96% of 25GiB from the disk in 24 hours": {asked("containerd", 3*time.Hour)},
 	} {
-		if got := describeClients(last, now.Add(-5*time.Minute), now); got != want {
+		if got := describeClients(last, day, now.Add(-5*time.Minute), now); got != want {
 			t.Errorf("says %q, want %q", got, want)
 		}
+	}
+	want := "nothing has asked for 5 minutes, which is usual where no pod was started: tarn hosts check proves the way"
+	if got := describeClients(nil, history.Sum{}, now.Add(-5*time.Minute), now); got != want {
+		t.Errorf("says %q, want %q", got, want)
 	}
 }

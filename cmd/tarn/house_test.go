@@ -32,12 +32,14 @@ var house = map[string][]string{
 	"cache/flight":          {"blobstore", "index", "internal/manifest"},
 	"cache":                 {"blobstore", "cache/flight", "cache/store", "images", "index", "internal/fault", "internal/manifest", "internal/regular"},
 	"rights":                {"index"},
+	"history":               {"internal/regular"},
 	"upstream":              {},
-	"proxy":                 {"blobstore", "cache", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
-	"admin":                 {"cache", "cache/store", "images", "index", "proxy"},
+	"proxy":                 {"blobstore", "cache", "history", "index", "internal/manifest", "internal/probe", "rights", "upstream"},
+	"explain":               {"cache", "cache/store", "history", "images", "proxy", "upstream"},
+	"admin":                 {"cache", "cache/store", "explain", "history", "images", "index", "proxy"},
 	"internal/registrytest": {},
 	"tools/image":           {},
-	"cmd/tarn":              {"admin", "cache", "cache/store", "hosts", "images", "index", "internal/nodeca", "proxy", "upstream"},
+	"cmd/tarn":              {"admin", "cache", "cache/store", "explain", "history", "hosts", "images", "index", "internal/nodeca", "proxy", "upstream"},
 }
 
 func TestImportsOnlyPointDown(t *testing.T) {

@@ -211,12 +211,14 @@ func (d *daemon) do(cmd *cobra.Command, method, path string, order, answer any, 
 		return err
 	}
 	defer resp.Body.Close()
-	if d.output == "json" {
-		_, err := io.Copy(cmd.OutOrStdout(), resp.Body)
-		return err
-	}
-	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+	var text bytes.Buffer
+	if err := json.NewDecoder(io.TeeReader(resp.Body, &text)).Decode(answer); err != nil {
 		return fmt.Errorf("the daemon's answer: %w", err)
+	}
+	if d.output == "json" {
+		io.Copy(&text, resp.Body) // the end of its last line
+		_, err := text.WriteTo(cmd.OutOrStdout())
+		return err
 	}
 	return shown(cmd, show)
 }
@@ -229,7 +231,7 @@ func shown(cmd *cobra.Command, show func(w io.Writer)) error {
 	return err
 }
 
-func size(n int64) string { return units.HumanSizeWithPrecision(float64(n), 3) }
+func size(n int64) string { return units.BytesSize(float64(n)) }
 
 func ago(t time.Time) string {
 	if t.IsZero() {

@@ -87,7 +87,7 @@ func TestImagesArePinnedEvictedAndVerified(t *testing.T) {
 			t.Errorf("tarn %s ends with %d: %s%s", strings.Join(args, " "), code, out, words)
 		}
 	}
-	mustSay("1MB of 1MB are here", 0, "pin", "lab.test/team/app:v1")
+	mustSay("977.2KiB of 977.2KiB are here", 0, "pin", "lab.test/team/app:v1")
 	mustSay("pinned", 0, "images")
 	mustSay("as lab.test/team/app:v1: unpin that first", 1, "evict", "lab.test/team/app:v1")
 	r.Image("team/app", "other", layers[1])

@@ -14,9 +14,12 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"tarn/admin"
 	"tarn/cache"
+	"tarn/explain"
+	"tarn/history"
 	"tarn/proxy"
 	"tarn/upstream"
 
@@ -50,6 +53,7 @@ type api struct {
 	log     *zap.Logger
 	own     []net.Listener // tarn's, which are never dialled
 	cache   *cache.Cache
+	history *history.History
 
 	// upstreams are those of the generation that is served, or will be as soon as
 	// the cache, which asks which are listed, is open.
@@ -65,9 +69,18 @@ type api struct {
 // listed tells whether the operator has named a registry, as of now.
 func (a *api) listed(name string) bool { return a.upstreams.Load().Listed(upstream.Name(name)) }
 
+// observe counts what registries are asked and send.
+func (a *api) observe(e upstream.Exchange) (received func(n int)) {
+	count := a.metrics.Upstream(e)
+	return func(n int) {
+		count(n)
+		a.history.Received(int64(n))
+	}
+}
+
 // open opens the cache, and makes the first generation.
 func (a *api) open(cfg Config) error {
-	upstreams, err := newUpstreams(cfg, a.metrics, a.log, a.own...)
+	upstreams, err := newUpstreams(cfg, a.observe, a.log, a.own...)
 	if err != nil {
 		return err
 	}
@@ -75,11 +88,11 @@ func (a *api) open(cfg Config) error {
 	if _, err := proxyOptions(cfg); err != nil { // before the cache, which may take a while
 		return err
 	}
-	if a.cache, err = openCache(cfg, a.log, a.listed); err != nil {
+	if a.cache, err = openCache(cfg, a.log, a.listed, a.history); err != nil {
 		return err
 	}
 	if a.now, err = a.build(cfg, upstreams, nil); err != nil {
-		return errors.Join(err, a.cache.Close())
+		return errors.Join(err, a.history.Close(), a.cache.Close())
 	}
 	return nil
 }
@@ -91,7 +104,7 @@ func (a *api) build(cfg Config, upstreams *upstream.Client, replaces *proxy.Prox
 		return nil, err
 	}
 	options.Upstreams, options.Cache = upstreams, a.cache
-	options.Metrics, options.Logger, options.Replaces = a.metrics, a.log, replaces
+	options.Metrics, options.Logger, options.Replaces, options.History = a.metrics, a.log, replaces, a.history
 	p, err := proxy.New(options)
 	if err != nil {
 		return nil, err
@@ -159,11 +172,20 @@ func (a *api) askImage(ctx context.Context, name proxy.ImageName) (proxy.Offered
 	return g.proxy.AskImage(ctx, name)
 }
 
+func (a *api) explain(ctx context.Context, name proxy.ImageName) explain.Explanation {
+	g := a.enter()
+	defer g.running.Done()
+	return explain.Explain(ctx, explain.Sources{Proxy: g.proxy, Cache: a.cache, History: a.history, Now: time.Now}, name)
+}
+
 // close waits for all generations, and closes the cache. Call it when no request
 // comes any more.
 func (a *api) close() error {
 	a.now.close()
 	a.closing.Wait()
+	if err := a.history.Close(); err != nil { // which nobody is kept from stopping for
+		a.log.Warn("the last decisions could not be written", zap.Error(err))
+	}
 	return a.cache.Close()
 }
 
@@ -245,7 +267,7 @@ func (r *reloader) apply() (needsRestart []string, err error) {
 			return nil, err
 		}
 	}
-	upstreams, err := newUpstreams(next, r.api.metrics, r.log, r.api.own...)
+	upstreams, err := newUpstreams(next, r.api.observe, r.log, r.api.own...)
 	if err != nil {
 		return nil, err
 	}

@@ -17,9 +17,12 @@ import (
 
 	"tarn/admin"
 	"tarn/cache"
+	"tarn/cache/store"
+	"tarn/history"
 	"tarn/proxy"
 	"tarn/upstream"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -77,7 +80,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	defer ls.close()
 
 	registry := newRegistry()
-	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
+	a := &api{metrics: proxy.NewMetrics(registry), history: history.New(time.Now), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
 	if err := a.open(cfg); err != nil {
 		return err
 	}
@@ -113,7 +116,11 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	return serveAll(ctx, log, manager, services, a.running.Load)
 }
 
-func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (*cache.Cache, error) {
+// whyGone are the store's words in the history's.
+var whyGone = map[store.Why]history.Cause{store.ForRoom: history.Evicted, store.OnRequest: history.Removed, store.NotAsItWas: history.Changed}
+
+// openCache opens the data directory, where the history is kept, too.
+func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool, past *history.History) (*cache.Cache, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("dir: %w; choose another with --dir", err)
 	}
@@ -128,11 +135,12 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 		log.Warn("max_size is more than the filesystem of dir has; min_free holds all the same",
 			zap.Int64("max_size", bound), zap.Int64("filesystem", total), zap.String("dir", cfg.Dir))
 	}
-	store, err := cache.New(cache.Options{
+	c, err := cache.New(cache.Options{
 		Dir:     cfg.Dir,
 		MaxSize: cfg.MaxSize.Bytes(total),
 		MinFree: cfg.MinFree.Bytes(total),
 		Listed:  listed,
+		Went:    func(d digest.Digest, size int64, why store.Why) { past.Went(d, size, whyGone[why]) },
 		Logger:  log,
 	})
 	switch {
@@ -145,8 +153,16 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool) (
 	case err != nil:
 		return nil, fmt.Errorf("dir: %w", err)
 	}
-	return store, nil
+	past.Keep(history.File{
+		Path: filepath.Join(cfg.Dir, store.HistoryName),
+		Most: min(history.Most, c.Stats().MaxBytes/historyShare),
+		Room: c.Store().Grow,
+	})
+	return c, nil
 }
+
+// historyShare of the bound is the history's at most, one part in so many.
+const historyShare = 256
 
 // status is the document of /api/v1/status.
 type status struct {
@@ -163,6 +179,8 @@ type status struct {
 	// each kind of client asked last.
 	Clients      string              `json:"clients"`
 	LastRequests []proxy.LastRequest `json:"lastRequests"`
+	// Day is what was served within a day.
+	Day history.Sum `json:"day"`
 	// Upstreams are the listed registries.
 	Upstreams []upstream.Health `json:"upstreams"`
 	// Unlisted are other registries in trouble, the last few.
@@ -209,6 +227,8 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Parse:    a.parseImage,
 		Ask:      a.askImage,
 		Reload:   r.reload,
+		Explain:  a.explain,
+		History:  a.history,
 		Process:  func() any { return newProcessReport(r.file) },
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
@@ -216,13 +236,13 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 			s := store.Stats()
 			return true, []admin.Check{
 				{Name: "store", OK: s.Trouble == "", Detail: cmp.Or(s.Trouble, "objects are stored")},
-				{Name: "clients", OK: true, Detail: describeClients(a.metrics.LastRequests(), started, time.Now())},
+				{Name: "clients", OK: true, Detail: describeClients(a.lastRequests(), history.Total(a.history.Day()), started, time.Now())},
 			}
 		},
 		Status: func() any {
-			last, upstreams := a.metrics.LastRequests(), a.upstreams.Load()
+			last, upstreams, day := a.lastRequests(), a.upstreams.Load(), history.Total(a.history.Day())
 			return status{version, started, cfg.Listen, cfg.Dir, addressOf(socket), store.Stats(), store.Index().Counts(),
-				describeClients(last, started, time.Now()), last, upstreams.Health(), upstreams.Strangers()}
+				describeClients(last, day, started, time.Now()), last, day, upstreams.Health(), upstreams.Strangers()}
 		},
 	}
 }

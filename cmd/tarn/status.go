@@ -6,12 +6,14 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
 	"tarn/index"
 	"tarn/upstream"
 
+	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 )
 
@@ -29,19 +31,28 @@ registries are in trouble. As JSON it is the document of /api/v1/status.`,
 				Index index.Counts `json:"index"`
 			}
 			return d.do(cmd, "GET", "/api/v1/status", nil, &s, func(w io.Writer) {
-				fmt.Fprintln(w, s.Clients)
-				fmt.Fprintf(w, "store: %s of %s in %s, %d objects, %d tags, %d downloads running\n",
-					size(s.Cache.UsedBytes), size(s.Cache.MaxBytes), s.Dir, s.Index.Objects, s.Index.Tags, s.Cache.Flights)
-				if s.Cache.Trouble != "" {
-					fmt.Fprintln(w, "trouble: the disk refuses, and objects pass through:", s.Cache.Trouble)
-				}
-				for _, u := range append(s.Upstreams, s.Unlisted...) {
-					showUpstream(w, u)
-				}
-				fmt.Fprintf(w, "tarn %s at %s since %s\n", s.Version, s.Listen, s.Started.Format(time.DateTime))
+				showStatus(w, s.status, s.Index)
 			})
 		},
 	})
+}
+
+// showStatus prints the verdict first, and then what it rests on.
+func showStatus(w io.Writer, s status, rows index.Counts) {
+	fmt.Fprintln(w, s.Clients)
+	fmt.Fprintf(w, "store: %s of %s in %s, %d objects, %d tags, %d downloads running\n",
+		size(s.Cache.UsedBytes), size(s.Cache.MaxBytes), s.Dir, rows.Objects, rows.Tags, s.Cache.Flights)
+	if d := s.Day; d.Requests > 0 {
+		fmt.Fprintf(w, "24 hours: %d requests, %s from the disk, %s as it came; registries sent %s\n",
+			d.Requests, size(d.FromDisk), size(d.FromRegistry), size(d.Received))
+	}
+	if s.Cache.Trouble != "" {
+		fmt.Fprintln(w, "trouble: the disk refuses, and objects pass through:", s.Cache.Trouble)
+	}
+	for _, u := range append(s.Upstreams, s.Unlisted...) {
+		showUpstream(w, u)
+	}
+	fmt.Fprintf(w, "tarn %s at %s since %s\n", s.Version, s.Listen, s.Started.Local().Format(time.DateTime))
 }
 
 // showUpstream says how a registry does, in a line, and what to do about what does not
@@ -52,16 +63,28 @@ func showUpstream(w io.Writer, u upstream.Health) {
 		parts = append(parts, u.Effect)
 	}
 	if u.LimitedUntil != nil {
-		parts = append(parts, "limits requests until "+u.LimitedUntil.Format(time.DateTime))
+		parts = append(parts, "limits requests until "+u.LimitedUntil.Local().Format(time.DateTime))
 	}
 	if u.RateLimit != nil {
-		parts = append(parts, fmt.Sprintf("grants %d more requests", u.RateLimit.Remaining))
+		parts = append(parts, quota(*u.RateLimit))
 	}
 	fmt.Fprintf(w, "%s: %s\n", u.Name, cmp.Or(strings.Join(parts, "; "), "no trouble seen"))
 	for _, f := range u.Failing {
-		fmt.Fprintf(w, "  %s since %s: %s\n", f.Origin, f.Since.Format(time.DateTime), f.Cause)
+		fmt.Fprintf(w, "  %s since %s: %s\n", f.Origin, f.Since.Local().Format(time.DateTime), f.Cause)
 		if f.Advice != "" {
 			fmt.Fprintf(w, "  to do: %s\n", f.Advice)
 		}
 	}
+}
+
+// quota says how many requests a registry still grants, and for how long that holds.
+func quota(l upstream.RateLimit) string {
+	said := fmt.Sprintf("grants %d more requests", l.Remaining)
+	if l.Limit > 0 {
+		said = fmt.Sprintf("grants %d of %d requests still", l.Remaining, l.Limit)
+	}
+	if seconds, err := strconv.Atoi(l.Window); err == nil && seconds > 0 {
+		said += " in " + strings.ToLower(units.HumanDuration(time.Duration(seconds)*time.Second))
+	}
+	return said + ", as it said " + ago(l.Seen)
 }
