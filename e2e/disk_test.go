@@ -140,6 +140,8 @@ func TestAFullDiskIsSaidAndComesBackByItself(t *testing.T) {
 	if !strings.Contains(full, "no space left") && !strings.Contains(full, "no room") {
 		t.Errorf("%s", full)
 	}
+	waitForMetric(t, "tarn_cache_store_failing 1")
+	waitForMetric(t, `tarn_requests_total{kind="blob",outcome="bypassed",upstream="`+upstreamName+`"} 2`)
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
@@ -156,6 +158,7 @@ func TestAFullDiskIsSaidAndComesBackByItself(t *testing.T) {
 		}
 		return nil
 	})
+	waitForMetric(t, "tarn_cache_store_failing 0")
 }
 
 type zeros struct{}

@@ -37,6 +37,24 @@ func TestTheAlertsDoWhatTheirTestsSay(t *testing.T) {
 	promtool(t, nil, "test", "rules", "../deploy/alerts_test.yaml")
 }
 
+// waitForMetric waits until tarn's metrics have that line: a request is counted once
+// it is answered.
+func waitForMetric(t *testing.T, line string) {
+	t.Helper()
+	waitFor(t, line, func() error {
+		resp, err := http.Get("http://" + tarnAdminAddr + "/metrics")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err == nil && !strings.Contains(string(text), "\n"+line+"\n") {
+			err = errors.New("not among the metrics")
+		}
+		return err
+	})
+}
+
 // startPrometheus has a Prometheus scrape tarn each second, and evaluate the alerts.
 func startPrometheus(t *testing.T) {
 	t.Helper()

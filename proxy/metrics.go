@@ -112,7 +112,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		}, labels),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "tarn_client_sent_bytes_total",
-			Help: "Bytes of bodies sent to clients, counted when the answer has ended.",
+			Help: "Bytes of bodies sent to clients, as they go, by the outcome when the headers went out.",
 		}, labels),
 		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "tarn_request_duration_seconds",
@@ -164,13 +164,12 @@ func (s *series) cell(k kind, o outcome) *cell {
 }
 
 // count takes one request that has ended.
-func (s *series) count(k kind, o outcome, bytes int64, headers time.Duration) {
+func (s *series) count(k kind, o outcome, headers time.Duration) {
 	if s == nil {
 		return
 	}
 	c := s.cell(k, o)
 	c.requests.Inc()
-	c.sent.Add(float64(bytes))
 	c.duration.Observe(headers.Seconds())
 }
 
@@ -218,6 +217,19 @@ func newCounted(m *Metrics, listed []upstream.Name) counted {
 		c.listed[name] = m.of(string(name))
 	}
 	return c
+}
+
+// sent counts the bytes of an answer whose headers go out; nil where nobody counts, as
+// of the probe.
+func (c *counted) sent(w *response) prometheus.Counter {
+	var name upstream.Name
+	if w.request != nil {
+		name = w.request.upstream
+	}
+	if c == nil || c.other == nil || name == probeName {
+		return nil
+	}
+	return c.of(name).cell(w.request.metricKind(), w.ended()).sent
 }
 
 // of returns the series of the request's upstream.

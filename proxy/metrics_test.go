@@ -85,6 +85,11 @@ func TestRequestsAreCountedByKindOutcomeAndUpstream(t *testing.T) {
 		defer resp.Body.Close()
 		half = append(half, resp)
 	}
+	layerOnly := float64(len(layer))
+	eventually(t, "bytes are counted as they go", func() bool {
+		n := d.counts("tarn_client_sent_bytes_total")
+		return n["blob miss lab.test"] > layerOnly && n["blob joined lab.test"] > 0
+	})
 	close(proceed)
 	for _, resp := range half {
 		if body, err := io.ReadAll(resp.Body); err != nil || !bytes.Equal(body, blob) {
@@ -114,8 +119,12 @@ func TestRequestsAreCountedByKindOutcomeAndUpstream(t *testing.T) {
 	if h := d.counts("tarn_request_duration_seconds"); h["tag confirmed lab.test"] != 1 {
 		t.Errorf("%v", h)
 	}
-	if n := d.counts("tarn_client_sent_bytes_total")["tag confirmed lab.test"]; n != float64(len(img.Body)) {
+	sent := d.counts("tarn_client_sent_bytes_total")
+	if n := sent["tag confirmed lab.test"]; n != float64(len(img.Body)) {
 		t.Errorf("%v bytes, of %d", n, len(img.Body))
+	}
+	if n := sent["blob miss lab.test"]; n != float64(len(layer)+len(blob)) || sent["blob joined lab.test"] != float64(len(blob)) {
+		t.Errorf("%v", sent)
 	}
 	if n := d.counts("tarn_upstream_received_bytes_total")["fetch lab.test"]; n != float64(len(img.Body)+len(layer)+300_000) {
 		t.Errorf("%v bytes came", n)
@@ -178,6 +187,6 @@ func BenchmarkCount(b *testing.B) {
 	c := newCounted(m, []upstream.Name{"ghcr.io", "docker.io", "quay.io"})
 	b.ReportAllocs()
 	for b.Loop() {
-		c.of("docker.io").count(kindBlob, outcomeHit, 1000, time.Millisecond)
+		c.of("docker.io").count(kindBlob, outcomeHit, time.Millisecond)
 	}
 }

@@ -129,7 +129,7 @@ func (p *Proxy) fetchOne(q *request, kind upstream.Kind, d manifest.Descriptor) 
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, headerDeadline)
 	defer cancel()
-	o, _, _, err := p.openDigest(ctx, &response{start: time.Now()}, &one)
+	o, _, _, err := p.openDigest(ctx, &response{timing: timing{start: time.Now()}}, &one)
 	if err != nil {
 		return nil
 	}

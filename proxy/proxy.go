@@ -272,7 +272,7 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 // logged.
 func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	w := &response{ResponseWriter: rw, cacheStatus: "tarn", timeout: p.writeTimeout, start: start}
+	w := &response{ResponseWriter: rw, timing: timing{start: start}, counted: &p.counted, cacheStatus: "tarn", timeout: p.writeTimeout}
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 	defer func() {
 		v := recover()
@@ -311,7 +311,7 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 		route = q.route()
 	}
 	ended := w.ended()
-	p.counted.of(q.upstream).count(q.metricKind(), ended, w.bytes, w.headers)
+	p.counted.of(q.upstream).count(q.metricKind(), ended, w.headers)
 	p.remember(w, r, q, ended)
 	if !p.accessLog.wants(w, ended) {
 		return

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"tarn/cache"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // response is a ResponseWriter that remembers what a log line says. It keeps
@@ -19,6 +21,8 @@ import (
 // than sent by the kernel.
 type response struct {
 	http.ResponseWriter
+	timing
+	counted     *counted
 	request     *request
 	cacheStatus string // RFC 9211
 	collapsed   bool
@@ -26,19 +30,33 @@ type response struct {
 	fetcher     *fetcher // of the bytes, where they are not here; nil for none
 	err         error
 	timeout     time.Duration // Options.WriteTimeout
-	start       time.Time
-	headers     time.Duration // from arrival to the headers
-	waits       waits         // of those, what was waited for
 	slow        bool          // the body may come later than the headers
 	told        told
 	status      int
 	bytes       int64
+	sent        prometheus.Counter // of bytes, once the headers are out; nil: nobody counts
+}
+
+// timing is what a request took.
+type timing struct {
+	start   time.Time
+	headers time.Duration // from arrival to the headers
+	waits   waits         // of those, what was waited for
+}
+
+// wrote counts bytes of the body as they go, since a large one takes minutes.
+func (w *response) wrote(n int64) {
+	w.bytes += n
+	if w.sent != nil {
+		w.sent.Add(float64(n))
+	}
 }
 
 func (w *response) WriteHeader(status int) {
 	if w.status == 0 {
 		w.status = status
 		w.headers = time.Since(w.start)
+		w.sent = w.counted.sent(w)
 		w.Header().Set("Cache-Status", w.cacheStatus)
 		if status < http.StatusBadRequest { // a refusal looks the same whatever is here
 			w.waits.tell(w.Header())
@@ -55,7 +73,7 @@ func (w *response) Write(p []byte) (int, error) {
 		w.WriteHeader(http.StatusOK)
 	}
 	n, err := w.ResponseWriter.Write(p)
-	w.bytes += int64(n)
+	w.wrote(int64(n))
 	return n, err
 }
 
@@ -81,7 +99,7 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 		if body, ok := part.R.(*bytes.Reader); ok && int64(body.Len()) == part.N {
 			// In one piece it goes out together with the headers.
 			n, err := body.WriteTo(w.ResponseWriter)
-			w.bytes += n
+			w.wrote(n)
 			return n, err
 		}
 		var err error
@@ -121,7 +139,7 @@ func (w *response) sendFile(file *os.File, n int64) (sent int64, err error) {
 		w.extend()
 		m, err := io.CopyN(w.ResponseWriter, file, min(sendPiece, n-sent))
 		sent += m
-		w.bytes += m
+		w.wrote(m)
 		if err != nil {
 			return sent, err
 		}

@@ -121,8 +121,8 @@ var (
 	habitsDesc     = prometheus.NewDesc("tarn_upstream_habits", "Listed registries that were seen to do what the specification does not have.", []string{"habit"}, nil)
 	failingDesc    = prometheus.NewDesc("tarn_upstream_hosts_failing", "Hosts of a listed registry that gave no answer when they were asked last.", byUpstream, nil)
 	inFlightDesc   = prometheus.NewDesc("tarn_upstream_requests_in_flight", "Requests that wait for a registry's headers, or for their turn.", byUpstream, nil)
-	quotaLimitDesc = prometheus.NewDesc("tarn_upstream_ratelimit_limit", "The requests that a listed registry grants in its window, as it said last. Absent where it has not said, or its window has passed since.", byUpstream, nil)
-	quotaLeftDesc  = prometheus.NewDesc("tarn_upstream_ratelimit_remaining", "The requests that it still grants, likewise.", byUpstream, nil)
+	quotaLimitDesc = prometheus.NewDesc(quotaLimit, "The requests that a listed registry grants in its window, as it said last. Absent where it has not said, or its window has passed since.", byUpstream, nil)
+	quotaLeftDesc  = prometheus.NewDesc(quotaLeft, "The requests that it still grants, likewise.", byUpstream, nil)
 )
 
 // registerUpstreams shows how registries do: each listed one, and the others together.

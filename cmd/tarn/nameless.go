@@ -3,6 +3,8 @@
 package main
 
 import (
+	"maps"
+	"math"
 	"slices"
 	"strings"
 
@@ -19,14 +21,18 @@ type nameless struct{ prometheus.Gatherer }
 // harmless labels have values of tarn's own choice, or of a standard's.
 var harmless = []string{"kind", "outcome", "code", "method", "cause", "habit", "client", "version", "commit", "goversion"}
 
-// leastOf are the families of which a sum would say nothing: what counts is the
-// registry that grants least.
-var leastOf = []string{"tarn_upstream_ratelimit_limit", "tarn_upstream_ratelimit_remaining"}
+// Of quotas a sum would say nothing: what counts is the registry that has the least
+// share left, and what it grants in all.
+const (
+	quotaLimit = "tarn_upstream_ratelimit_limit"
+	quotaLeft  = "tarn_upstream_ratelimit_remaining"
+)
 
 func (n nameless) Gather() ([]*dto.MetricFamily, error) {
 	all, err := n.Gatherer.Gather()
+	scarcest := scarcestQuota(all)
 	for i, f := range all {
-		all[i] = withoutUpstream(f)
+		all[i] = withoutUpstream(f, scarcest)
 	}
 	return slices.DeleteFunc(all, func(f *dto.MetricFamily) bool {
 		return slices.ContainsFunc(f.Metric, func(m *dto.Metric) bool {
@@ -35,23 +41,64 @@ func (n nameless) Gather() ([]*dto.MetricFamily, error) {
 	}), err
 }
 
-// withoutUpstream is the family without that label; f itself, whose parts are others',
-// is not changed.
-func withoutUpstream(f *dto.MetricFamily) *dto.MetricFamily {
+// scarcestQuota is the registry that has the least share of its quota left; "" where
+// none has said one.
+func scarcestQuota(all []*dto.MetricFamily) (scarcest string) {
+	limits := make(map[string]float64)
+	left := make(map[string]float64)
+	for _, f := range all {
+		for _, m := range f.Metric {
+			switch f.GetName() {
+			case quotaLimit:
+				limits[upstreamOf(m)] = m.Gauge.GetValue()
+			case quotaLeft:
+				left[upstreamOf(m)] = m.Gauge.GetValue()
+			}
+		}
+	}
+	least := math.Inf(1)
+	for _, name := range slices.Sorted(maps.Keys(left)) {
+		share := left[name] // where there is no limit: none of it left is what is to be seen
+		if limits[name] > 0 {
+			share /= limits[name]
+		}
+		if share < least {
+			least, scarcest = share, name
+		}
+	}
+	return scarcest
+}
+
+func upstreamOf(m *dto.Metric) string {
+	for _, l := range m.Label {
+		if l.GetName() == "upstream" {
+			return l.GetValue()
+		}
+	}
+	return ""
+}
+
+// withoutUpstream is the family without that label, of quotas the scarcest alone; f
+// itself, whose parts are others', is not changed.
+func withoutUpstream(f *dto.MetricFamily, scarcest string) *dto.MetricFamily {
 	isUpstream := func(l *dto.LabelPair) bool { return l.GetName() == "upstream" }
 	if !slices.ContainsFunc(f.Metric, func(m *dto.Metric) bool { return slices.ContainsFunc(m.Label, isUpstream) }) {
 		return f
 	}
 	out := &dto.MetricFamily{Name: f.Name, Help: f.Help, Type: f.Type, Unit: f.Unit}
 	merged := make(map[string]*dto.Metric)
+	isQuota := f.GetName() == quotaLimit || f.GetName() == quotaLeft
 	for _, m := range f.Metric {
+		if isQuota && upstreamOf(m) != scarcest {
+			continue
+		}
 		labels := slices.DeleteFunc(slices.Clone(m.Label), isUpstream)
 		var key strings.Builder
 		for _, l := range labels {
 			key.WriteString(l.GetValue() + "\x00")
 		}
 		if first := merged[key.String()]; first != nil {
-			merge(first, m, slices.Contains(leastOf, f.GetName()))
+			merge(first, m)
 			continue
 		}
 		one := proto.Clone(m).(*dto.Metric)
@@ -62,13 +109,11 @@ func withoutUpstream(f *dto.MetricFamily) *dto.MetricFamily {
 	return out
 }
 
-// merge adds from to m, or with least takes the smaller gauge.
-func merge(m, from *dto.Metric, least bool) {
+// merge adds from to m.
+func merge(m, from *dto.Metric) {
 	switch {
 	case m.Counter != nil:
 		m.Counter.Value = proto.Float64(m.Counter.GetValue() + from.Counter.GetValue())
-	case m.Gauge != nil && least:
-		m.Gauge.Value = proto.Float64(min(m.Gauge.GetValue(), from.Gauge.GetValue()))
 	case m.Gauge != nil:
 		m.Gauge.Value = proto.Float64(m.Gauge.GetValue() + from.Gauge.GetValue())
 	case m.Histogram != nil:

@@ -58,24 +58,24 @@ func TestWithoutNamesAllRegistriesAreOne(t *testing.T) {
 	}
 }
 
-func TestQuotasAreTheLeastWithoutNamesAndAbsentWhereNobodySays(t *testing.T) {
+func TestQuotasAreTheScarcestWithoutNamesAndAbsentWhereNobodySays(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)
-	quota := func(left int64, ago time.Duration, window string) *upstream.RateLimit {
-		return &upstream.RateLimit{Limit: 100, Remaining: left, Window: window, Seen: now.Add(-ago)}
+	quota := func(left, limit int64, ago time.Duration, window string) *upstream.RateLimit {
+		return &upstream.RateLimit{Limit: limit, Remaining: left, Window: window, Seen: now.Add(-ago)}
 	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(scraped{[]*prometheus.Desc{habitsDesc, failingDesc, inFlightDesc, quotaLimitDesc, quotaLeftDesc}, func(emit chan<- prometheus.Metric) {
 		collectUpstreams(emit, []upstream.Health{
-			{Name: "a.corp", RateLimit: quota(76, time.Hour, "21600"), InFlight: 2},
-			{Name: "b.corp", RateLimit: quota(5, time.Minute, "")},
-			{Name: "c.corp", RateLimit: quota(0, 7*time.Hour, "21600"), Failing: make([]upstream.HostFailing, 2)},
+			{Name: "a.corp", RateLimit: quota(20, 100, time.Hour, "21600"), InFlight: 2},
+			{Name: "b.corp", RateLimit: quota(50, 5000, time.Minute, "")},
+			{Name: "c.corp", RateLimit: quota(0, 100, 7*time.Hour, "21600"), Failing: make([]upstream.HostFailing, 2)},
 			{Name: "d.corp"},
 		}, 3, now)
 	}})
 	named, without := scrape(t, registry), scrape(t, nameless{registry})
 	for _, want := range []string{
-		`tarn_upstream_ratelimit_remaining{upstream="a.corp"} 76`, `tarn_upstream_ratelimit_remaining{upstream="b.corp"} 5`,
+		`tarn_upstream_ratelimit_remaining{upstream="a.corp"} 20`, `tarn_upstream_ratelimit_remaining{upstream="b.corp"} 50`,
 		`tarn_upstream_hosts_failing{upstream="c.corp"} 2`, `tarn_upstream_hosts_failing{upstream="d.corp"} 0`,
 		`tarn_upstream_requests_in_flight{upstream="a.corp"} 2`, `tarn_upstream_requests_in_flight{upstream="other"} 3`,
 	} {
@@ -88,7 +88,7 @@ func TestQuotasAreTheLeastWithoutNamesAndAbsentWhereNobodySays(t *testing.T) {
 			t.Errorf("%s has a quota:\n%s", name, named)
 		}
 	}
-	for _, want := range []string{"tarn_upstream_ratelimit_remaining 5", "tarn_upstream_ratelimit_limit 100", "tarn_upstream_hosts_failing 2", "tarn_upstream_requests_in_flight 5"} {
+	for _, want := range []string{"tarn_upstream_ratelimit_remaining 50", "tarn_upstream_ratelimit_limit 5000", "tarn_upstream_hosts_failing 2", "tarn_upstream_requests_in_flight 5"} {
 		if !strings.Contains(without, want+"\n") {
 			t.Errorf("without names it lacks %s:\n%s", want, without)
 		}
