@@ -151,7 +151,7 @@ func (u *pulling) root(ctx context.Context) ([]byte, digest.Digest, error) {
 	}
 	asking, cancel := context.WithTimeout(ctx, headerDeadline)
 	defer cancel()
-	w := &response{start: u.now()}
+	w := &response{timing: timing{start: u.now()}}
 	c, _, err := u.confirmTag(asking, asking, u.q, false)
 	var o *cache.Object
 	if err == nil {
@@ -178,7 +178,7 @@ func (u *pulling) manifest(ctx context.Context, d manifest.Descriptor) ([]byte, 
 	one.tag, one.digest, one.size = "", d.Digest, d.Size
 	asking, cancel := context.WithTimeout(ctx, headerDeadline)
 	defer cancel()
-	o, _, _, err := u.openDigest(asking, &response{start: u.now()}, &one)
+	o, _, _, err := u.openDigest(asking, &response{timing: timing{start: u.now()}}, &one)
 	if err != nil {
 		return nil, err
 	}
@@ -374,7 +374,7 @@ func (u *pulling) blob(ctx context.Context, object *PulledObject) error {
 	one.endsWith(ctx)
 	asking, cancel := context.WithTimeout(ctx, headerDeadline)
 	defer cancel()
-	o, _, _, err := u.openDigest(asking, &response{start: u.now()}, &one)
+	o, _, _, err := u.openDigest(asking, &response{timing: timing{start: u.now()}}, &one)
 	if err != nil {
 		return err
 	}
