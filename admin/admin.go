@@ -75,6 +75,9 @@ type Options struct {
 	// nil serves none.
 	Explain func(context.Context, proxy.ImageName) explain.Explanation
 	History *history.History
+	// Process is the document of /api/v1/process, which is served over a socket only.
+	// nil serves none.
+	Process func() any
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)

@@ -36,6 +36,7 @@ func (o Options) routes() []route {
 		{"GET", "/api/v1/openapi.yaml", "this API, as OpenAPI describes it", false, serveOpenAPI},
 		{"GET", "/api/v1/status", "version, store, clients and registries", false, o.document(o.Status)},
 		{"GET", "/api/v1/upstreams", "the registries that are listed, and others in trouble", false, o.document(o.Upstreams)},
+		{"GET", "/api/v1/process", "what a bug report has of the process; over the socket only", false, o.processes()},
 		{"POST", "/api/v1/reload", "read the configuration and the certificates anew", true, o.reloads()},
 	}
 	if o.Registry != nil {
@@ -72,6 +73,13 @@ func (o Options) document(of func() any) http.HandlerFunc {
 		return nil
 	}
 	return func(w http.ResponseWriter, _ *http.Request) { serveJSON(w, http.StatusOK, of()) }
+}
+
+func (o Options) processes() http.HandlerFunc {
+	if o.Process == nil {
+		return nil
+	}
+	return o.process
 }
 
 func (o Options) reloads() http.HandlerFunc {

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip, skopeo, mkfs.ext4 and chromium from Debian; containerd with
-# its shim and ctr, and crane, built from source. With the argument "clients", the further clients as well: podman and
+# its shim and ctr, and crane, built from source; prometheus and promtool from Debian. With the argument "clients", the further clients as well: podman and
 # docker from Debian, oras, regctl and BuildKit from source. Says on its last line, alone on standard output, the folders
 # with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds.
 set -euo pipefail
@@ -82,6 +82,13 @@ unpack_containerd_of_debian() {
 	cp root/usr/bin/containerd containerd-of-debian
 	rm -rf root containerd_*.deb
 }
+# Prometheus and promtool without the service, which would start at once.
+unpack_prometheus() {
+	apt-get download prometheus
+	dpkg -x prometheus_*.deb root
+	cp root/usr/bin/prometheus root/usr/bin/promtool .
+	rm -rf root prometheus_*.deb
+}
 # docker's programs without its service, which would start at once.
 unpack_docker() {
 	apt-get download docker.io
@@ -93,6 +100,7 @@ unpack_docker() {
 containerd=github.com/containerd/containerd/v2/cmd
 keep containerd@2.4.2 build $containerd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2 # about five minutes on two cores
 keep containerd@debian unpack_containerd_of_debian
+keep prometheus@debian unpack_prometheus
 keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
 keep conformance@97274622c111 build github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111
 if [[ ${1:-} == clients ]]; then

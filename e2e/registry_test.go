@@ -74,7 +74,8 @@ type registry struct {
 	requests    []*request
 	refuseBlobs bool
 	brake       *brake
-	refused     bool // everybody, of everything
+	refused     bool   // everybody, of everything
+	limit, left string // what it says of its quota; "" for nothing
 	gate        *gate
 }
 
@@ -114,6 +115,13 @@ func newApp(t *testing.T, storage string, protect configuration.Auth) http.Handl
 	return handlers.NewApp(ctx, config)
 }
 
+// quota has the registry say so of the requests that it grants, as Docker Hub does.
+func (r *registry) quota(limit, left string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.limit, r.left = limit, left
+}
+
 // serve answers at addr until the test is over.
 func serve(t *testing.T, addr string, h http.Handler) {
 	t.Helper()
@@ -148,6 +156,10 @@ func (r *registry) recorded(way route) http.Handler {
 		r.mu.Lock()
 		r.requests = append(r.requests, rec)
 		refuse, brake, refused := r.refuseBlobs, r.brake, r.refused
+		if r.left != "" {
+			w.Header().Set("Ratelimit-Limit", r.limit)
+			w.Header().Set("Ratelimit-Remaining", r.left)
+		}
 		r.mu.Unlock()
 
 		rw := &recorder{ResponseWriter: w, registry: r, rec: rec}

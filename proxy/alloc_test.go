@@ -4,7 +4,10 @@
 
 package proxy
 
-import "testing"
+import (
+	"net/http"
+	"testing"
+)
 
 // Under the race detector, pools forget at random.
 func TestRoutingTakesFewAllocations(t *testing.T) {
@@ -32,5 +35,13 @@ func TestWhoAsksUnderWhichNameTakesNoAllocation(t *testing.T) {
 		}); n > 0 {
 			t.Errorf("%s: %v allocations", host, n)
 		}
+	}
+}
+
+func TestWhatWasNotWaitedForTakesNoAllocation(t *testing.T) {
+	h := make(http.Header)
+	w := waits{stepDisk: leastWait - 1}
+	if n := testing.AllocsPerRun(100, func() { w.tell(h) }); n > 0 || len(h) > 0 {
+		t.Errorf("%v allocations, %v", n, h)
 	}
 }

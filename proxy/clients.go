@@ -66,13 +66,18 @@ func (c *clients) last() []LastRequest {
 	return last
 }
 
-// register shows as metrics when each kind of client asked last.
-func (c *clients) register(registry prometheus.Registerer) {
+var lastRequest = prometheus.NewDesc("tarn_client_last_request_timestamp_seconds",
+	"Seconds since 1970 when a client of that kind, by its User-Agent, asked last for a manifest, a blob or a list. Absent for who never did.",
+	[]string{"client"}, nil)
+
+// Describe implements prometheus.Collector.
+func (c *clients) Describe(descs chan<- *prometheus.Desc) { descs <- lastRequest }
+
+// Collect implements prometheus.Collector.
+func (c *clients) Collect(metrics chan<- prometheus.Metric) {
 	for i := range c {
-		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name:        "tarn_client_last_request_timestamp_seconds",
-			Help:        "Seconds since 1970 when a client of that kind, by its User-Agent, asked last for a manifest, a blob or a list; 0 for never.",
-			ConstLabels: prometheus.Labels{"client": clientKinds[i].name},
-		}, func() float64 { return float64(c[i].Load()) / 1e9 }))
+		if at := c[i].Load(); at != 0 {
+			metrics <- prometheus.MustNewConstMetric(lastRequest, prometheus.GaugeValue, float64(at)/1e9, clientKinds[i].name)
+		}
 	}
 }

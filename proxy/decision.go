@@ -22,11 +22,10 @@ type told struct {
 	meant, before digest.Digest // what a tag means, and what it meant where that was another
 	away          error         // why the answer is stale
 	unproven      bool          // the yes was not about what is here
-	joined        bool          // another request was having the bytes fetched
 }
 
 // remember has the history know what became of a request for a manifest or a blob.
-func (p *Proxy) remember(w *response, r *http.Request, q *request) {
+func (p *Proxy) remember(w *response, r *http.Request, q *request, ended outcome) {
 	if p.history == nil || q.base || q.kind != upstream.Manifest && q.kind != upstream.Blob {
 		return
 	}
@@ -40,7 +39,7 @@ func (p *Proxy) remember(w *response, r *http.Request, q *request) {
 		Tag:        q.tag,
 		Digest:     cmp.Or(q.digest, w.told.meant),
 		Before:     w.told.before,
-		Outcome:    w.result(),
+		Outcome:    outcomeNames[ended],
 		Status:     w.status,
 		Asked:      w.told.asked,
 		Shared:     w.collapsed,
@@ -128,19 +127,4 @@ func whyError(err error) (history.Cause, bool) {
 func errorWords(q *request, err error) string {
 	_, e := answerFor(q, err)
 	return e.Message
-}
-
-// result is the outcome, and tells apart who joined, and who was refused.
-func (w *response) result() string {
-	var refused *upstream.StatusError
-	switch o := w.outcome(); {
-	case o == "error" && errors.As(w.err, &refused) && w.status >= 400 && w.status < 500:
-		return "refused"
-	case o == "miss" && w.told.joined:
-		return "joined"
-	case o == "bypass":
-		return "bypassed"
-	default:
-		return o
-	}
 }

@@ -123,7 +123,7 @@ func start(t testing.TB, s setup) *tarnd {
 	for name, raw := range s.urls {
 		add(name, raw)
 	}
-	loopback := registrytest.Loopback(t)
+	loopback, metrics := registrytest.Loopback(t), NewMetrics(d.metrics)
 	u, err := upstream.New(upstream.Options{
 		Listed: listed,
 		Lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
@@ -139,6 +139,7 @@ func start(t testing.TB, s setup) *tarnd {
 			return loopback(ctx, network, addr)
 		},
 		RootCAs: s.roots,
+		Observe: metrics.Upstream,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -155,7 +156,7 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Names: s.names, Rules: ruleOf, Defaults: DefaultRules(),
-		WriteTimeout: s.writeTimeout, Metrics: NewMetrics(d.metrics), Logger: log,
+		WriteTimeout: s.writeTimeout, Metrics: metrics, Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)

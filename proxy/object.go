@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 
 	"tarn/cache"
 	"tarn/rights"
@@ -77,7 +78,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 				if err != nil {
 					return nil, y, nil, err
 				}
-				o, err := p.openStale(ctx, q, stale)
+				o, err := p.openStale(ctx, w, q, stale)
 				return o, y, stale, err
 			}
 		}
@@ -86,7 +87,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 		switch {
 		case ok:
 			w.fetcher = p.fetcher(q, q.digest, &y)
-			o, err = p.openWith(ctx, q, w.fetcher, true)
+			o, err = p.open(ctx, w, p.cacheRequest(q, w.fetcher, true))
 			if err == nil && (o.Source != cache.Fetched && !y.Covers(o.Size) || o.Doubtful && y.Size != o.Size) {
 				o.Close()
 				o, y, err = p.pass(ctx, w, q)
@@ -95,7 +96,7 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 			// The GET that fetches it is the question.
 			w.told.asked = http.MethodGet
 			w.fetcher = p.fetcher(q, q.digest, nil)
-			o, err = p.openWith(ctx, q, w.fetcher, false)
+			o, err = p.open(ctx, w, p.cacheRequest(q, w.fetcher, false))
 			y = w.fetcher.answer()
 		default:
 			o, y, err = p.pass(ctx, w, q)
@@ -107,10 +108,16 @@ func (p *Proxy) openDigest(ctx context.Context, w *response, q *request) (*cache
 	}
 }
 
-// openWith opens the object, whose bytes come from the fetcher where they are not
-// here.
-func (p *Proxy) openWith(ctx context.Context, q *request, f *fetcher, authorised bool) (*cache.Object, error) {
-	return p.cache.Open(ctx, p.cacheRequest(q, f, authorised))
+// open opens the object, and notes what the client waited for meanwhile.
+func (p *Proxy) open(ctx context.Context, w *response, req cache.Request) (*cache.Object, error) {
+	start := time.Now()
+	o, err := p.cache.Open(ctx, req)
+	if err == nil && o.Source == cache.Hit {
+		w.waits.since(stepDisk, start)
+	} else {
+		w.waits.since(stepFirstByte, start)
+	}
+	return o, err
 }
 
 func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Request {
@@ -145,6 +152,7 @@ func (p *Proxy) cacheRequest(q *request, f *fetcher, authorised bool) cache.Requ
 // pass gives a client what the authority sends to its own request, and nothing
 // of what is here.
 func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Object, rights.Yes, error) {
+	defer w.waits.since(stepFirstByte, time.Now())
 	w.fetcher = p.fetcher(q, q.digest, nil)
 	w.told.asked, w.told.unproven = http.MethodGet, true
 	o, err := p.cache.Pass(ctx, p.cacheRequest(q, w.fetcher, false))
@@ -157,6 +165,7 @@ func (p *Proxy) pass(ctx context.Context, w *response, q *request) (*cache.Objec
 func (p *Proxy) inquire(ctx context.Context, w *response, q *request, here bool, size int64) (y rights.Yes, ok bool, err error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
+	defer w.waits.since(stepRights, time.Now())
 	covers := func() bool {
 		return !here || size < 0 || y.Covers(size) && (y.Size < 0 || y.Size == size) // else what is on its way is another thing
 	}
@@ -214,7 +223,8 @@ func (p *Proxy) question(ctx context.Context, q *request, method string, part pa
 }
 
 // openStale opens what is stored, and asks nobody.
-func (p *Proxy) openStale(ctx context.Context, q *request, stale *staleness) (*cache.Object, error) {
+func (p *Proxy) openStale(ctx context.Context, w *response, q *request, stale *staleness) (*cache.Object, error) {
+	defer w.waits.since(stepDisk, time.Now())
 	o, err := p.cache.Open(ctx, cache.Request{Key: p.key(q, q.digest), Reader: q.asker.Name(), Offset: q.first, Ranged: q.ranged, Authorised: true, Fetch: notNow})
 	if errors.Is(err, errGone) {
 		err = stale.err // nobody has it now
@@ -261,7 +271,7 @@ func (p *Proxy) headDigest(ctx context.Context, w *response, r *http.Request, q 
 		return stale.err // it went just now, or was not what it should be
 	}
 	w.told.unproven = cached // and the answer is not about that
-	w.detail("fwd=uri-miss; fwd-status=200", "")
+	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	switch {
 	case q.kind == upstream.Blob:
 		return serveHead(w, r, q.digest, blobType, y.Size)
@@ -280,6 +290,7 @@ func (p *Proxy) headQuestion(ctx context.Context, w *response, q *request) (righ
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
 	w.told.asked = http.MethodHead
+	defer w.waits.since(stepRights, time.Now())
 	y, err := p.question(asking, q, http.MethodHead, part{})
 	if lacksHead(err) {
 		p.upstreams.Registry(q.upstream).Saw(upstream.HeadRefused)
@@ -358,7 +369,12 @@ func (p *Proxy) serveManifest(ctx context.Context, w *response, r *http.Request,
 		return serveObject(w, r, o, d, mediaType)
 	}
 	defer context.AfterFunc(ctx, o.Interrupt)()
+	start, from := time.Now(), stepFirstByte
+	if o.Source == cache.Hit {
+		from = stepDisk
+	}
 	data, release, err := p.readManifest(ctx, q.upstream, o.Content, o.Size)
+	w.waits.since(from, start)
 	defer func() { release() }()
 	if err != nil {
 		if ctx.Err() != nil {

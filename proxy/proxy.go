@@ -71,8 +71,9 @@ type Options struct {
 	History *history.History
 	// Now is the clock by which rights end; nil is time.Now.
 	Now func() time.Time
-	// Logger gets one line for each request; nil logs nothing.
-	Logger *zap.Logger
+	// Logger gets one line for each request that AccessLog means; nil logs nothing.
+	Logger    *zap.Logger
+	AccessLog AccessLog
 	// Replaces is the proxy of the same cache whose place this one will take: the
 	// HEADs of both are numbered together. nil: there is none.
 	Replaces *Proxy
@@ -92,7 +93,9 @@ type Proxy struct {
 	wrongs    wrongs
 	metrics   *Metrics
 	history   *history.History
+	counted   counted
 	log       *zap.Logger
+	accessLog AccessLog
 	router    *mux.Router
 	rights    *rights.Rights
 	ruleset   ruleset
@@ -138,7 +141,9 @@ func New(opts Options) (*Proxy, error) {
 		cache:     opts.Cache,
 		metrics:   opts.Metrics,
 		history:   opts.History,
+		counted:   newCounted(opts.Metrics, append(opts.Upstreams.Names(), opts.DefaultUpstream)),
 		log:       opts.Logger,
+		accessLog: opts.AccessLog,
 		hosts:     hosts,
 		names: names{
 			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
@@ -175,6 +180,9 @@ func New(opts Options) (*Proxy, error) {
 // Retire has this proxy remember no yes any more, since another one takes its place.
 // Requests that it has go on as they began.
 func (p *Proxy) Retire() { p.rights.Retire() }
+
+// Grants is how many yeses of registries this proxy remembers.
+func (p *Proxy) Grants() int { return p.rights.Grants() }
 
 // newRouter has mux find prefixes and methods; SkipClean and UseEncodedPath keep
 // it from redirecting and from decoding. The rest is one parser's.
@@ -302,8 +310,12 @@ func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
 	if q.base || q.kind != "" {
 		route = q.route()
 	}
-	p.metrics.request(route, w.outcome(), w.status, w.bytes, w.headers)
-	p.remember(w, r, q)
+	ended := w.ended()
+	p.counted.of(q.upstream).count(q.metricKind(), ended, w.bytes, w.headers)
+	p.remember(w, r, q, ended)
+	if !p.accessLog.wants(w, ended) {
+		return
+	}
 	level := zap.InfoLevel
 	if w.status >= http.StatusInternalServerError {
 		level = zap.WarnLevel // the client goes past tarn, or has nothing

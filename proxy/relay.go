@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"time"
 
 	"tarn/upstream"
 )
@@ -23,7 +24,9 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	life, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	stop := context.AfterFunc(ctx, cancel)
+	start := time.Now()
 	resp, _, err := p.ask(life, q, q.method, q.reference(), part{})
+	w.waits.since(stepFirstByte, start)
 	if !stop() && err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -65,7 +68,7 @@ func (p *Proxy) serveRelayed(ctx context.Context, w *response, r *http.Request, 
 	} else if q.method == http.MethodGet && !r.ProtoAtLeast(1, 1) {
 		return errNoLength
 	}
-	w.detail("fwd=bypass; fwd-status=200", "list")
+	w.detail(outcomeBypassed, "fwd=bypass; fwd-status=200", "list")
 	w.slow = true
 	w.WriteHeader(http.StatusOK)
 	_, err = io.Copy(w, list)

@@ -22,11 +22,13 @@ type response struct {
 	request     *request
 	cacheStatus string // RFC 9211
 	collapsed   bool
+	outcome     outcome  // what the Cache-Status comes to, as far as it went well
 	fetcher     *fetcher // of the bytes, where they are not here; nil for none
 	err         error
 	timeout     time.Duration // Options.WriteTimeout
 	start       time.Time
 	headers     time.Duration // from arrival to the headers
+	waits       waits         // of those, what was waited for
 	slow        bool          // the body may come later than the headers
 	told        told
 	status      int
@@ -38,6 +40,9 @@ func (w *response) WriteHeader(status int) {
 		w.status = status
 		w.headers = time.Since(w.start)
 		w.Header().Set("Cache-Status", w.cacheStatus)
+		if status < http.StatusBadRequest { // a refusal looks the same whatever is here
+			w.waits.tell(w.Header())
+		}
 	}
 	w.ResponseWriter.WriteHeader(status)
 	if w.slow {
@@ -153,9 +158,9 @@ func (w *response) sendSections(s sectioned, most int64) (sent int64, err error)
 // Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// detail sets the Cache-Status, with detail "" for none.
-func (w *response) detail(status, detail string) {
-	w.cacheStatus = "tarn; " + status
+// detail sets the outcome and the Cache-Status, with detail "" for none.
+func (w *response) detail(o outcome, status, detail string) {
+	w.outcome, w.cacheStatus = o, "tarn; "+status
 	if w.collapsed {
 		w.cacheStatus += "; collapsed"
 	}
@@ -169,37 +174,26 @@ func (w *response) source(s cache.Source) {
 	w.slow = s != cache.Hit
 	switch s {
 	case cache.Hit:
-		w.detail("hit", "")
+		w.detail(outcomeHit, "hit", "")
 	case cache.Joined:
-		w.collapsed, w.told.joined = true, true
-		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
+		w.collapsed = true
+		w.detail(outcomeJoined, "fwd=uri-miss; fwd-status=200; stored", "")
 	case cache.Fetched:
-		w.detail("fwd=uri-miss; fwd-status=200; stored", "")
+		w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200; stored", "")
 	case cache.Passed:
-		w.detail("fwd=bypass; fwd-status=200", "not-storable")
+		w.detail(outcomeBypassed, "fwd=bypass; fwd-status=200", "not-storable")
 	}
 }
 
-// outcome is the Cache-Status as a metric's label.
-func (w *response) outcome() string {
+// ended is the outcome when all has been sent, or not.
+func (w *response) ended() outcome {
 	switch {
-	case w.err != nil || w.status >= 400:
-		return "error"
-	case w.request == nil || w.request.base:
-		return "none"
+	case w.status >= http.StatusInternalServerError, w.err != nil && w.status < http.StatusBadRequest:
+		return outcomeError
+	case w.status >= http.StatusBadRequest:
+		return outcomeRefused
 	}
-	for _, o := range []struct{ prefix, outcome string }{
-		{"tarn; hit; ttl=-", "stale"},
-		{"tarn; hit", "hit"},
-		{"tarn; fwd=stale", "confirmed"},
-		{"tarn; fwd=uri-miss", "miss"},
-		{"tarn; fwd=bypass", "bypass"},
-	} {
-		if len(w.cacheStatus) >= len(o.prefix) && w.cacheStatus[:len(o.prefix)] == o.prefix {
-			return o.outcome
-		}
-	}
-	return "none"
+	return w.outcome
 }
 
 // fail answers with the error, or, when the headers are out, has the

@@ -132,7 +132,7 @@ func (p *Proxy) serveStaleTag(ctx context.Context, w *response, r *http.Request,
 		w.stale(stale)
 		return serveHead(w, r, one.digest, mediaType, y.Size)
 	}
-	o, oerr := p.openStale(ctx, &one, stale)
+	o, oerr := p.openStale(ctx, w, &one, stale)
 	if oerr != nil {
 		return err
 	}
@@ -146,5 +146,5 @@ func (w *response) stale(s *staleness) {
 	w.told.away = s.err
 	seconds := int64(s.age / time.Second)
 	w.Header().Set("Age", strconv.FormatInt(seconds, 10))
-	w.detail(fmt.Sprintf("hit; ttl=-%d", seconds), s.cause)
+	w.detail(outcomeStale, fmt.Sprintf("hit; ttl=-%d", seconds), s.cause)
 }

@@ -50,6 +50,7 @@ func (p *Proxy) serveTag(ctx context.Context, w *response, r *http.Request, q *r
 func (p *Proxy) confirmInTime(ctx context.Context, w *response, q *request) (*confirmation, bool, error) {
 	asking, cancel := p.askingTime(ctx, w, q)
 	defer cancel()
+	defer w.waits.since(stepHead, time.Now())
 	return p.confirmTag(asking, ctx, q, false)
 }
 
@@ -252,12 +253,12 @@ func (p *Proxy) headTag(ctx context.Context, w *response, r *http.Request, q *re
 			if err != nil {
 				return err
 			}
-			w.detail("fwd=stale; fwd-status=200", "confirmed")
+			w.detail(outcomeConfirmed, "fwd=stale; fwd-status=200", "confirmed")
 			return serveHead(w, r, c.digest, mediaType, size)
 		}
 	}
 	w.told.unproven = cached // and the answer is not about that
-	w.detail("fwd=uri-miss; fwd-status=200", "")
+	w.detail(outcomeMiss, "fwd=uri-miss; fwd-status=200", "")
 	return serveHead(w, r, c.digest, c.mediaType, c.size)
 }
 
@@ -270,7 +271,9 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 		return err
 	}
 	if err != nil {
-		if c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true); err != nil {
+		start := time.Now()
+		c, w.collapsed, err = p.confirmTag(ctx, ctx, q, true)
+		if w.waits.since(stepHead, start); err != nil {
 			return err
 		}
 		w.told.asked, w.told.meant = c.asked, c.digest
@@ -283,7 +286,7 @@ func (p *Proxy) getTag(ctx context.Context, w *response, r *http.Request, q *req
 	}
 	defer o.Close()
 	if o.Source == cache.Hit {
-		w.detail("fwd=stale; fwd-status=200", "confirmed")
+		w.detail(outcomeConfirmed, "fwd=stale; fwd-status=200", "confirmed")
 	} else {
 		p.notePending(q, c.digest)
 		w.source(o.Source)
@@ -310,7 +313,7 @@ func (p *Proxy) openTag(ctx context.Context, w *response, q *request, c *confirm
 			return io.NopCloser(bytes.NewReader(data)), cache.Info{Size: int64(len(data))}, nil
 		}
 	}
-	o, err := p.cache.Open(ctx, cache.Request{
+	o, err := p.open(ctx, w, cache.Request{
 		Key:        p.key(q, c.digest),
 		Reader:     q.asker.Name(),
 		Source:     string(q.upstream),
@@ -353,7 +356,7 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	case c.poor():
 		cause = "head-only"
 	}
-	w.detail("fwd=bypass; fwd-status=200", cause)
+	w.detail(outcomeBypassed, "fwd=bypass; fwd-status=200", cause)
 	if q.method == http.MethodHead {
 		h.Set("Content-Type", cmp.Or(c.mediaType, blobType))
 		if c.size >= 0 {
@@ -367,7 +370,9 @@ func (p *Proxy) relayManifest(ctx context.Context, w *response, q *request, c *c
 	}
 	if c.body == nil {
 		var err error
-		if c, err = p.readAlone(ctx, q); err != nil {
+		start := time.Now()
+		c, err = p.readAlone(ctx, q)
+		if w.waits.since(stepFirstByte, start); err != nil {
 			return err
 		}
 	}

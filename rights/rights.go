@@ -457,6 +457,14 @@ func (r *Rights) Granted(a Asker) bool {
 	return now.Before(r.grants[a.name].until) || now.Before(r.grants[a.everybody].until)
 }
 
+// Grants is how many yeses of registries are remembered, each to one credential in one
+// repository; some may have ended.
+func (r *Rights) Grants() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.grants)
+}
+
 // Had tells whether the authority said yes to the asker before, as far as is
 // remembered, so that its no about a tag is news: to anonymous about the object
 // that the tag meant, to a credential anywhere in the repository.

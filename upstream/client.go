@@ -29,10 +29,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -91,9 +93,9 @@ type Options struct {
 	// UserAgent is sent with every request.
 	UserAgent string
 	// Observe is called after each exchange with a registry, a redirect
-	// target or a token service; status is 0 when there was no answer. nil
-	// means nobody looks.
-	Observe func(name Name, method string, status int)
+	// target or a token service. What it returns hears how many bytes of the
+	// body came, as they come; nil, nobody. nil means nobody looks.
+	Observe func(Exchange) (received func(n int))
 	// Logger has each exchange on the level of debug, and trouble with a host as
 	// a warning. nil logs nothing.
 	Logger *zap.Logger
@@ -325,6 +327,20 @@ func (c *Client) Registry(name Name) *Registry {
 	r.asking.own, r.asking.all = make(slots, maxStrangerQuestions), c.strangers
 	c.unlisted[name] = r
 	return r
+}
+
+// Names are those of the listed registries.
+func (c *Client) Names() []Name { return slices.Sorted(maps.Keys(c.listed)) }
+
+// StrangersInFlight is how many questions wait for the headers of registries that
+// are not listed, or for their turn.
+func (c *Client) StrangersInFlight() (n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range c.unlisted {
+		n += r.asking.inFlight()
+	}
+	return n
 }
 
 // Listed tells whether the operator named that registry.

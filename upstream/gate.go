@@ -55,6 +55,16 @@ type place struct {
 	refs  int
 }
 
+// inFlight is how many questions wait for headers, or for their turn.
+func (g *gate) inFlight() (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.places {
+		n += p.refs
+	}
+	return n
+}
+
 // enter waits for a turn; the caller gives it back when the headers are there.
 func (g *gate) enter(ctx context.Context, repository string) (leave func(), err error) {
 	g.mu.Lock()

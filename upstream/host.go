@@ -295,6 +295,8 @@ type Health struct {
 	// answered with 429.
 	LimitedUntil *time.Time `json:"limitedUntil,omitempty"`
 	RateLimit    *RateLimit `json:"rateLimit,omitempty"`
+	// InFlight is how many questions wait for its headers, or for their turn.
+	InFlight int `json:"-"`
 	// Habits are what the registry was seen to do that tarn works around.
 	Habits []Habit `json:"habits,omitempty"`
 }
@@ -339,7 +341,7 @@ func (r *Registry) Has(h Habit) bool {
 }
 
 func (r *Registry) health() Health {
-	h := Health{Name: r.name}
+	h := Health{Name: r.name, InFlight: r.asking.inFlight()}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, one := range r.hosts {

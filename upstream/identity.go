@@ -384,7 +384,7 @@ func (r *Registry) baseChallenge(ctx context.Context, e Endpoint) ([]string, rea
 	if err != nil {
 		return nil, reachPublic, fmt.Errorf("%w: %s has no /v2/", ErrProtocol, e.URL.Host)
 	}
-	resp, at, err := r.roundTrip(hreq, "", r.endpointReach(), true)
+	resp, at, err := r.roundTrip(hreq, ForChallenge, "", r.endpointReach(), true)
 	if err != nil {
 		return nil, reachPublic, err
 	}

@@ -138,6 +138,19 @@ type RateLimit struct {
 	Seen      time.Time `json:"seen"`
 }
 
+// hubWindow is Docker Hub's, for who does not say.
+const hubWindow = 6 * time.Hour
+
+// Until is when what it said says nothing any more: whoever asked nothing for a whole
+// window is granted all again.
+func (r RateLimit) Until() time.Time {
+	window := hubWindow
+	if seconds, err := strconv.ParseInt(r.Window, 10, 32); err == nil {
+		window = time.Duration(seconds) * time.Second
+	}
+	return r.Seen.Add(window)
+}
+
 // noteRate reads those headers, if there are any: "76;w=21600".
 func (r *Registry) noteRate(h http.Header) {
 	remaining, window, _ := strings.Cut(h.Get("Ratelimit-Remaining"), ";w=")

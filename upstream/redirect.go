@@ -57,7 +57,11 @@ func (r *Registry) follow(ctx context.Context, e Endpoint, req Request, authoriz
 				shown = true
 			}
 		}
-		resp, at, err := r.roundTrip(hreq, req.Repository, far, home)
+		cause := req.cause()
+		if hop > 0 {
+			cause = ForRedirect
+		}
+		resp, at, err := r.roundTrip(hreq, cause, req.Repository, far, home)
 		if err != nil {
 			return nil, word, err
 		}

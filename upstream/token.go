@@ -152,7 +152,7 @@ func (r *Registry) sendTokenRequest(ctx context.Context, t tokenRequest, far rea
 		return nil, fmt.Errorf("%w: the challenge of %s has no usable realm", ErrProtocol, r.name)
 	}
 	for hop := 0; ; hop++ {
-		resp, at, err := r.roundTrip(hreq, strings.Join(t.scopes, " "), far, home)
+		resp, at, err := r.roundTrip(hreq, ForToken, strings.Join(t.scopes, " "), far, home)
 		if err != nil {
 			return nil, err
 		}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Trouble is why a host gave no answer, for whoever runs tarn.
@@ -192,12 +193,34 @@ func (r *Registry) adviseCertificate(u *url.URL, home bool, err error) string {
 	case errors.As(err, &other):
 		return fmt.Sprintf("the certificate is for other names than %s: name the endpoint as the certificate does", u.Hostname())
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		return "renew the certificate, or set this node's clock"
+		return adviseDates(invalid.Cert, time.Now())
 	case home:
 		return fmt.Sprintf("name its CA: upstreams: [{name: %q, ca_file: /path/to/ca.pem}]; where a proxy opens TLS: defaults: {ca_file: /path/to/ca.pem}", r.name)
 	}
 	return "name its CA: defaults: {ca_file: /path/to/ca.pem}"
 }
+
+// longEnded: who serves a certificate for that long after its end would have been told,
+// and so the clock may be wrong that judges it.
+const longEnded = 30 * 24 * time.Hour
+
+// adviseDates says what to do about a certificate that is not valid at this time. After
+// a restart without a battery, or in a virtual machine that was paused, it is this
+// node's clock as often as the certificate.
+func adviseDates(cert *x509.Certificate, now time.Time) string {
+	clock := "this node's clock says " + now.UTC().Format(dateFormat)
+	switch {
+	case cert == nil:
+		return "renew the certificate; " + clock
+	case now.Before(cert.NotBefore):
+		return fmt.Sprintf("%s, and the certificate begins at %s: set this node's clock, or have the certificate made anew", clock, cert.NotBefore.UTC().Format(dateFormat))
+	case now.Sub(cert.NotAfter) > longEnded:
+		return fmt.Sprintf("%s, and the certificate ended at %s: set this node's clock where it is wrong, else renew the certificate", clock, cert.NotAfter.UTC().Format(dateFormat))
+	}
+	return fmt.Sprintf("renew the certificate, which ended at %s; %s", cert.NotAfter.UTC().Format(dateFormat), clock)
+}
+
+const dateFormat = "2006-01-02 15:04 MST"
 
 // silence says what was waited for when the time was over.
 func (w *wire) silence() (kind, brief, advice string) {

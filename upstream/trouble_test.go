@@ -376,3 +376,60 @@ func TestEachStepThatIsWaitedForHasItsWords(t *testing.T) {
 		})
 	}
 }
+
+// TestACertificateThatIsNotValidYetNamesTheClock, and so does one that ended long ago.
+func TestACertificateThatIsNotValidYetNamesTheClock(t *testing.T) {
+	t.Parallel()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const day = 24 * time.Hour
+	now := time.Now()
+	for name, c := range map[string]struct {
+		from, to time.Duration
+		want     string
+	}{
+		"not valid yet":  {day, 2 * day, "this node's clock says " + now.UTC().Format("2006-01-02 15:04 MST") + ", and the certificate begins at " + now.Add(day).UTC().Format("2006-01-02 15:04 MST") + ": set this node's clock"},
+		"ended long ago": {-90 * day, -60 * day, "and the certificate ended at " + now.Add(-60*day).UTC().Format("2006-01-02 15:04 MST") + ": set this node's clock where it is wrong, else renew"},
+		"just ended":     {-90 * day, -day, "renew the certificate, which ended at " + now.Add(-day).UTC().Format("2006-01-02 15:04 MST") + "; this node's clock says"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.Add(c.from), NotAfter: now.Add(c.to), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+			der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cert, err := x509.ParseCertificate(der)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := httptest.NewUnstartedServer(http.NotFoundHandler())
+			s.Config.ErrorLog = log.New(io.Discard, "", 0)
+			s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+			s.StartTLS()
+			defer s.Close()
+			u, err := url.Parse(s.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			roots := x509.NewCertPool()
+			roots.AddCert(cert)
+			client, err := New(Options{Listed: []Config{{Name: lab, Endpoints: []Endpoint{{URL: u}}, TLS: &tls.Config{RootCAs: roots}}}, Connect: registrytest.Loopback(t)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			var told *HostError
+			if _, err := client.Registry(lab).Do(t.Context(), Request{Method: "GET", Repository: "app", Kind: Manifest, Reference: "v1"}); !errors.As(err, &told) {
+				t.Fatal(err)
+			}
+			// A minute may have passed between the two looks at the clock.
+			later := strings.ReplaceAll(c.want, now.UTC().Format("15:04 MST")+", and", now.Add(time.Minute).UTC().Format("15:04 MST")+", and")
+			if told.Kind != troubleCertificate || !strings.Contains(told.Advice, c.want) && !strings.Contains(told.Advice, later) {
+				t.Errorf("%s: %q\nlacks %q", told.Kind, told.Advice, c.want)
+			}
+		})
+	}
+}

@@ -66,8 +66,9 @@ func unmapped(ap netip.AddrPort) netip.AddrPort {
 
 // roundTrip is one exchange with a host, at the endpoint itself when home is
 // set: only that is shown tarn's certificate. about is the repository that it is
-// about, "" for none. It returns besides the zone of the address that answered.
-func (r *Registry) roundTrip(hreq *http.Request, about string, far reach, home bool) (*http.Response, zone, error) {
+// about, "" for none, and cause what for. It returns besides the zone of the address
+// that answered.
+func (r *Registry) roundTrip(hreq *http.Request, cause Cause, about string, far reach, home bool) (*http.Response, zone, error) {
 	hreq.Header.Set("User-Agent", r.client.opts.UserAgent)
 	w := &wire{guard: r.client.guard, via: r.proxies.of(hreq.URL)}
 	w.at.Store(int64(zoneNever))
@@ -92,7 +93,10 @@ func (r *Registry) roundTrip(hreq *http.Request, about string, far reach, home b
 		status = resp.StatusCode
 	}
 	if r.client.opts.Observe != nil {
-		r.client.opts.Observe(r.name, hreq.Method, status)
+		received := r.client.opts.Observe(Exchange{r.name, r.listed, hreq.Method, cause, status})
+		if err == nil && received != nil && resp.Body != http.NoBody {
+			resp.Body = &countedBody{resp.Body, received}
+		}
 	}
 	if ce := r.client.log.Check(zap.DebugLevel, "asked"); ce != nil {
 		ce.Write(zap.String("upstream", string(r.name)), zap.String("method", hreq.Method), zap.String("url", shown(hreq.URL, home)),

@@ -43,6 +43,9 @@ type Config struct {
 	// LogLevel is the least severity that is logged: debug, info, warn or
 	// error. Default info.
 	LogLevel string
+	// AccessLog tells which requests have a line in the log: all, upstream (those
+	// that a registry was asked for) or errors. Default all.
+	AccessLog string
 	// Dir holds all that tarn keeps. Default /var/lib/tarn; but without a
 	// file and not as root, tarn in the user's cache directory.
 	Dir string
@@ -210,6 +213,7 @@ func defaultConfig() Config {
 		AdminListen:     "127.0.0.1:5051",
 		AdminChanges:    "socket",
 		LogLevel:        "info",
+		AccessLog:       "all",
 		Dir:             defaultDir,
 		MaxSize:         Size{bytes: 50 << 30},
 		MinFree:         Size{share: 5 * percent},

@@ -26,6 +26,7 @@ func (c *Config) keys() []key {
 		{"admin_changes", text(&c.AdminChanges, oneOf("socket", "tcp"))},
 		{"metrics_listen", text(&c.MetricsListen, checkMetricsAddress)},
 		{"log_level", text(&c.LogLevel, oneOf("debug", "info", "warn", "error"))},
+		{"access_log", text(&c.AccessLog, oneOf("all", "upstream", "errors"))},
 		{"dir", text(&c.Dir, checkDir)},
 		{"max_size", bytesOrShare(&c.MaxSize, checkMaxSize)},
 		{"min_free", bytesOrShare(&c.MinFree, nil)},

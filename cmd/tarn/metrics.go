@@ -5,22 +5,25 @@ package main
 import (
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
+	"syscall"
+	"time"
 
 	"tarn/cache"
-	"tarn/cache/store"
+	"tarn/proxy"
 	"tarn/upstream"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	dto "github.com/prometheus/client_model/go"
 	"go.uber.org/zap"
 )
 
 // newRegistry has the metrics of the process itself.
 func newRegistry() *prometheus.Registry {
 	registry := prometheus.NewRegistry()
+	registerBuild(registry)
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return registry
 }
@@ -37,45 +40,71 @@ func newMetrics(registry *prometheus.Registry, log *zap.Logger, l net.Listener) 
 	return service{s, l, adminGrace}
 }
 
-// nameless leaves out each metric with a label that is not known to name nothing.
-type nameless struct{ prometheus.Gatherer }
-
-// harmless labels have values of tarn's own choice, or of a standard's.
-var harmless = []string{"route", "outcome", "code", "method", "habit", "client", "version"}
-
-func (n nameless) Gather() ([]*dto.MetricFamily, error) {
-	all, err := n.Gatherer.Gather()
-	return slices.DeleteFunc(all, func(f *dto.MetricFamily) bool {
-		return slices.ContainsFunc(f.Metric, func(m *dto.Metric) bool {
-			return slices.ContainsFunc(m.Label, func(l *dto.LabelPair) bool { return !slices.Contains(harmless, l.GetName()) })
-		})
-	}), err
+// scraped is a collector whose values are taken together, at each scrape.
+type scraped struct {
+	descs   []*prometheus.Desc
+	collect func(emit chan<- prometheus.Metric)
 }
 
-// registerCache shows the cache's figures as metrics.
-func registerCache(registry *prometheus.Registry, c *cache.Cache) {
-	for name, g := range map[string]struct {
-		help  string
-		value func(cache.Stats) int64
-	}{
-		"tarn_cache_used_bytes":    {"Bytes that blobs and index take on disk.", func(s cache.Stats) int64 { return s.UsedBytes }},
-		"tarn_cache_pending_bytes": {"Bytes reserved for downloads that are running.", func(s cache.Stats) int64 { return s.PendingBytes }},
-		"tarn_cache_max_bytes":     {"The bound, max_size.", func(s cache.Stats) int64 { return s.MaxBytes }},
-		"tarn_cache_flights":       {"Downloads that are running.", func(s cache.Stats) int64 { return int64(s.Flights) }},
-	} {
-		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: g.help},
-			func() float64 { return float64(g.value(c.Stats())) }))
+// Describe implements prometheus.Collector.
+func (s scraped) Describe(descs chan<- *prometheus.Desc) {
+	for _, d := range s.descs {
+		descs <- d
 	}
-	for name, n := range map[string]struct {
-		help  string
-		value func(store.Evicted) int64
-	}{
-		"tarn_cache_evictions_total":     {"Objects that had to make room.", func(e store.Evicted) int64 { return e.Objects }},
-		"tarn_cache_evicted_bytes_total": {"Bytes on disk of objects that had to make room.", func(e store.Evicted) int64 { return e.Bytes }},
-	} {
-		registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: n.help},
-			func() float64 { return float64(n.value(c.Stats().Evicted)) }))
+}
+
+// Collect implements prometheus.Collector.
+func (s scraped) Collect(emit chan<- prometheus.Metric) { s.collect(emit) }
+
+// reading is one figure of what is kept.
+type reading struct {
+	kind       prometheus.ValueType
+	name, help string
+	value      func(*kept) int64
+}
+
+// kept is what is known of the store and its filesystem at one scrape.
+type kept struct {
+	cache.Stats
+	objects, grants int64
+	fsys            syscall.Statfs_t // of zeros where the kernel does not say
+}
+
+var readings = []reading{
+	{prometheus.GaugeValue, "tarn_cache_used_bytes", "Bytes that blobs and index take on disk.", func(k *kept) int64 { return k.UsedBytes }},
+	{prometheus.GaugeValue, "tarn_cache_pending_bytes", "Bytes reserved for downloads: running, or broken off and kept to go on with.", func(k *kept) int64 { return k.PendingBytes }},
+	{prometheus.GaugeValue, "tarn_cache_max_bytes", "The bound, max_size.", func(k *kept) int64 { return k.MaxBytes }},
+	{prometheus.GaugeValue, "tarn_cache_objects", "Objects that are stored.", func(k *kept) int64 { return k.objects }},
+	{prometheus.GaugeValue, "tarn_cache_downloads_in_flight", "Downloads that are running.", func(k *kept) int64 { return int64(k.Flights) }},
+	{prometheus.CounterValue, "tarn_cache_evictions_total", "Objects that had to make room.", func(k *kept) int64 { return k.Evicted.Objects }},
+	{prometheus.CounterValue, "tarn_cache_evicted_bytes_total", "Bytes on disk of objects that had to make room.", func(k *kept) int64 { return k.Evicted.Bytes }},
+	{prometheus.GaugeValue, "tarn_cache_store_failing", "1 where the disk refused what was to be stored last, so that objects pass through; else 0.", func(k *kept) int64 {
+		if k.Trouble != "" {
+			return 1
+		}
+		return 0
+	}},
+	{prometheus.GaugeValue, "tarn_filesystem_free_bytes", "Bytes free for tarn on the filesystem of dir.", func(k *kept) int64 { return int64(k.fsys.Bavail) * k.fsys.Bsize }},
+	{prometheus.GaugeValue, "tarn_filesystem_size_bytes", "Bytes of the filesystem of dir.", func(k *kept) int64 { return int64(k.fsys.Blocks) * k.fsys.Bsize }},
+	{prometheus.GaugeValue, "tarn_grants", "Yeses of registries that are remembered, each to one credential in one repository.", func(k *kept) int64 { return k.grants }},
+}
+
+// registerCache shows what is kept in dir.
+func registerCache(registry *prometheus.Registry, a *api, dir string) {
+	all := scraped{}
+	for _, r := range readings {
+		all.descs = append(all.descs, prometheus.NewDesc(r.name, r.help, nil, nil))
 	}
+	all.collect = func(emit chan<- prometheus.Metric) {
+		k := kept{Stats: a.cache.Stats(), objects: int64(a.cache.Index().Len()), grants: int64(a.grants())}
+		if err := syscall.Statfs(dir, &k.fsys); err != nil {
+			k.fsys = syscall.Statfs_t{}
+		}
+		for i, r := range readings {
+			emit <- prometheus.MustNewConstMetric(all.descs[i], r.kind, float64(r.value(&k)))
+		}
+	}
+	registry.MustRegister(all)
 }
 
 // registerCertificates shows when clients will believe tarn no longer, and go to the
@@ -87,46 +116,56 @@ func registerCertificates(registry *prometheus.Registry, c *certificates) {
 	}, c.expiry))
 }
 
-// registerUpstreams shows how the listed registries do, as metrics that name
-// none.
-func registerUpstreams(registry *prometheus.Registry, health func() []upstream.Health) {
-	for _, habit := range upstream.Habits {
-		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name:        "tarn_upstream_habits",
-			Help:        "Listed registries that were seen to do what the specification does not have.",
-			ConstLabels: prometheus.Labels{"habit": string(habit)},
-		}, func() float64 {
-			n := 0
-			for _, h := range health() {
-				if slices.Contains(h.Habits, habit) {
-					n++
-				}
-			}
-			return float64(n)
-		}))
+var (
+	byUpstream     = []string{"upstream"}
+	habitsDesc     = prometheus.NewDesc("tarn_upstream_habits", "Listed registries that were seen to do what the specification does not have.", []string{"habit"}, nil)
+	failingDesc    = prometheus.NewDesc("tarn_upstream_hosts_failing", "Hosts of a listed registry that gave no answer when they were asked last.", byUpstream, nil)
+	inFlightDesc   = prometheus.NewDesc("tarn_upstream_requests_in_flight", "Requests that wait for a registry's headers, or for their turn.", byUpstream, nil)
+	quotaLimitDesc = prometheus.NewDesc("tarn_upstream_ratelimit_limit", "The requests that a listed registry grants in its window, as it said last. Absent where it has not said, or its window has passed since.", byUpstream, nil)
+	quotaLeftDesc  = prometheus.NewDesc("tarn_upstream_ratelimit_remaining", "The requests that it still grants, likewise.", byUpstream, nil)
+)
+
+// registerUpstreams shows how registries do: each listed one, and the others together.
+func registerUpstreams(registry *prometheus.Registry, a *api) {
+	registry.MustRegister(scraped{
+		[]*prometheus.Desc{habitsDesc, failingDesc, inFlightDesc, quotaLimitDesc, quotaLeftDesc},
+		func(emit chan<- prometheus.Metric) {
+			upstreams := a.upstreams.Load()
+			collectUpstreams(emit, upstreams.Health(), upstreams.StrangersInFlight(), time.Now())
+		},
+	})
+}
+
+func collectUpstreams(emit chan<- prometheus.Metric, listed []upstream.Health, strangersInFlight int, now time.Time) {
+	gauge := func(d *prometheus.Desc, v float64, label string) {
+		emit <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, label)
 	}
-	registry.MustRegister(
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "tarn_upstream_hosts_failing",
-			Help: "Hosts of listed registries that gave no answer when they were asked last.",
-		}, func() float64 {
-			n := 0
-			for _, h := range health() {
-				n += len(h.Failing)
+	for _, habit := range upstream.Habits {
+		n := 0
+		for _, h := range listed {
+			if slices.Contains(h.Habits, habit) {
+				n++
 			}
-			return float64(n)
-		}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "tarn_upstream_ratelimit_remaining",
-			Help: "The fewest requests that a listed registry still grants, as it said last; -1 when none has said.",
-		}, func() float64 {
-			least := int64(-1)
-			for _, h := range health() {
-				if h.RateLimit != nil && (least < 0 || h.RateLimit.Remaining < least) {
-					least = h.RateLimit.Remaining
-				}
+		}
+		gauge(habitsDesc, float64(n), string(habit))
+	}
+	for _, h := range listed {
+		name := string(h.Name)
+		gauge(failingDesc, float64(len(h.Failing)), name)
+		gauge(inFlightDesc, float64(h.InFlight), name)
+		if h.RateLimit != nil && now.Before(h.RateLimit.Until()) {
+			gauge(quotaLeftDesc, float64(h.RateLimit.Remaining), name)
+			if h.RateLimit.Limit > 0 {
+				gauge(quotaLimitDesc, float64(h.RateLimit.Limit), name)
 			}
-			return float64(least)
-		}),
-	)
+		}
+	}
+	gauge(inFlightDesc, float64(strangersInFlight), proxy.OtherUpstream)
+}
+
+// registerBuild shows which tarn this is.
+func registerBuild(registry *prometheus.Registry) {
+	g := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "tarn_build_info", Help: "1, with the version as labels."}, []string{"version", "commit", "goversion"})
+	g.WithLabelValues(version, commit, runtime.Version()).Set(1)
+	registry.MustRegister(g)
 }

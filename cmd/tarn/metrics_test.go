@@ -44,7 +44,7 @@ func TestTheNetworkReadsMetricsThatNameNothing(t *testing.T) {
 		if status, text = get("GET", "/metrics", "node7.corp.example:9000"); status != 200 {
 			t.Fatalf("%d\n%s", status, text)
 		}
-		return strings.Contains(text, `tarn_requests_total{code="200",outcome="miss",route="blob"} 1`)
+		return strings.Contains(text, `tarn_requests_total{kind="blob",outcome="miss"} 1`)
 	})
 	if !strings.Contains(text, "tarn_cache_used_bytes") {
 		t.Fatal(text)
@@ -85,16 +85,16 @@ func TestTheNetworkReadsMetricsThatNameNothing(t *testing.T) {
 func TestAMetricThatNamesSomethingIsLeftOut(t *testing.T) {
 	t.Parallel()
 	registry := newRegistry()
-	named := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tarn_pulls_total", Help: "x"}, []string{"code", "upstream"})
+	named := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "tarn_pulls_total", Help: "x"}, []string{"code", "repository"})
 	registry.MustRegister(named)
-	named.WithLabelValues("200", "secret.corp.example").Inc()
+	named.WithLabelValues("200", "secret/corp").Inc()
 	for name, c := range map[string]struct {
 		gatherer prometheus.Gatherer
 		want     bool
 	}{"the admin listener": {registry, true}, "the network": {nameless{registry}, false}} {
 		w := httptest.NewRecorder()
 		promhttp.HandlerFor(c.gatherer, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
-		if got := strings.Contains(w.Body.String(), "secret.corp"); got != c.want || !strings.Contains(w.Body.String(), "go_goroutines") {
+		if got := strings.Contains(w.Body.String(), "secret/corp"); got != c.want || !strings.Contains(w.Body.String(), "go_goroutines") {
 			t.Errorf("%s: named %v", name, got)
 		}
 	}

@@ -69,9 +69,18 @@ type api struct {
 // listed tells whether the operator has named a registry, as of now.
 func (a *api) listed(name string) bool { return a.upstreams.Load().Listed(upstream.Name(name)) }
 
+// observe counts what registries are asked and send.
+func (a *api) observe(e upstream.Exchange) (received func(n int)) {
+	count := a.metrics.Upstream(e)
+	return func(n int) {
+		count(n)
+		a.history.Received(int64(n))
+	}
+}
+
 // open opens the cache, and makes the first generation.
 func (a *api) open(cfg Config) error {
-	upstreams, err := newUpstreams(cfg, a.metrics, a.log, a.own...)
+	upstreams, err := newUpstreams(cfg, a.observe, a.log, a.own...)
 	if err != nil {
 		return err
 	}
@@ -79,7 +88,6 @@ func (a *api) open(cfg Config) error {
 	if _, err := proxyOptions(cfg); err != nil { // before the cache, which may take a while
 		return err
 	}
-	a.history = history.New(time.Now)
 	if a.cache, err = openCache(cfg, a.log, a.listed, a.history); err != nil {
 		return err
 	}
@@ -143,8 +151,12 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.proxy.ServeHTTP(w, r)
 }
 
-// health is how the listed registries do.
-func (a *api) health() []upstream.Health { return a.upstreams.Load().Health() }
+// grants is how many yeses are remembered.
+func (a *api) grants() int {
+	g := a.enter()
+	defer g.running.Done()
+	return g.proxy.Grants()
+}
 
 // parseImage, askImage and pullImage are the proxy's.
 
@@ -186,6 +198,7 @@ func (a *api) close() error {
 // reloader reads the configuration anew.
 type reloader struct {
 	load  func() (Config, error) // the file, and the flags that go before it
+	file  string                 // "" for none
 	log   *zap.Logger
 	level zap.AtomicLevel
 	certs *certificates // nil: plain http
@@ -260,7 +273,7 @@ func (r *reloader) apply() (needsRestart []string, err error) {
 			return nil, err
 		}
 	}
-	upstreams, err := newUpstreams(next, r.api.metrics, r.log, r.api.own...)
+	upstreams, err := newUpstreams(next, r.api.observe, r.log, r.api.own...)
 	if err != nil {
 		return nil, err
 	}

@@ -80,7 +80,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 	defer ls.close()
 
 	registry := newRegistry()
-	a := &api{metrics: proxy.NewMetrics(registry), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
+	a := &api{metrics: proxy.NewMetrics(registry), history: history.New(time.Now), log: log, own: []net.Listener{ls.clients, ls.admin, ls.metrics}}
 	if err := a.open(cfg); err != nil {
 		return err
 	}
@@ -92,10 +92,10 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 		return fmt.Errorf("admin_socket: %w", err)
 	}
 	defer closeListener(socket)
-	registerCache(registry, a.cache)
-	registerUpstreams(registry, a.health)
+	registerCache(registry, a, cfg.Dir)
+	registerUpstreams(registry, a)
 
-	r := &reloader{load: flags.config, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
+	r := &reloader{load: flags.config, file: flags.file, log: log, level: level, certs: certs, api: a, manager: manager, cfg: cfg}
 	defer r.follow(hangup)()
 	server := newServer(a, log)
 	if certs != nil {
@@ -239,6 +239,7 @@ func adminOptions(cfg Config, a *api, r *reloader, registry *prometheus.Registry
 		Reload:   r.reload,
 		Explain:  a.explain,
 		History:  a.history,
+		Process:  func() any { return newProcessReport(r.file) },
 		Ready: func() (bool, []admin.Check) {
 			// A disk that stores nothing is no reason to be taken out of
 			// service: everything passes through.

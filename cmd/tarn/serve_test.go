@@ -82,16 +82,16 @@ func TestTheAdminListenerTellsWhatIsThere(t *testing.T) {
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(resp.Body)
 	for _, want := range []string{
-		`tarn_requests_total{code="200",outcome="miss",route="blob"} 1`,
-		`tarn_requests_total{code="200",outcome="hit",route="blob"} 1`,
-		`tarn_upstream_requests_total{code="206",method="GET"} 1`,
+		`tarn_requests_total{kind="blob",outcome="miss",upstream="lab.test"} 1`,
+		`tarn_requests_total{kind="blob",outcome="hit",upstream="lab.test"} 1`,
+		`tarn_upstream_requests_total{cause="fetch",code="206",method="GET",upstream="lab.test"} 1`,
 		`tarn_cache_used_bytes`,
 	} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("metrics lack %s", want)
 		}
 	}
-	if strings.Contains(string(text), "lab.test") || strings.Contains(string(text), d.String()) {
+	if strings.Contains(string(text), "app") || strings.Contains(string(text), d.String()) {
 		t.Error("metrics name an image")
 	}
 }

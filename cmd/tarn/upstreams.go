@@ -20,7 +20,7 @@ import (
 
 // newUpstreams lists the configured registries. The default upstream counts as
 // listed.
-func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners ...net.Listener) (*upstream.Client, error) {
+func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *zap.Logger, listeners ...net.Listener) (*upstream.Client, error) {
 	defaultUpstream, err := upstream.ParseName(cfg.DefaultUpstream)
 	if err != nil {
 		return nil, fmt.Errorf("default_upstream: %w", err)
@@ -62,7 +62,7 @@ func newUpstreams(cfg Config, metrics *proxy.Metrics, log *zap.Logger, listeners
 		HeadTimeout: cfg.Defaults.HeadTimeout,
 		Own:         ownAddresses(listeners),
 		UserAgent:   "tarn/" + version,
-		Observe:     metrics.Upstream,
+		Observe:     observe,
 		Logger:      log,
 		RootCAs:     roots,
 		Proxies:     environment,
@@ -83,6 +83,7 @@ func proxyOptions(cfg Config) (proxy.Options, error) {
 		ListedOnly:      cfg.Allow == "listed",
 		Names:           cfg.Names,
 		Prefetch:        map[string]proxy.Prefetch{"config": proxy.PrefetchConfig, "layers": proxy.PrefetchLayers}[cfg.Prefetch],
+		AccessLog:       map[string]proxy.AccessLog{"upstream": proxy.LogUpstream, "errors": proxy.LogErrors}[cfg.AccessLog],
 		Rules:           rules,
 		Defaults:        rulesOf(cfg.Defaults.UpstreamDefaults),
 	}, err
