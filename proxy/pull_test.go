@@ -114,7 +114,7 @@ func TestAPullSaysWhyNotAndWhatToDo(t *testing.T) {
 	r.Delete("open/app", "blobs", partly.Layers[0])
 	wrong := r.Image("open/app", "wrong", random(5, 200_000))
 	r.Image("open/app", "huge", random(6, 1000))
-	huge := fmt.Sprintf(`{"schemaVersion":2,"config":{"digest":%q,"size":2},"layers":[{"digest":%q,"size":%d}]}`, whole.Config, whole.Layers[0], int64(1)<<60)
+	huge := fmt.Sprintf(`{"schemaVersion":2,"config":{"digest":%q},"layers":[{"digest":%q,"size":%d}]}`, whole.Config, whole.Layers[0], int64(1)<<60)
 	r.Manifest("open/app", "huge", v1.MediaTypeImageManifest, []byte(huge))
 	r.Hook = func(w http.ResponseWriter, req *http.Request) bool {
 		if strings.HasSuffix(req.URL.Path, wrong.Layers[0].String()) {
