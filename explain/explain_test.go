@@ -103,6 +103,29 @@ var stories = []story{
 		who:     oneYes,
 	},
 	{
+		name: "fetched by tarn pull",
+		happens: func(n *node, i *pair) {
+			image, err := n.proxy.ParseImage(corp + "/app:v1")
+			if err != nil {
+				n.t.Fatal(err)
+			}
+			if _, err := n.proxy.Pull(n.t.Context(), image, proxy.PullOptions{}); err != nil {
+				n.t.Fatal(err)
+			}
+			if sum := history.Total(n.history.Day()); sum.Requests != 0 {
+				n.t.Errorf("in the sums of what was served there is %+v", sum)
+			}
+		},
+		state: Current, served: true,
+		verdict: "current: at reg.corp v1 is {m1} now, and all of it is here (linux/amd64, 195.9KiB).",
+		next:    costsAHead,
+		who:     oneYes,
+		happened: []string{
+			"", "", "",
+			"tarn pull: manifest {m1}; the registry was asked with GET; 560B from the registry: it was never seen here",
+		},
+	},
+	{
 		name: "moved",
 		happens: func(n *node, i *pair) {
 			n.pull("app", "v1", i.one)

@@ -44,7 +44,7 @@ func (d *day) at(t time.Time) *Sum {
 }
 
 func (d *day) add(e Entry) {
-	if e.Outcome == OutcomeGone {
+	if e.Outcome == OutcomeGone || e.Own {
 		return
 	}
 	s := d.at(e.At)

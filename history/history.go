@@ -64,8 +64,10 @@ type Entry struct {
 	// Last is when the last of several came, and Count how many they are.
 	Last  time.Time `json:"last,omitzero"`
 	Count int       `json:"count"`
-	// Client is the kind of client, by its User-Agent.
+	// Client is what the User-Agent says who it is; Own says that it is tarn itself,
+	// which is in no sum of what was served.
 	Client     string `json:"client,omitempty"`
+	Own        bool   `json:"own,omitempty"`
 	Method     string `json:"method,omitempty"`
 	Upstream   string `json:"upstream,omitempty"`
 	Repository string `json:"repository,omitempty"`
@@ -157,7 +159,7 @@ func own(e *Entry) {
 	if len(e.Detail) > maxDetail {
 		e.Detail = strings.ToValidUTF8(e.Detail[:maxDetail], "") + "..."
 	}
-	for _, s := range []*string{&e.Upstream, &e.Repository, &e.Tag, &e.Detail, (*string)(&e.Digest), (*string)(&e.Before)} {
+	for _, s := range []*string{&e.Client, &e.Upstream, &e.Repository, &e.Tag, &e.Detail, (*string)(&e.Digest), (*string)(&e.Before)} {
 		*s = strings.Clone(*s)
 	}
 }
@@ -188,7 +190,7 @@ func (h *History) close(e *Entry) {
 }
 
 func (e *Entry) size() int64 {
-	return perEntry + int64(len(e.Upstream)+len(e.Repository)+len(e.Tag)+len(e.Detail)+len(e.Digest)+len(e.Before))
+	return perEntry + int64(len(e.Client)+len(e.Upstream)+len(e.Repository)+len(e.Tag)+len(e.Detail)+len(e.Digest)+len(e.Before))
 }
 
 // Went remembers that an object went from the disk.

@@ -49,6 +49,23 @@ func clientKind(userAgent string) int {
 	return otherKind
 }
 
+// clientName is the kind of client, or of others what their User-Agent begins with, as
+// far as that is a product's name (RFC 9110 10.1.5).
+func clientName(userAgent string) string {
+	kind := clientKind(userAgent)
+	if kind != otherKind {
+		return clientKinds[kind].name
+	}
+	const most = 32 // bytes
+	product, _, _ := strings.Cut(userAgent, "/")
+	if product == "" || len(product) > most || strings.ContainsFunc(product, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
+	}) {
+		return otherClient
+	}
+	return product
+}
+
 // LastRequest is when a kind of client asked last for a manifest, a blob or a list.
 type LastRequest struct {
 	Client string    `json:"client"` // containerd, cri-o, docker, podman, buildkit or other

@@ -31,7 +31,7 @@ func (p *Proxy) remember(w *response, r *http.Request, q *request, ended outcome
 	}
 	e := history.Entry{
 		At:         p.now().Add(-w.headers),
-		Client:     clientKinds[clientKind(r.UserAgent())].name,
+		Client:     clientName(r.UserAgent()),
 		Method:     q.method,
 		Upstream:   string(q.upstream),
 		Repository: q.repository,

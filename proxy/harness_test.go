@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/history"
 	"tarn/internal/registrytest"
 	"tarn/upstream"
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"tarn/cache"
+	"tarn/history"
 	"tarn/internal/manifest"
 	"tarn/upstream"
 
@@ -215,6 +216,7 @@ func (u *pulling) read(ctx context.Context, o *cache.Object, d digest.Digest) ([
 	if err := u.stored(ctx, d); err != nil {
 		return nil, err
 	}
+	u.remember(o, upstream.Manifest, d, object.Size)
 	return data, u.enter(object)
 }
 
@@ -393,11 +395,23 @@ func (u *pulling) blob(ctx context.Context, object *PulledObject) error {
 	if err := u.stored(ctx, object.Digest); err != nil {
 		return err
 	}
+	u.remember(o, upstream.Blob, object.Digest, object.Size)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	object.Bytes, object.Stored = object.Size, true
 	u.say(object)
 	return nil
+}
+
+// remember has the history know of what was fetched.
+func (u *pulling) remember(o *cache.Object, kind upstream.Kind, d digest.Digest, size int64) {
+	if o.Source != cache.Fetched {
+		return
+	}
+	e := history.Entry{At: u.now(), Client: "tarn pull", Own: true, Method: http.MethodGet, Upstream: string(u.q.upstream), Repository: u.q.repository,
+		Kind: string(kind), Digest: d, Outcome: outcomeNames[outcomeMiss], Status: http.StatusOK, Asked: http.MethodGet, Bytes: size}
+	e.Cause = u.history.Why(d)
+	u.history.Add(e)
 }
 
 // ending is why a flight that has ended has not brought all.

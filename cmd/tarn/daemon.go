@@ -276,5 +276,5 @@ func ago(t time.Time) string {
 	if t.IsZero() {
 		return "never"
 	}
-	return units.HumanDuration(max(0, time.Since(t))) + " ago"
+	return strings.ToLower(units.HumanDuration(max(0, time.Since(t)))) + " ago"
 }
