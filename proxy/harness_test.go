@@ -157,7 +157,7 @@ func start(t testing.TB, s setup) *tarnd {
 	}
 	p, err := New(Options{
 		Upstreams: u, Cache: c, Prefetch: s.prefetch, ListedOnly: s.listedOnly, Names: s.names, Rules: ruleOf, Defaults: DefaultRules(),
-		WriteTimeout: s.writeTimeout, Metrics: metrics, Logger: log,
+		WriteTimeout: s.writeTimeout, Metrics: metrics, History: history.New(time.Now), Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -65,7 +65,7 @@ func showExplanation(w io.Writer, x explain.Explanation) {
 		fmt.Fprintln(w, "  to do:", x.Advice)
 	}
 	fmt.Fprintln(w, "  who may have it:", x.Who)
-	if x.Here.Digest != "" {
+	if x.Here.TotalBytes > 0 {
 		fmt.Fprintf(w, "  here:  %s, %s of %s", x.Here.Digest, size(x.Here.HereBytes), size(x.Here.TotalBytes))
 		if !x.Here.Confirmed.IsZero() {
 			fmt.Fprint(w, ", confirmed ", ago(x.Here.Confirmed))
