@@ -25,7 +25,6 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -91,16 +90,12 @@ type Proxy struct {
 	infos     manifestInfos
 	sizes     sizes
 	wrongs    wrongs
-	metrics   *Metrics
-	history   *history.History
-	counted   counted
-	log       *zap.Logger
-	accessLog AccessLog
-	router    *mux.Router
-	rights    *rights.Rights
-	ruleset   ruleset
-	sealer    sealer
-	ahead     *ahead
+	observer
+	router  *mux.Router
+	rights  *rights.Rights
+	ruleset ruleset
+	sealer  sealer
+	ahead   *ahead
 
 	writeTimeout time.Duration
 	now          func() time.Time
@@ -139,11 +134,7 @@ func New(opts Options) (*Proxy, error) {
 	p := &Proxy{
 		upstreams: opts.Upstreams,
 		cache:     opts.Cache,
-		metrics:   opts.Metrics,
-		history:   opts.History,
-		counted:   newCounted(opts.Metrics, append(opts.Upstreams.Names(), opts.DefaultUpstream)),
-		log:       opts.Logger,
-		accessLog: opts.AccessLog,
+		observer:  newObserver(opts),
 		hosts:     hosts,
 		names: names{
 			listed:          func(n upstream.Name) bool { return n == opts.DefaultUpstream || opts.Upstreams.Listed(n) },
@@ -294,65 +285,4 @@ func (p *Proxy) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	route(p.router, w, r)
-}
-
-// observe is the one line and the counters of a request.
-func (p *Proxy) observe(w *response, r *http.Request, took time.Duration) {
-	q := w.request
-	if q == nil {
-		q = &request{method: r.Method}
-	}
-	if q.upstream == probeName {
-		p.log.Debug("probe", zap.String("method", bounded(r.Method)), zap.Int("status", w.status), zap.String("agent", bounded(r.UserAgent())))
-		return
-	}
-	route := "none"
-	if q.base || q.kind != "" {
-		route = q.route()
-	}
-	ended := w.ended()
-	p.counted.of(q.upstream).count(q.metricKind(), ended, w.headers)
-	p.remember(w, r, q, ended)
-	if !p.accessLog.wants(w, ended) {
-		return
-	}
-	level := zap.InfoLevel
-	if w.status >= http.StatusInternalServerError {
-		level = zap.WarnLevel // the client goes past tarn, or has nothing
-	}
-	if ce := p.log.Check(level, "request"); ce != nil {
-		fields := []zap.Field{
-			zap.String("method", bounded(r.Method)),
-			zap.String("route", route),
-			zap.String("upstream", string(q.upstream)),
-			zap.String("repository", bounded(q.repository)),
-			zap.String("reference", bounded(q.reference())),
-			zap.Int("status", w.status),
-			zap.Int64("bytes", w.bytes),
-			zap.Duration("took", took),
-			zap.String("cache", w.cacheStatus),
-			zap.String("client", r.RemoteAddr),
-			zap.String("agent", bounded(r.UserAgent())),
-		}
-		if w.fetcher != nil {
-			if from := w.fetcher.from(); len(from) > 0 {
-				fields = append(fields, zap.Strings("sources", from))
-			}
-		}
-		if w.err != nil {
-			fields = append(fields, zap.String("error", bounded(w.err.Error())))
-		}
-		ce.Write(fields...)
-	}
-}
-
-// maxField bounds a field of the log that another side chose, in bytes.
-const maxField = 512
-
-// bounded is the beginning of a string, where it is long.
-func bounded(s string) string {
-	if len(s) <= maxField {
-		return s
-	}
-	return strings.ToValidUTF8(s[:maxField], "") + "..."
 }

@@ -207,9 +207,17 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 	if err := cmp.Or(err, lerr); err != nil {
 		return left, nil, err
 	}
+	if err := s.reconcile(blobs); err != nil {
+		return left, nil, err
+	}
+	return left, deleted, nil
+}
+
+// reconcile drops rows without a file, and remembers files without a row.
+func (s *Store) reconcile(blobs blobstore.Listing) error {
 	rows := s.index.Len()
 	foreign, found, stored := 0, 0, make(map[digest.Digest]int64, rows)
-	err = blobs.Walk(func(d digest.Digest, e fs.DirEntry) error {
+	err := blobs.Walk(func(d digest.Digest, e fs.DirEntry) error {
 		if row, ok := s.index.Row(d); ok {
 			s.room.used += row.Alloc
 			stored[d] = row.Alloc
@@ -235,7 +243,7 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 		return nil
 	})
 	if err != nil {
-		return left, nil, err
+		return err
 	}
 	var gone []digest.Digest
 	if found < rows {
@@ -252,7 +260,7 @@ func (s *Store) open() (left []*blobstore.Pending, deleted []digest.Digest, err 
 		s.log.Sugar().Infow("reconciled the data directory",
 			"rows_without_file", len(gone), "files_to_adopt", len(s.doubts.strays), "foreign_files", foreign)
 	}
-	return left, deleted, nil
+	return nil
 }
 
 // Start begins the background work. What is to be held before anything can be evicted
