@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"tarn/internal/registrytest"
 	"tarn/proxy"
 
+	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -100,6 +102,25 @@ var stories = []story{
 		state:   Current, served: true,
 		verdict: "current: at reg.corp {m1} is known now, and all of it is here (linux/amd64, 195.9KiB).",
 		next:    "The next pull has its bytes from this node's disk; the registry is asked once whether this client may have them, and then not again for about a minute.",
+		who:     oneYes,
+	},
+	{
+		name:  "an index, pulled for this platform",
+		image: corp + "/app:all",
+		happens: func(n *node, i *pair) {
+			body := fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[`+
+				`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":%q}},`+
+				`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d,"platform":{"os":"linux","architecture":"s390x"}},`+
+				`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":7,"platform":{"os":"unknown","architecture":"unknown"}}]}`,
+				i.one.Manifest, len(i.one.Body), runtime.GOARCH, i.two.Manifest, len(i.two.Body), digest.FromString("attestation"))
+			all := n.registry.Manifest("app", "all", "application/vnd.oci.image.index.v1+json", []byte(body))
+			n.get("GET", "/v2/app/manifests/all")
+			n.stored(all)
+			n.pull("app", "v1", i.one)
+		},
+		state: Current, served: true,
+		verdict: "current: at reg.corp all is {here} now, and all of it is here (linux/" + runtime.GOARCH + ", {here bytes}).",
+		next:    costsAHead,
 		who:     oneYes,
 	},
 	{
@@ -391,7 +412,7 @@ func TestInAPersonsWords(t *testing.T) {
 			x := n.explain(strings.ReplaceAll(s.image, "{m1 whole}", i.one.Manifest.String()))
 			large := digest.FromBytes(random(9, 3<<20))
 			words := strings.NewReplacer("{m1}", short(i.one.Manifest), "{m2}", short(i.two.Manifest), "{l1}", short(i.one.Layers[0]), "{l2}", short(i.one.Layers[1]),
-				"{host}", n.address(), "{until}", x.StaleUntil.Local().Format(time.DateTime), "{large layer}", short(large), "{large}", short(x.Here.Digest))
+				"{host}", n.address(), "{here}", short(x.Here.Digest), "{here bytes}", units.BytesSize(float64(x.Here.HereBytes)), "{until}", x.StaleUntil.Local().Format(time.DateTime), "{large layer}", short(large), "{large}", short(x.Here.Digest))
 			is := func(what, got, want string) {
 				if want = words.Replace(want); got != want {
 					t.Errorf("%s:\n got %s\nwant %s", what, got, want)

@@ -15,6 +15,7 @@
 package history
 
 import (
+	"hash/maphash"
 	"strings"
 	"sync"
 	"time"
@@ -98,9 +99,11 @@ const (
 	memory = 8 << 20
 	// maxDetail bounds the words of an entry, in bytes.
 	maxDetail = 256
-	// perEntry is what an entry takes besides its strings: itself, its place in the
-	// ring, and its key in the table.
-	perEntry = 3*int64(unsafe.Sizeof(Entry{})) + 64
+	// perEntry is what an entry takes besides its strings: itself, as the allocator
+	// rounds it, and its place in the ring.
+	perEntry = int64(unsafe.Sizeof(Entry{})) + 64
+	// maxOpen bounds the table of what more may be counted in.
+	maxOpen = 1 << 14
 )
 
 // History is safe for concurrent use. Its zero value is not; a nil one remembers
@@ -114,7 +117,8 @@ type History struct {
 	bytes   int64
 	next    int64 // ID of the entry to come
 	dropped bool  // some had to go
-	open    map[Entry]*Entry
+	open    map[uint64]*Entry // by the hash of what makes entries alike
+	seed    maphash.Seed
 	day     day
 
 	writer writer
@@ -122,7 +126,7 @@ type History struct {
 
 // New returns an empty history.
 func New(now func() time.Time) *History {
-	return &History{started: now(), now: now, next: 1, open: make(map[Entry]*Entry)}
+	return &History{started: now(), now: now, next: 1, open: make(map[uint64]*Entry), seed: maphash.MakeSeed()}
 }
 
 // Add remembers what became of a request. ID, Last and Count are not the caller's.
@@ -133,11 +137,11 @@ func (h *History) Add(e Entry) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.day.add(e)
-	key := e
-	key.ID, key.At, key.Last, key.Count, key.Bytes = 0, time.Time{}, time.Time{}, 0, 0
+	key := e.alike()
+	sum := maphash.Comparable(h.seed, key)
 	// What was fetched, and what went, has its place among what else happened to it.
 	alone := e.Outcome == "miss" || e.Outcome == OutcomeGone
-	if was := h.open[key]; was != nil && !alone && e.At.Sub(was.At).Abs() < together {
+	if was := h.open[sum]; was != nil && !alone && e.At.Sub(was.At).Abs() < together && was.alike() == key {
 		if e.At.After(was.Last) {
 			was.Last = e.At
 		}
@@ -150,8 +154,18 @@ func (h *History) Add(e Entry) {
 	*fresh = key
 	fresh.At, fresh.Bytes, fresh.Count = e.At, e.Bytes, 1
 	if h.append(fresh); !alone {
-		h.open[key] = fresh
+		if len(h.open) >= maxOpen {
+			clear(h.open)
+		}
+		h.open[sum] = fresh
 	}
+}
+
+// alike is what entries have in common that are counted in one.
+func (e *Entry) alike() Entry {
+	key := *e
+	key.ID, key.At, key.Last, key.Count, key.Bytes = 0, time.Time{}, time.Time{}, 0, 0
+	return key
 }
 
 // own has the strings of an entry keep nothing else alive.
@@ -182,10 +196,8 @@ func (h *History) append(e *Entry) {
 
 // close has nothing more counted in an entry. Called with the lock.
 func (h *History) close(e *Entry) {
-	key := *e
-	key.ID, key.At, key.Last, key.Count, key.Bytes = 0, time.Time{}, time.Time{}, 0, 0
-	if h.open[key] == e {
-		delete(h.open, key)
+	if sum := maphash.Comparable(h.seed, e.alike()); h.open[sum] == e {
+		delete(h.open, sum)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -292,5 +293,32 @@ func BenchmarkAdd(b *testing.B) {
 				h.Add(e)
 			}
 		})
+	}
+}
+
+// What a full history takes: at most 16 MiB.
+func TestTheMemoryOfAFullHistory(t *testing.T) {
+	taken := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	c := newClock()
+	for name, detail := range map[string]string{"short entries": "", "long entries": strings.Repeat("x", 1000)} {
+		before := taken()
+		h := New(c.now)
+		for i := range 150_000 {
+			e := hit(c, i)
+			e.Detail = detail
+			h.Add(e) // all of them within the time in which more of the same would be counted
+		}
+		grown := taken() - before
+		t.Logf("%s: %d entries take %d bytes", name, len(h.entries), grown)
+		if grown > 16<<20 || grown < memory/4 {
+			t.Errorf("%s: %d entries take %d bytes", name, len(h.entries), grown)
+		}
+		runtime.KeepAlive(h)
 	}
 }
