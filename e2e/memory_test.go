@@ -7,6 +7,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -32,9 +33,8 @@ import (
 const envMemory = "TARN_E2E_MEMORY"
 
 const (
-	// podMemory is what the DaemonSet's pod has, and goMemory what it tells Go.
+	// podMemory is what the DaemonSet's pod has.
 	podMemory = 512 << 20
-	goMemory  = "400MiB"
 	// restMemory is what tarn may hold of its own once the attack is over.
 	restMemory = 128 << 20
 	memoryName = "evil.test"
@@ -60,6 +60,25 @@ func memoryGroup(t *testing.T) string {
 	}
 	t.Fatal("no control group can bound memory here")
 	return ""
+}
+
+// TestTheMemoryLimitIsAShareOfTheGroups where GOMEMLIMIT says nothing else.
+func TestTheMemoryLimitIsAShareOfTheGroups(t *testing.T) {
+	group := memoryGroup(t)
+	for variable, want := range map[string]string{"": "4.29496729e+08", "GOMEMLIMIT=100MiB": "1.048576e+08"} {
+		p := startTarn(t, folder(t, work(), "data"), "", "env", cmp.Or(variable, "-uGOMEMLIMIT"), "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
+		resp, err := http.Get("http://" + tarnAdminAddr + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || !bytes.Contains(text, []byte("\ngo_gc_gomemlimit_bytes "+want+"\n")) {
+			i := bytes.Index(text, []byte("\ngo_gc_gomemlimit_bytes "))
+			t.Errorf("with %q, not %s: %.60s, %v", variable, want, text[max(0, i):], err)
+		}
+		p.stop(t)
+	}
 }
 
 // ownMemory is what the process has that no file is behind, in bytes.
@@ -166,7 +185,7 @@ func TestWhatAnybodySendsFitsIntoThePod(t *testing.T) {
 	settings := fmt.Sprintf("admin_socket: %s\nupstreams:\n- name: %s\n  endpoints: [http://%s]\n", socket, memoryName, l.Addr())
 	group := memoryGroup(t)
 	run := func() *process {
-		return startTarn(t, dir, settings, "env", "GOMEMLIMIT="+goMemory, "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
+		return startTarn(t, dir, settings, "sh", "-c", `echo $$ >"$0" && exec "$@"`, group)
 	}
 	p := run()
 	client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}

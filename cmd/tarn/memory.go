@@ -4,10 +4,36 @@ package main
 
 import (
 	"context"
+	"math"
+	"os"
 	"runtime/debug"
 	"runtime/metrics"
 	"time"
+
+	"github.com/KimMachineGun/automemlimit/memlimit"
+	"go.uber.org/zap"
 )
+
+// cgroupShare of what the process's control group may have is the soft limit of the
+// runtime, which works harder below it; the rest is for what the runtime does not count,
+// and for the page cache's books. The group is a container's, or of a service what
+// MemoryMax says.
+const cgroupShare = 0.8
+
+// limitMemory sets the limit where GOMEMLIMIT does not, and there is one. It comes
+// before whatever has a part of the limit.
+func limitMemory(log *zap.Logger) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	limit, err := memlimit.Set(memlimit.WithRatio(cgroupShare), memlimit.WithProvider(memlimit.FromCgroup))
+	switch {
+	case err != nil:
+		log.Debug("there is no memory limit to be found, and tarn sets itself none; GOMEMLIMIT would", zap.Error(err))
+	case limit > 0 && limit < math.MaxInt64:
+		log.Info("the memory limit is a share of the control group's", zap.Int64("bytes", limit), zap.Float64("share", cgroupShare))
+	}
+}
 
 // The runtime collects the heap of a process that does nothing every two minutes, and
 // gives most of what is freed back after the collection that follows. A node's pulls

@@ -64,6 +64,7 @@ func serve(ctx context.Context, cfg Config, flags *serveFlags, hangup <-chan os.
 		return err
 	}
 	defer log.Sync()
+	limitMemory(log)
 	manager := newNotifier(log)
 	var certs *certificates // nil: plain http
 	if cfg.TLS.CertFile != "" {
