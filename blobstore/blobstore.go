@@ -24,6 +24,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -229,14 +230,18 @@ func readDir(path string) ([]fs.DirEntry, error) {
 	return dir.ReadDir(-1)
 }
 
-// Free returns the bytes of the filesystem that this user may still write, and
-// its size.
-func (s *Store) Free() (free, total int64, err error) {
+// Free returns the bytes of the filesystem that this user may still write, and how
+// many files may still be made, -1 where the filesystem does not count them.
+func (s *Store) Free() (bytes, inodes int64, err error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(s.dir, &st); err != nil {
 		return 0, 0, fmt.Errorf("statfs %s: %w", s.dir, err)
 	}
-	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+	inodes = -1
+	if st.Files > 0 {
+		inodes = int64(min(st.Ffree, math.MaxInt64))
+	}
+	return int64(st.Bavail) * st.Bsize, inodes, nil
 }
 
 // Look is what tells a file from another one under the same name, and from

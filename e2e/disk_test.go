@@ -375,3 +375,60 @@ func wantAccounted(t *testing.T, dir string) {
 		t.Errorf("%d bytes are used and %d pending, with %d of blobs and %d of index", s.Cache.Used, s.Cache.Pending, blobs, index)
 	}
 }
+
+// TestInodesAreLeftFree whoever takes them, on a filesystem that has few.
+func TestInodesAreLeftFree(t *testing.T) {
+	const all, left = 300, 100
+	newRegistry(t, nil)
+	var layers []file
+	for n := range 120 {
+		layers = append(layers, noise(fmt.Sprint("layer", n), 4<<10, byte(n+1)))
+	}
+	i := pushSaying(t, "app/many", "v1", "hello", layers...)
+	j := pushSaying(t, "app/more", "v1", "hello again", noise("other", 4<<10, 200))
+	dir := tmpfs(t, fmt.Sprintf("64m,nr_inodes=%d", all))
+	startTarn(t, dir, fmt.Sprintf("min_free_inodes: %d\n", left))
+	free := func() uint64 {
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Ffree
+	}
+	for _, o := range i.objects {
+		if o.MediaType == v1.MediaTypeImageManifest {
+			continue
+		}
+		if _, err := get(i.repo, o); err != nil {
+			t.Fatal(err)
+		}
+		if n := free(); n < left {
+			t.Fatalf("%d inodes are free, of %d that are to be", n, left)
+		}
+	}
+	// Somebody else takes all but 80.
+	others := folder(t, dir, "others")
+	for n := 0; free() > 80; n++ {
+		if err := os.WriteFile(filepath.Join(others, fmt.Sprint(n)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waitFor(t, "tarn gives inodes back", func() error {
+		if n := free(); n < left {
+			return fmt.Errorf("%d are free", n)
+		}
+		return nil
+	})
+	for _, o := range j.objects {
+		if o.MediaType == v1.MediaTypeImageManifest {
+			continue
+		}
+		if _, err := get(j.repo, o); err != nil {
+			t.Error(err)
+		}
+	}
+	if said := readiness(t); !strings.Contains(said, `"ready": true`) {
+		t.Error(said)
+	}
+	os.RemoveAll(others) // or the mount would stay
+}

@@ -117,9 +117,12 @@ func (s *Store) tryWith(domain string, n int64, pending func() int64) (short int
 	claimed, made := r.claimed, r.made
 	r.mu.Unlock()
 	unwritten := max(0, claimed-pending())
-	free, _, err := s.blobs.Free()
+	free, inodes, err := s.blobs.Free()
 	if err != nil {
 		return 0, false, err
+	}
+	if short := s.shortOfInodes(n, inodes); short > 0 {
+		return short, false, fmt.Errorf("%w: %d files can be made there still, and %d are to be left", errMinFree, inodes, opts.MinFreeInodes)
 	}
 	rows := s.index.StrangersBytes()
 	r.mu.Lock()
@@ -136,6 +139,22 @@ func (s *Store) tryWith(domain string, n int64, pending func() int64) (short int
 	}
 	r.claim(domain, n)
 	return 0, false, nil
+}
+
+// shortOfInodes is how many bytes must go, so that with them as many files go as there
+// are inodes too few: by the average, since what goes is chosen by what it is worth.
+func (s *Store) shortOfInodes(n, free int64) int64 {
+	const perDownload = 2 // its file and its journal
+	missing := s.opts.MinFreeInodes - free
+	if n > 0 {
+		missing += perDownload
+	}
+	if s.opts.MinFreeInodes <= 0 || free < 0 || missing <= 0 {
+		return 0
+	}
+	s.room.mu.Lock()
+	defer s.room.mu.Unlock()
+	return missing * max(fsBlock, s.room.used/max(1, int64(s.index.Len())))
 }
 
 // Unreserve gives a claim back.

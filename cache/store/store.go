@@ -84,6 +84,9 @@ type Options struct {
 	MaxSize int64
 	// MinFree is how many bytes of the filesystem are always left free.
 	MinFree int64
+	// MinFreeInodes is how many files can always still be made on the filesystem, where
+	// that counts them.
+	MinFreeInodes int64
 	// Listed tells whether the operator has named an upstream: others have only a
 	// part of what tarn keeps account of. nil: all are.
 	Listed func(upstream string) bool

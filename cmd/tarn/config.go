@@ -59,6 +59,9 @@ type Config struct {
 	// MinFree is always left free on Dir's filesystem: bytes, or a share of
 	// it. Default 5%.
 	MinFree Size
+	// MinFreeInodes is how many files can always still be made there: a number, or a
+	// share of all that there may be. Default 5%.
+	MinFreeInodes Size
 	// DefaultUpstream is the registry that is meant when a request names
 	// none; it counts as listed. Default docker.io.
 	DefaultUpstream string
@@ -222,6 +225,7 @@ func defaultConfig() Config {
 		Dir:             defaultDir,
 		MaxSize:         Size{bytes: 50 << 30},
 		MinFree:         Size{share: 5 * percent},
+		MinFreeInodes:   Size{share: 5 * percent},
 		DefaultUpstream: string(upstream.DockerHub),
 		Allow:           "public",
 		Prefetch:        "off",

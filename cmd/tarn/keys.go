@@ -31,6 +31,7 @@ func (c *Config) keys() []key {
 		{"dir", text(&c.Dir, checkDir)},
 		{"max_size", bytesOrShare(&c.MaxSize, checkMaxSize)},
 		{"min_free", bytesOrShare(&c.MinFree, nil)},
+		{"min_free_inodes", bytesOrShare(&c.MinFreeInodes, nil)},
 		{"default_upstream", text(&c.DefaultUpstream, checkName)},
 		{"allow", text(&c.Allow, oneOf("public", "listed"))},
 		{"allow_via_proxy", boolean(&c.AllowViaProxy)},

@@ -325,6 +325,7 @@ func keepFixed(next, now *Config) []string {
 	keep(&changed, "dir", &next.Dir, now.Dir)
 	keep(&changed, "max_size", &next.MaxSize, now.MaxSize)
 	keep(&changed, "min_free", &next.MinFree, now.MinFree)
+	keep(&changed, "min_free_inodes", &next.MinFreeInodes, now.MinFreeInodes)
 	if (next.TLS.CertFile == "") != (now.TLS.CertFile == "") { // other files are followed
 		keep(&changed, "tls", &next.TLS, now.TLS)
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -137,12 +138,13 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool, p
 			zap.Int64("max_size", bound), zap.Int64("filesystem", total), zap.String("dir", cfg.Dir))
 	}
 	c, err := cache.New(cache.Options{
-		Dir:     cfg.Dir,
-		MaxSize: cfg.MaxSize.Bytes(total),
-		MinFree: cfg.MinFree.Bytes(total),
-		Listed:  listed,
-		Went:    func(d digest.Digest, size int64, why store.Why) { past.Went(d, size, whyGone[why]) },
-		Logger:  log,
+		Dir:           cfg.Dir,
+		MaxSize:       cfg.MaxSize.Bytes(total),
+		MinFree:       cfg.MinFree.Bytes(total),
+		MinFreeInodes: cfg.MinFreeInodes.Bytes(int64(min(fsys.Files, math.MaxInt64))),
+		Listed:        listed,
+		Went:          func(d digest.Digest, size int64, why store.Why) { past.Went(d, size, whyGone[why]) },
+		Logger:        log,
 	})
 	switch {
 	case errors.Is(err, cache.ErrForeign):
