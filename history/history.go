@@ -115,8 +115,8 @@ type History struct {
 	mu      sync.Mutex // guards what follows
 	entries []*Entry   // by ID, without a gap
 	bytes   int64
-	next    int64 // ID of the entry to come
-	dropped bool  // some had to go
+	next    int64             // ID of the entry to come
+	dropped bool              // some had to go
 	open    map[uint64]*Entry // by the hash of what makes entries alike
 	seed    maphash.Seed
 	day     day

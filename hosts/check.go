@@ -242,7 +242,7 @@ func (w way) answers(ctx context.Context, files tree) error {
 		return err
 	}
 	transport := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
-	return Answers(ctx, &http.Client{Transport: transport}, w.tarn)
+	return Answers(ctx, &http.Client{Transport: transport}, w.tarn, "")
 }
 
 func (f hostFields) tlsConfig(t tree, dir string) (*tls.Config, error) {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	runtimepkg "runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -261,6 +262,59 @@ func TestSyncKeepsItWhileTarnAnswers(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(root, "run/hosts")); !os.IsNotExist(err) {
 		t.Errorf("it left its directory: %v", err)
+	}
+}
+
+// TestSyncWaitsForItsPlace, and for the tarn that is meant.
+func TestSyncWaitsForItsPlace(t *testing.T) {
+	var instance atomic.Value
+	instance.Store("")
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Status", probe.CacheStatus)
+		w.Header().Set(probe.InstanceHeader, probe.Instance(instance.Load().(string)))
+	}))
+	t.Cleanup(s.Close)
+	root := t.TempDir()
+	certs := filepath.Join(root, "certs.d")
+	foreign := filepath.Join(certs, anyRegistry, fileName)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(foreign), 0o755), os.WriteFile(foreign, []byte("somebody's"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	told := make(chan string, 16)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		done <- Sync{CertsDir: certs, Mirror: Mirror{URL: s.URL}, Client: s.Client(), Every: time.Millisecond, Instance: "mine",
+			Told: func(m string) { told <- m }, dir: filepath.Join(root, "run/hosts")}.Run(ctx)
+	}()
+	says := func(want string) {
+		t.Helper()
+		if said := <-told; !strings.Contains(said, want) {
+			t.Errorf("it says %q, not %q", said, want)
+		}
+	}
+	says("is there and is not sync's")
+	if text, err := os.ReadFile(foreign); string(text) != "somebody's" {
+		t.Errorf("somebody's settings are %q, %v", text, err)
+	}
+	if err := os.RemoveAll(filepath.Dir(foreign)); err != nil {
+		t.Fatal(err)
+	}
+	says("another tarn answers")
+	if _, err := os.Stat(foreign); !os.IsNotExist(err) {
+		t.Errorf("pulls are sent to another tarn: %v", err)
+	}
+	instance.Store("other")
+	instance.Store("mine")
+	says("tarn answers")
+	instance.Store("other")
+	says("another tarn answers")
+	if _, err := os.Stat(foreign); !os.IsNotExist(err) {
+		t.Errorf("pulls are sent to another tarn: %v", err)
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -32,14 +32,17 @@ type Sync struct {
 	Mirror   Mirror
 	Client   *http.Client  // asks tarn
 	Every    time.Duration // how often
+	// Instance is the TARN_INSTANCE of the tarn that is meant; "" takes any.
+	Instance string
 	// Told hears of each change and of each new error.
 	Told func(message string)
 
 	dir string // syncDir, but in tests
 }
 
-// Run returns when the context ends, with what could not be taken away, or at once
-// where somebody else's settings are in the way.
+// Run returns when the context ends, with what could not be taken away. What is in the
+// way meanwhile, such as somebody else's settings or a directory that is read-only, it
+// says, and tries again: tarn is as useful to who asks it otherwise.
 func (s Sync) Run(ctx context.Context) error {
 	if s.dir == "" {
 		s.dir = syncDir
@@ -54,9 +57,6 @@ func (s Sync) Run(ctx context.Context) error {
 	defer unlock()
 	_, err = os.Stat(s.CertsDir)
 	made := errors.Is(err, fs.ErrNotExist)
-	if err := s.link(); err != nil {
-		return err
-	}
 	if made {
 		defer os.Remove(s.CertsDir) // where nobody else has used it meanwhile
 	}
@@ -66,7 +66,7 @@ func (s Sync) Run(ctx context.Context) error {
 		now := "tarn answers: " + s.place() + " leads to it"
 		if err := s.link(); err != nil {
 			now = err.Error()
-		} else if err := Answers(ctx, s.Client, s.Mirror.URL); err != nil && ctx.Err() == nil {
+		} else if err := Answers(ctx, s.Client, s.Mirror.URL, s.Instance); err != nil && ctx.Err() == nil {
 			now = fmt.Sprintf("the registries themselves are asked: %v", err)
 			if err := s.take(); err != nil {
 				now = fmt.Sprintf("%v", err)
@@ -179,8 +179,8 @@ func (s Sync) take() error {
 }
 
 // Answers asks the tarn at the URL for its probe, and returns nil where it is tarn
-// that answers.
-func Answers(ctx context.Context, client *http.Client, url string) error {
+// that answers; where an instance is named, that one.
+func Answers(ctx context.Context, client *http.Client, url, instance string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodHead, url+"/v2/hosts/manifests/1?ns="+probe.Registry, nil)
 	if err != nil {
 		return err
@@ -192,6 +192,9 @@ func Answers(ctx context.Context, client *http.Client, url string) error {
 	resp.Body.Close()
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Cache-Status") != probe.CacheStatus {
 		return fmt.Errorf("what answers at %s is not tarn, or an older one: %s", url, resp.Status)
+	}
+	if want := probe.Instance(instance); want != "" && resp.Header.Get(probe.InstanceHeader) != want {
+		return fmt.Errorf("another tarn answers at %s, or something that poses as one", url)
 	}
 	return nil
 }

@@ -15,7 +15,10 @@ const probeName = upstream.Name(probe.Registry)
 
 // serveProbe answers from memory with the image that proves that a pull came here.
 // It is never stored, counted or logged as a request.
-func serveProbe(w *response, r *http.Request, q *request) error {
+func (p *Proxy) serveProbe(w *response, r *http.Request, q *request) error {
+	if p.instance != "" {
+		w.Header().Set(probe.InstanceHeader, p.instance)
+	}
 	o, found := probe.Index(), q.tag != ""
 	switch {
 	case q.base:

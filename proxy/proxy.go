@@ -31,6 +31,7 @@ import (
 
 	"tarn/cache"
 	"tarn/history"
+	"tarn/internal/probe"
 	"tarn/rights"
 	"tarn/upstream"
 
@@ -68,6 +69,9 @@ type Options struct {
 	WriteTimeout time.Duration
 	// History remembers what became of requests; nil does not.
 	History *history.History
+	// Instance is what only who started this tarn knows, such as its pod's UID: answers
+	// for the probe say which one they are of. "" says nothing.
+	Instance string
 	// Now is the clock by which rights end; nil is time.Now.
 	Now func() time.Time
 	// Logger gets one line for each request that AccessLog means; nil logs nothing.
@@ -97,6 +101,7 @@ type Proxy struct {
 	sealer  sealer
 	ahead   *ahead
 
+	instance     string // of the probe's answers
 	writeTimeout time.Duration
 	now          func() time.Time
 	pruning      sync.WaitGroup
@@ -148,6 +153,7 @@ func New(opts Options) (*Proxy, error) {
 		ahead:   newAhead(opts.Prefetch),
 		now:     opts.Now,
 
+		instance:     probe.Instance(opts.Instance),
 		writeTimeout: cmp.Or(opts.WriteTimeout, DefaultWriteTimeout),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
@@ -226,7 +232,7 @@ func (p *Proxy) serveAPI(rw http.ResponseWriter, r *http.Request) {
 		if !q.base && clientKind(r.UserAgent()) != otherKind { // others watch by it
 			p.metrics.client(r.UserAgent(), w.start)
 		}
-		if err := serveProbe(w, r, q); err != nil {
+		if err := p.serveProbe(w, r, q); err != nil {
 			w.fail(q, err)
 		}
 		return

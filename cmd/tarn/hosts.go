@@ -292,6 +292,9 @@ func printReport(out io.Writer, r hosts.Report) {
 	}
 }
 
+// instanceVariable names a tarn for who runs beside it, and nobody else.
+const instanceVariable = "TARN_INSTANCE"
+
 // syncEvery is how often sync asks whether tarn answers.
 const syncEvery = time.Second
 
@@ -303,13 +306,15 @@ func newHostsSyncCommand() *cobra.Command {
 		Long: `Keep the hosts.toml in place while tarn answers, and take it away when it does
 not, and at the end. _default is a link to /run/tarn-hosts meanwhile, which leads
 nowhere after a restart of the machine: then it is as if it were not there. It
-is for a pod or a unit beside tarn, where nobody is to install anything.`,
+is for a pod or a unit beside tarn, where nobody is to install anything. Where both
+have the same $TARN_INSTANCE, such as the pod's UID, no other tarn on the port will do.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, os.Interrupt)
 			defer stop()
 			s.Client = &http.Client{Timeout: 2 * syncEvery, Transport: &http.Transport{DisableKeepAlives: true}}
 			s.Every = syncEvery
+			s.Instance = os.Getenv(instanceVariable)
 			s.Told = func(message string) { fmt.Fprintln(cmd.OutOrStdout(), message) }
 			err := s.Run(ctx)
 			if errors.Is(err, context.Canceled) {

@@ -105,6 +105,7 @@ func (a *api) build(cfg Config, upstreams *upstream.Client, replaces *proxy.Prox
 	}
 	options.Upstreams, options.Cache = upstreams, a.cache
 	options.Metrics, options.Logger, options.Replaces, options.History = a.metrics, a.log, replaces, a.history
+	options.Instance = os.Getenv(instanceVariable)
 	p, err := proxy.New(options)
 	if err != nil {
 		return nil, err

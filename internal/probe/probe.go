@@ -28,6 +28,19 @@ const Registry = "probe.tarn.invalid"
 // by which tarn is told from another server.
 const CacheStatus = "tarn; fwd=bypass; detail=probe"
 
+// InstanceHeader is the header of the same answers that says which tarn gives them: the
+// Instance of what TARN_INSTANCE is there, where that is set.
+const InstanceHeader = "Tarn-Instance"
+
+// Instance is a name that everybody on the node may know of one that only who started
+// tarn should, such as the UID of its pod. That of "" is "".
+func Instance(name string) string {
+	if name == "" {
+		return ""
+	}
+	return digest.FromString("tarn instance " + name).Encoded()[:32]
+}
+
 // Object is a manifest or blob of the image.
 type Object struct {
 	MediaType string
