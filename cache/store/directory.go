@@ -38,6 +38,11 @@ const (
 // ownNames are those that tarn's own files may have, with suffixes.
 var ownNames = []string{lockName, blobsName, pendingName, indexName, PinsName, ListName, LayoutName, "admin.sock", "stale.key", probeName, HistoryName}
 
+// isOwn tells whether a name in the data directory is one of tarn's.
+func isOwn(name string) bool {
+	return slices.ContainsFunc(ownNames, func(own string) bool { return name == own || strings.HasPrefix(name, own+".") })
+}
+
 // checkDir refuses a directory in which somebody else keeps something: tarn removes
 // from blobs/ and pending/ what it does not know. A directory is tarn's when it has
 // what every tarn has left, whatever else has been lost: the lock and the pending
@@ -60,10 +65,7 @@ func checkDir(dir string) error {
 		return fmt.Errorf("%w: it is an OCI image layout that tarn has not made", ErrForeign)
 	}
 	for _, e := range entries {
-		own := slices.ContainsFunc(ownNames, func(name string) bool {
-			return e.Name() == name || strings.HasPrefix(e.Name(), name+".")
-		})
-		if !own && e.Name() != "lost+found" { // which a new filesystem has
+		if !isOwn(e.Name()) && e.Name() != "lost+found" { // which a new filesystem has
 			return fmt.Errorf("%w: it has others' files, such as %.100q", ErrForeign, e.Name())
 		}
 	}
