@@ -43,7 +43,7 @@ func (o Options) routes() []route {
 		all = append(all, route{"GET", "/metrics", "for Prometheus", false, promhttp.HandlerFor(o.Registry, promhttp.HandlerOpts{}).ServeHTTP})
 	}
 	if o.Explain != nil {
-		all = append(all, route{"GET", "/api/v1/explain", "what is there and here of ?image=, and what happened to it", false, o.explain})
+		all = append(all, route{"GET", "/api/v1/explain", "what is there and here of ?image=, and what happened to it", false, o.explains()})
 	}
 	if o.History != nil {
 		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
