@@ -3,7 +3,6 @@
 package admin
 
 import (
-	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -11,55 +10,22 @@ import (
 
 	"tarn/explain"
 	"tarn/history"
-	"tarn/proxy"
 )
 
 // maxDecisions is the most that one answer has.
 const maxDecisions = 1000
 
-const (
-	// maxExplaining bounds how many images a listener explains at once: each asks a
-	// registry. At the socket others count than at a port, where anybody may fill it.
-	maxExplaining = 4
-	// explainPatience is how long one may wait for its turn, which is less than a
-	// command does.
-	explainPatience = 10 * time.Second
-)
-
-// explains serves explanations, so many at once.
-func (o Options) explains() http.HandlerFunc {
-	turns := make(chan struct{}, maxExplaining)
-	return func(w http.ResponseWriter, r *http.Request) {
-		n, ok := o.explained(w, r)
-		if !ok {
-			return
-		}
-		select {
-		case turns <- struct{}{}:
-			defer func() { <-turns }()
-		case <-time.After(explainPatience):
-			w.Header().Set("Retry-After", "5")
-			refuse(w, http.StatusServiceUnavailable, "busy", fmt.Sprintf("%d images are being explained, and more are not at once", maxExplaining), "ask again, or over the admin socket, which has turns of its own")
-			return
-		case <-r.Context().Done():
-			return
-		}
-		serveJSON(w, http.StatusOK, o.Explain(r.Context(), n))
-	}
-}
-
-// explained reads which image is meant.
-func (o Options) explained(w http.ResponseWriter, r *http.Request) (n proxy.ImageName, ok bool) {
+func (o Options) explain(w http.ResponseWriter, r *http.Request) {
 	n, err := o.Parse(r.URL.Query().Get("image"))
 	if err != nil {
 		invalid(w, err.Error())
-		return n, false
+		return
 	}
 	if n.Repository.Upstream == "" || n.Prefix != "" {
 		invalid(w, "an image is explained by its name, with a tag or a whole digest: without a registry nobody can be asked")
-		return n, false
+		return
 	}
-	return n, true
+	serveJSON(w, http.StatusOK, o.Explain(r.Context(), n))
 }
 
 // Decisions is the document of /api/v1/decisions.

@@ -35,7 +35,7 @@ func TestWhoFillsAPortKeepsNobodyFromTheSocket(t *testing.T) {
 		port := New(o)
 		o.Listener = &net.UnixAddr{Name: "/run/tarn/admin.sock", Net: "unix"}
 		socket := New(o)
-		for range maxExplaining {
+		for range maxAtOnce {
 			go func() {
 				r := httptest.NewRequest("GET", "http://127.0.0.1:5051/api/v1/explain?image=silent", nil)
 				port.ServeHTTP(httptest.NewRecorder(), r)
