@@ -425,6 +425,21 @@ func TestInAPersonsWords(t *testing.T) {
 	}
 }
 
+func TestOfVeryManyObjectsSomeAreLookedAt(t *testing.T) {
+	n := start(t, options{rules: usual})
+	layers := make([][]byte, maxGaps+20)
+	for i := range layers {
+		layers[i] = random(uint64(i), 100)
+	}
+	img := n.registry.Image("app", "v1", layers...)
+	n.get("GET", "/v2/app/manifests/v1")
+	n.stored(img.Manifest)
+	x := n.explain(corp + "/app:v1")
+	if len(x.Here.Missing) != maxGaps || !strings.Contains(x.Verdict, "; at least 100 of 122 objects were never here.") {
+		t.Errorf("%d: %s", len(x.Here.Missing), x.Verdict)
+	}
+}
+
 func TestBeingFetched(t *testing.T) {
 	n := start(t, options{rules: usual})
 	img := n.registry.Image("app", "v1", random(1, 3<<20))

@@ -192,10 +192,14 @@ func gaps(h *Here, now time.Time) string {
 			latest[g.Cause] = g.At
 		}
 	}
+	atLeast := ""
+	if len(h.Missing) == maxGaps { // and of others it was not looked why
+		atLeast = "at least "
+	}
 	var parts []string
 	for _, c := range causes {
 		if n := by[c.cause]; n > 0 && c.went != "" {
-			part := fmt.Sprintf("%d of %d objects %s", n, h.Objects, plural(n, strings.Replace(c.went, "were ", "was ", 1), c.went))
+			part := fmt.Sprintf("%s%d of %d objects %s", atLeast, n, h.Objects, plural(n, strings.Replace(c.went, "were ", "was ", 1), c.went))
 			if at := latest[c.cause]; !at.IsZero() {
 				part += ", the last " + ago(at, now)
 			}
