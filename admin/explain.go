@@ -25,17 +25,8 @@ func (o Options) explain(w http.ResponseWriter, r *http.Request) {
 		invalid(w, "an image is explained by its name, with a tag or a whole digest: without a registry nobody can be asked")
 		return
 	}
-	select {
-	case explaining <- struct{}{}:
-		defer func() { <-explaining }()
-	case <-r.Context().Done():
-		return
-	}
 	serveJSON(w, http.StatusOK, o.Explain(r.Context(), n))
 }
-
-// explaining bounds how many images are explained at once: each asks a registry.
-var explaining = make(chan struct{}, 4)
 
 // Decisions is the document of /api/v1/decisions.
 type Decisions struct {

@@ -49,7 +49,7 @@ func (o Options) routes() []route {
 		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
 	}
 	if o.Status != nil && o.Store != nil && o.History != nil {
-		all = append(all, route{"GET", "/api/v1/events", "what the page shows, as it changes", false, newFeed(o.live).serve})
+		all = append(all, route{"GET", eventsPath, "what the page shows, as it changes", false, newFeed(o.live).serve})
 	}
 	if o.Store != nil {
 		i := imageAPI{o.Store, o.Parse, o.Ask, o.Pull, make(chan struct{}, maxPulls)}
@@ -79,8 +79,12 @@ func (o Options) routes() []route {
 	return all
 }
 
-// naming are the paths whose answers name repositories, perhaps private ones.
-var naming = []string{"/api/v1/images", "/api/v1/images/{ref...}", "/api/v1/pins", "/api/v1/explain", "/api/v1/decisions"}
+// eventsPath is the only one of which an answer that reads does not end by itself.
+const eventsPath = "/api/v1/events"
+
+// naming are the paths whose answers name repositories, perhaps private ones: also of
+// whom to evict, where somebody names the beginning of a digest.
+var naming = []string{"/api/v1/evict", "/api/v1/images", "/api/v1/images/{ref...}", "/api/v1/pins", "/api/v1/explain", "/api/v1/decisions"}
 
 // document serves what a function returns; nil where there is none.
 func (o Options) document(of func() any) http.HandlerFunc {
@@ -124,6 +128,8 @@ func (o Options) newMux(routes []route) *http.ServeMux {
 			serve = func(w http.ResponseWriter, _ *http.Request) {
 				refuse(w, http.StatusForbidden, codeReadOnly, o.ReadOnly, "ask over the admin socket, as the user that tarn runs as")
 			}
+		} else if !r.Changes && r.Path != eventsPath {
+			serve = inTurn(serve)
 		}
 		mux.HandleFunc(r.Method+" "+r.Path, serve)
 	}

@@ -58,7 +58,7 @@ type Explanation struct {
 	Access  proxy.Access  `json:"access"`
 	// Who says in a sentence who may have it.
 	Who string `json:"who"`
-	// StaleUntil is until when the tag is answered from here while the registry cannot
+	// StaleUntil is until when the image is answered from here while the registry cannot
 	// be asked, where the operator allows that.
 	StaleUntil time.Time `json:"staleUntil,omitzero"`
 	// Since is how far back is remembered what happened, and Happened the last of it,
@@ -123,12 +123,26 @@ func Explain(ctx context.Context, s Sources, n proxy.ImageName) Explanation {
 	if x.Here.Digest != "" {
 		x.Access = s.Proxy.Access(n, x.Here.Digest)
 	}
-	if stale := x.Access.StaleIfError; stale > 0 && !x.Here.Confirmed.IsZero() {
-		x.StaleUntil = x.Here.Confirmed.Add(time.Duration(stale * float64(time.Second)))
-	}
+	x.StaleUntil = staleUntil(&x, n, s.Now())
 	judge(&x, n, s.Now())
 	s.tell(&x, n)
 	return x
+}
+
+// staleUntil is until when what was said of the image stands: what its tag means, and
+// that somebody may have it. What a clock said that was ahead then stands for nothing.
+func staleUntil(x *Explanation, n proxy.ImageName, now time.Time) time.Time {
+	last := x.Access.Anonymous
+	if x.Access.Served.After(last) {
+		last = x.Access.Served
+	}
+	if n.Tag != "" && x.Here.Confirmed.Before(last) {
+		last = x.Here.Confirmed
+	}
+	if x.Access.StaleIfError == 0 || last.IsZero() || last.After(now) {
+		return time.Time{}
+	}
+	return last.Add(time.Duration(x.Access.StaleIfError * float64(time.Second)))
 }
 
 // look says what is here: of what the registry means now where that is here or on its

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -52,7 +53,7 @@ var stories = []story{
 		name:    "never seen",
 		happens: func(*node, *pair) {},
 		state:   NeverSeen,
-		verdict: "never seen: nothing of it is here, and nobody has asked for it here in the last 1 second, as far back as is remembered.",
+		verdict: "never seen: nothing of it is here, and nobody has fetched it here in the last 1 second, as far back as is remembered.",
 		next:    costsAll,
 		who:     "reg.corp answers for it to who shows no credential",
 	},
@@ -60,7 +61,7 @@ var stories = []story{
 		name:     "only looked at",
 		happens:  func(n *node, _ *pair) { n.get("HEAD", "/v2/app/manifests/v1"); n.forward(time.Hour) },
 		state:    NeverSeen,
-		verdict:  "never seen: nothing of it is here, and nobody has asked for it here in the last about an hour, as far back as is remembered.",
+		verdict:  "never seen: nothing of it is here, and nobody has fetched it here in the last about an hour, as far back as is remembered.",
 		next:     costsAll,
 		who:      "reg.corp answers for it to who shows no credential",
 		happened: []string{"containerd: v1 is {m1}; the registry was asked with HEAD; HEAD: nothing is fetched for that; it was never seen here"},
@@ -318,7 +319,7 @@ var stories = []story{
 		image:   "reg.corp/app:v3",
 		happens: func(n *node, _ *pair) { n.get("GET", "/v2/app/manifests/v3") },
 		state:   Missing,
-		verdict: "no such image: reg.corp says 404 for v3. Nothing of it is here.",
+		verdict: "no such image: reg.corp says 404 for v3. Nothing is here by that name.",
 		next:    "A pull is told the same: some registries say so also to who may not have it.",
 		who:     forEachSays,
 		happened: []string{
@@ -398,7 +399,7 @@ var stories = []story{
 }
 
 func TestInAPersonsWords(t *testing.T) {
-	for _, s := range stories {
+	for _, s := range slices.Concat(stories, sloppy) {
 		t.Run(s.name, func(t *testing.T) {
 			if s.options.rules.GrantTTL == 0 {
 				s.options.rules = usual
@@ -442,6 +443,21 @@ func TestInAPersonsWords(t *testing.T) {
 				t.Errorf("%v, %s", err, text)
 			}
 		})
+	}
+}
+
+func TestOfVeryManyObjectsSomeAreLookedAt(t *testing.T) {
+	n := start(t, options{rules: usual})
+	layers := make([][]byte, maxGaps+20)
+	for i := range layers {
+		layers[i] = random(uint64(i), 100)
+	}
+	img := n.registry.Image("app", "v1", layers...)
+	n.get("GET", "/v2/app/manifests/v1")
+	n.stored(img.Manifest)
+	x := n.explain(corp + "/app:v1")
+	if len(x.Here.Missing) != maxGaps || !strings.Contains(x.Verdict, "; at least 100 of 122 objects were never here.") {
+		t.Errorf("%d: %s", len(x.Here.Missing), x.Verdict)
 	}
 }
 

@@ -46,7 +46,7 @@ func judge(x *Explanation, n proxy.ImageName, now time.Time) {
 		judgeUnanswered(x, n, what, size, whole, now)
 	case here.HereBytes == 0 && here.Digest == "" || here.HereBytes == 0 && x.neverHere():
 		x.State = NeverSeen
-		x.Verdict = fmt.Sprintf("never seen: nothing of it is here, and nobody has asked for it here %s.", since(x.Since, now))
+		x.Verdict = fmt.Sprintf("never seen: nothing of it is here, and nobody has fetched it here %s.", since(x.Since, now))
 		x.Next = fmt.Sprintf("The next pull fetches all of it from %s.", registry)
 	case here.Digest != x.There.Digest:
 		x.State = Moved
@@ -74,7 +74,11 @@ func nextWhole(x *Explanation, n proxy.ImageName) string {
 	if n.Tag == "" {
 		return "The next pull has its bytes from this node's disk; the registry is asked once whether this client may have them, and then not again for " + seconds(x.Access.GrantTTL) + "."
 	}
-	return "The next pull asks the registry with one HEAD what the tag means and who may have it, and has its bytes from this node's disk."
+	asks := "one HEAD"
+	if x.There.Method == http.MethodGet {
+		asks = "a HEAD, and with a GET since that says too little there,"
+	}
+	return "The next pull asks the registry with " + asks + " what the tag means and who may have it, and has its bytes from this node's disk."
 }
 
 // neverHere: nothing that is missing was here, as far as is known.
@@ -108,24 +112,37 @@ func judgeUnanswered(x *Explanation, n proxy.ImageName, what, size string, whole
 		x.Next = "The registry is asked with each client's own credential; whom it says yes to has from this node's disk what is here."
 	case x.There.Status == http.StatusNotFound || x.There.Status == http.StatusGone:
 		x.State = Missing
+		if n.Tag != "" && here.Digest == "" { // what was known by it is forgotten then
+			have = "Nothing is here by that name."
+		}
 		x.Verdict = fmt.Sprintf("no such image: %s says %d for %s. %s", registry, x.There.Status, what, have)
 		x.Next = "A pull is told the same: some registries say so also to who may not have it."
 	case cause == history.NotAllowed:
 		x.State = NotAllowed
 		x.Verdict = fmt.Sprintf("not allowed: %s.", strings.TrimSuffix(x.There.Error, "."))
 		x.Next = "The client is refused, and asks the registry itself."
-	case now.Before(x.StaleUntil) && whole:
+	case x.There.MayBeStale && now.Before(x.StaleUntil) && whole:
 		x.State, x.FromHere = Stale, true
 		x.Verdict = fmt.Sprintf("stale: %s cannot be asked (%s). %s", registry, x.There.Error, have)
 		x.Next = fmt.Sprintf("Until %s %s is answered from here, marked as stale, to who was given it before; after that a pull fails here, and the client asks the registry itself.", x.StaleUntil.Local().Format(time.DateTime), what)
-		if x.Access.StaleForNode {
+		if x.Access.StaleForNode && x.There.Away {
 			x.Next = strings.Replace(x.Next, "to who was given it before", "to every client of this node", 1)
 		}
 	default:
 		x.State = Away
-		x.Verdict = fmt.Sprintf("%s cannot be asked: %s. %s", registry, strings.TrimSuffix(x.There.Error, "."), have)
+		how := "cannot be asked"
+		if cause == history.Broken {
+			how = "answers what is no image"
+		}
+		x.Verdict = fmt.Sprintf("%s %s: %s. %s", registry, how, strings.TrimSuffix(x.There.Error, "."), have)
 		x.Next = "A pull by tag fails here, and the client asks the registry itself."
-		if x.Access.StaleIfError == 0 {
+		if n.Tag == "" {
+			x.Next = "A pull by digest fails here, and the client asks the registry itself."
+			if ttl := x.Access.GrantTTL; whole && ttl > 0 {
+				x.Next = fmt.Sprintf("For %s after the registry has said yes to a client, that one has it from here; then a pull fails here, and the client asks the registry itself.", seconds(ttl))
+			}
+		}
+		if x.Access.StaleIfError == 0 && x.There.MayBeStale {
 			x.Next += " stale_if_error, in tarn's configuration, has what was confirmed last served meanwhile."
 		}
 	}
@@ -175,10 +192,14 @@ func gaps(h *Here, now time.Time) string {
 			latest[g.Cause] = g.At
 		}
 	}
+	atLeast := ""
+	if len(h.Missing) == maxGaps { // and of others it was not looked why
+		atLeast = "at least "
+	}
 	var parts []string
 	for _, c := range causes {
 		if n := by[c.cause]; n > 0 && c.went != "" {
-			part := fmt.Sprintf("%d of %d objects %s", n, h.Objects, plural(n, strings.Replace(c.went, "were ", "was ", 1), c.went))
+			part := fmt.Sprintf("%s%d of %d objects %s", atLeast, n, h.Objects, plural(n, strings.Replace(c.went, "were ", "was ", 1), c.went))
 			if at := latest[c.cause]; !at.IsZero() {
 				part += ", the last " + ago(at, now)
 			}

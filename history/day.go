@@ -23,6 +23,8 @@ const (
 	quarter = 15 * time.Minute
 	// quarters are those of a day, and the one that has begun.
 	quarters = 24*4 + 1
+	// maxAhead is how far a clock is set back without a doubt about the one before.
+	maxAhead = 24 * time.Hour
 )
 
 // day are the sums of the last quarters in which there was something, the latest
@@ -30,9 +32,13 @@ const (
 type day []Sum
 
 // at is the sum that a time belongs to. A clock that was set back counts in the
-// latest.
+// latest; one that was far ahead has its sums forgotten, or they would be the latest
+// until then.
 func (d *day) at(t time.Time) *Sum {
 	start := t.Truncate(quarter).UTC()
+	for n := len(*d); n > 0 && (*d)[n-1].Start.Sub(start) > maxAhead; n-- {
+		*d = (*d)[:n-1]
+	}
 	if n := len(*d); n > 0 && !start.After((*d)[n-1].Start) {
 		return &(*d)[n-1]
 	}

@@ -4,40 +4,48 @@ package history
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
 	"tarn/internal/regular"
 )
 
-// The file has one JSON document a line: an entry, or a sum. When it has half of what
-// both may have, it takes the place of the one before it.
+// The file has one JSON document a line: an entry, or a sum. When it has most of what it
+// may have, the last of what is in memory is written anew, and takes its place.
 
 const (
-	// Most is the bound on both files, in bytes.
+	// Most is the bound on the file and the one that takes its place, in bytes.
 	Most = 8 << 20
+	// full and anew are how many eighths of that a file has at most, and begins with
+	// when it is written anew: both are there for a moment.
+	full, anew = 5, 8 - full
 	// least is what is worth a file.
 	least = 64 << 10
 	// flushEvery is how often what is settled is written.
 	flushEvery = 5 * time.Second
 	// maxLine is more than an entry takes, in bytes.
 	maxLine = 16 << 10
-	// Suffix is what the older file's name has besides.
-	Suffix = ".old"
+	// suffix is what the name has besides of a file that is to take the other's place.
+	suffix = ".new"
 )
 
 // File is where a history is kept.
 type File struct {
 	Path string
-	// Most bounds both files, in bytes; less than 64 KiB is none at all.
+	// Most bounds what it takes, in bytes; less than 64 KiB is none at all.
 	Most int64
 	// Room makes room for so many bytes more, or fails. nil: there is room.
 	Room func(n int64) error
+	// Trouble hears that nothing can be written, once, and nil when it can again. nil
+	// hears nothing.
+	Trouble func(error)
 }
 
 // writer is the file's side of a history. The history's lock guards none of it.
@@ -49,6 +57,7 @@ type writer struct {
 	written int64
 	sum     time.Time
 	torn    bool // the last line may be half a line
+	failing bool // so it was said
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -65,10 +74,9 @@ func (h *History) Keep(f File) {
 		return
 	}
 	h.writer.file = f
+	os.Remove(f.Path + suffix) // a start that was cut short
 	h.mu.Lock()
-	for _, path := range []string{f.Path + Suffix, f.Path} {
-		h.read(path, f.Most)
-	}
+	h.read(f.Path, f.Most)
 	h.writer.written = h.next - 1
 	if n := len(h.day); n > 1 {
 		h.writer.sum = h.day[n-2].Start
@@ -79,26 +87,47 @@ func (h *History) Keep(f File) {
 	h.writer.stopped.Go(h.flushLoop)
 }
 
-// read takes what can be read. Called with the lock.
+// read takes what can be read of the end of a file. Called with the lock.
 func (h *History) read(path string, most int64) {
 	f, err := regular.Open(path, os.O_RDONLY, 0)
 	if err != nil {
 		return
 	}
 	defer f.Close()
-	lines := bufio.NewScanner(io.LimitReader(f, most))
-	lines.Buffer(nil, maxLine)
-	for lines.Scan() {
-		l := line{Entry: &Entry{}}
-		if json.Unmarshal(lines.Bytes(), &l) != nil {
+	if info, err := f.Stat(); err != nil || info.Size() > most {
+		f.Seek(-most, io.SeekEnd) // into a line, perhaps, which is left out then
+	}
+	lines := bufio.NewReaderSize(io.LimitReader(f, most), maxLine)
+	for {
+		text, err := lines.ReadSlice('\n')
+		if err == nil {
+			h.take(text)
 			continue
 		}
-		switch {
-		case l.Sum != nil:
-			h.takeSum(*l.Sum)
-		case !l.At.IsZero() && l.Count > 0:
-			h.append(l.Entry)
+		for errors.Is(err, bufio.ErrBufferFull) { // no line of ours: on to the next
+			_, err = lines.ReadSlice('\n')
 		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// take takes a line, if it is one. Called with the lock.
+func (h *History) take(text []byte) {
+	l := line{Entry: &Entry{}}
+	if json.Unmarshal(text, &l) != nil {
+		return
+	}
+	// A clock that was ahead once would have its sums be the latest for ever.
+	ahead := h.now().Add(maxAhead)
+	switch {
+	case l.Sum != nil:
+		if l.Sum.Start.Before(ahead) {
+			h.takeSum(*l.Sum)
+		}
+	case !l.At.IsZero() && l.At.Before(ahead) && l.Count > 0:
+		h.append(l.Entry)
 	}
 }
 
@@ -147,15 +176,15 @@ func (h *History) flush(all bool) error {
 	if len(text) == 0 {
 		return nil
 	}
-	anew, err := w.write(text)
-	if w.torn = err != nil; err != nil {
-		return err
+	err := w.write(text, h.snapshot)
+	if w.torn = err != nil; err == nil {
+		w.written, w.sum = last, sum
 	}
-	w.written, w.sum = last, sum
-	if anew {
-		w.sum = time.Time{} // all of them, the next time
+	if w.file.Trouble != nil && w.failing != (err != nil) {
+		w.failing = err != nil
+		w.file.Trouble(err)
 	}
-	return nil
+	return err
 }
 
 // settled is what is to be written, and what will have been then.
@@ -163,10 +192,16 @@ func (h *History) settled(all bool) (text []byte, last int64, sum time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	last, sum = h.writer.written, h.writer.sum
-	first := h.next - int64(len(h.entries))
-	for i := max(0, last+1-first); i < int64(len(h.entries)); i++ {
-		e := h.entries[i]
-		if !all && h.now().Sub(e.At) < together {
+	var fresh []*Entry
+	for e := range h.backward() {
+		if e.ID <= last {
+			break
+		}
+		fresh = append(fresh, e)
+	}
+	for _, e := range slices.Backward(fresh) {
+		// A clock that was set back makes an entry of times to come.
+		if !all && h.now().Sub(e.At).Abs() < together {
 			break
 		}
 		h.close(e)
@@ -188,6 +223,30 @@ func (h *History) settled(all bool) (text []byte, last int64, sum time.Time) {
 	return text, last, sum
 }
 
+// snapshot are the last entries that were written, and all sums, as many bytes as a file
+// may begin with.
+func (h *History) snapshot() (text []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range h.day {
+		text = appendLine(text, line{Sum: &s})
+	}
+	var lines [][]byte
+	left := int(h.writer.file.Most/8*anew) - len(text)
+	for e := range h.backward() {
+		if e.ID > h.writer.written {
+			continue
+		}
+		one := appendLine(nil, line{Entry: e})
+		if left -= len(one); left < 0 {
+			break
+		}
+		lines = append(lines, one)
+	}
+	slices.Reverse(lines)
+	return append(text, bytes.Join(lines, nil)...)
+}
+
 func appendLine(text []byte, l line) []byte {
 	data, err := json.Marshal(l)
 	if err != nil { // there is nothing in it that cannot be
@@ -196,28 +255,59 @@ func appendLine(text []byte, l line) []byte {
 	return append(append(text, data...), '\n')
 }
 
-// write appends to the file, or begins it anew, after it has made room for that.
-func (w *writer) write(text []byte) (anew bool, err error) {
+// write appends to the file. One that would have too much is replaced before, by what
+// snapshot returns.
+func (w *writer) write(text []byte, snapshot func() []byte) error {
+	var size int64
 	info, err := os.Lstat(w.file.Path)
-	if err == nil && info.Size()+int64(len(text)) > w.file.Most/2 {
-		if err := os.Rename(w.file.Path, w.file.Path+Suffix); err != nil {
-			return false, err
+	if err == nil {
+		size = info.Size()
+	}
+	if size+int64(len(text)) > w.file.Most/8*full {
+		begin := snapshot()
+		if err := w.room(0, int64(len(begin))); err != nil {
+			return err
 		}
-		anew = true
+		if err := w.replace(begin); err != nil {
+			return err
+		}
+		size, w.torn = int64(len(begin)), false
 	}
 	if w.torn {
 		text = append([]byte{'\n'}, text...)
 	}
-	var size int64
-	if err == nil && !anew {
-		size = info.Size()
+	if err := w.room(size, int64(len(text))); err != nil {
+		return err
 	}
-	if more := blocks(size+int64(len(text))) - blocks(size); w.file.Room != nil && more > 0 {
-		if err := w.file.Room(more); err != nil {
-			return anew, err
-		}
+	return w.appendTo(text)
+}
+
+// room makes room for what a file of that size grows by.
+func (w *writer) room(size, n int64) error {
+	more := blocks(size+n) - blocks(size)
+	if w.file.Room == nil || more <= 0 {
+		return nil
 	}
-	return anew, w.appendTo(text)
+	return w.file.Room(more)
+}
+
+// replace has the text take the file's place. It need not be durable: what a power cut
+// leaves is the file before it, or lines that can be read and others that are left out.
+func (w *writer) replace(text []byte) error {
+	path := w.file.Path + suffix
+	os.Remove(path)
+	f, err := regular.Open(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(path, w.file.Path)
+	}
+	if err != nil {
+		os.Remove(path)
+	}
+	return err
 }
 
 // blocks is what so many bytes take on a disk.

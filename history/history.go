@@ -9,6 +9,10 @@
 // minute is one entry with a count. Besides, the sums of a day in quarters of an hour.
 // An entry names repositories, and never a credential.
 //
+// Anybody can make up names by the thousand that a registry refuses, or have a registry
+// of his own that has them all. Entries of such requests have a part of the bound, so
+// that they push out each other and nothing else.
+//
 // Failure model: nobody waits for the disk. What could not be written is tried again
 // while it is in memory; a crash loses the last minute; lines that cannot be read are
 // left out.
@@ -16,6 +20,7 @@ package history
 
 import (
 	"hash/maphash"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -71,6 +76,7 @@ type Entry struct {
 	Own        bool   `json:"own,omitempty"`
 	Method     string `json:"method,omitempty"`
 	Upstream   string `json:"upstream,omitempty"`
+	Unlisted   bool   `json:"unlisted,omitempty"` // that upstream, by the operator
 	Repository string `json:"repository,omitempty"`
 	Kind       string `json:"kind,omitempty"` // manifests or blobs
 	Tag        string `json:"tag,omitempty"`
@@ -95,8 +101,10 @@ type Entry struct {
 const (
 	// together is how long what is alike is counted in one entry.
 	together = 30 * time.Second
-	// memory is the bound on entries in memory, in bytes.
-	memory = 8 << 20
+	// memory is the bound on entries in memory, in bytes, and cheapMemory is what of it
+	// those may have that anybody can bring about.
+	memory      = 8 << 20
+	cheapMemory = memory / 4
 	// maxDetail bounds the words of an entry, in bytes.
 	maxDetail = 256
 	// perEntry is what an entry takes besides its strings: itself, as the allocator
@@ -112,14 +120,14 @@ type History struct {
 	started time.Time
 	now     func() time.Time
 
-	mu      sync.Mutex // guards what follows
-	entries []*Entry   // by ID, without a gap
-	bytes   int64
-	next    int64             // ID of the entry to come
-	dropped bool              // some had to go
-	open    map[uint64]*Entry // by the hash of what makes entries alike
-	seed    maphash.Seed
-	day     day
+	mu   sync.Mutex // guards what follows
+	kept ring       // with the most memory
+	// cheap are those that anybody can bring about, see the package's comment.
+	cheap ring
+	next  int64             // ID of the entry to come
+	open  map[uint64]*Entry // by the hash of what makes entries alike
+	seed  maphash.Seed
+	day   day
 
 	writer writer
 }
@@ -182,16 +190,18 @@ func own(e *Entry) {
 func (h *History) append(e *Entry) {
 	e.ID = h.next
 	h.next++
-	h.entries = append(h.entries, e)
-	h.bytes += e.size()
-	for h.bytes > memory {
-		gone := h.entries[0]
-		h.entries[0] = nil
-		h.entries = h.entries[1:]
-		h.bytes -= gone.size()
-		h.close(gone)
-		h.dropped = true
+	r, most := &h.kept, int64(memory-cheapMemory)
+	if e.cheap() {
+		r, most = &h.cheap, cheapMemory
 	}
+	for _, gone := range r.append(e, most) {
+		h.close(gone)
+	}
+}
+
+// cheap tells whether anybody can bring about as many such entries as he likes.
+func (e *Entry) cheap() bool {
+	return e.Unlisted || e.Outcome == "refused" || e.Outcome == "error"
 }
 
 // close has nothing more counted in an entry. Called with the lock.
@@ -221,8 +231,7 @@ func (h *History) Why(d digest.Digest) Cause {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	cause := NeverSeen
-	for i := len(h.entries) - 1; i >= 0; i-- {
-		e := h.entries[i]
+	for e := range h.backward() {
 		if e.Digest != d {
 			continue
 		}
@@ -260,9 +269,12 @@ func (h *History) Find(match func(*Entry) bool, most int) []Entry {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for i := len(h.entries) - 1; i >= 0 && len(found) < most; i-- {
-		if match(h.entries[i]) {
-			found = append(found, *h.entries[i])
+	for e := range h.backward() {
+		if len(found) == most {
+			break
+		}
+		if match(e) {
+			found = append(found, *e)
 		}
 	}
 	return found
@@ -276,15 +288,19 @@ func (h *History) After(id int64, most int) []Entry {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	first := h.next - int64(len(h.entries))
-	from := max(0, id+1-first, int64(len(h.entries)-most))
-	for i := from; i < int64(len(h.entries)); i++ {
-		found = append(found, *h.entries[i])
+	for e := range h.backward() {
+		if e.ID <= id || len(found) == most {
+			break
+		}
+		found = append(found, *e)
 	}
+	slices.Reverse(found)
 	return found
 }
 
-// Reach is since when all that happened is remembered.
+// Reach is since when all that was served is remembered, but for what came from
+// registries that are not listed. Of that, and of what was refused or failed, there may
+// be less.
 func (h *History) Reach() time.Time {
 	if h == nil {
 		return time.Time{}
@@ -292,12 +308,12 @@ func (h *History) Reach() time.Time {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	switch {
-	case len(h.entries) == 0:
+	case len(h.kept.entries) == 0:
 		return h.started
-	case h.dropped:
-		return h.entries[0].At
+	case h.kept.dropped:
+		return h.kept.entries[0].At
 	}
-	if first := h.entries[0].At; first.Before(h.started) {
+	if first := h.kept.entries[0].At; first.Before(h.started) {
 		return first
 	}
 	return h.started

@@ -34,6 +34,7 @@ func (p *Proxy) remember(w *response, r *http.Request, q *request, ended outcome
 		Client:     clientName(r.UserAgent()),
 		Method:     q.method,
 		Upstream:   string(q.upstream),
+		Unlisted:   !p.names.listed(q.upstream),
 		Repository: q.repository,
 		Kind:       string(q.kind),
 		Tag:        q.tag,

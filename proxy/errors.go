@@ -136,8 +136,7 @@ func refusal(q *request, e *upstream.StatusError) (int, errcode.Error) {
 	case http.StatusTooManyRequests:
 		return http.StatusServiceUnavailable, errcode.ErrorCodeTooManyRequests.WithMessage("upstream limits the rate of requests")
 	default:
-		return http.StatusBadGateway, errcode.ErrorCodeUnavailable.WithMessage(
-			fmt.Sprintf("upstream answered %d", e.Status))
+		return http.StatusBadGateway, errcode.ErrorCodeUnavailable.WithMessage(e.Error())
 	}
 }
 

@@ -35,6 +35,10 @@ type Inquiry struct {
 	Cause  history.Cause `json:"cause,omitempty"`
 	Error  string        `json:"error,omitempty"`
 	Advice string        `json:"advice,omitempty"`
+	// MayBeStale: what was said before may stand for such an answer, where the operator
+	// allows that; Away: with stale_for: node, for every client of this node.
+	MayBeStale bool `json:"-"`
+	Away       bool `json:"-"`
 }
 
 // Inquire asks the authority what an image is now, as anonymous, or as the node where
@@ -81,6 +85,7 @@ func (p *Proxy) Inquire(ctx context.Context, n ImageName) (i Inquiry) {
 	var host *upstream.HostError
 	i.Cause, _ = whyError(err)
 	i.Error = errorWords(q, err)
+	i.MayBeStale, i.Away = staleCause(err) != "", p.away(q, err)
 	if errors.As(err, &refused) {
 		i.Status = refused.Status
 	}
@@ -99,6 +104,8 @@ type Access struct {
 	Shared bool `json:"shared"`
 	// Anonymous is when anonymous was served the manifest last, as far as is known.
 	Anonymous time.Time `json:"anonymous,omitzero"`
+	// Served is when anybody was.
+	Served time.Time `json:"-"`
 	// Remembered are those who need not be asked about again for further objects of
 	// the repository.
 	Remembered []rights.Remembered `json:"remembered"`
@@ -121,6 +128,7 @@ func (p *Proxy) Access(n ImageName, d digest.Digest) Access {
 		Listed:       p.names.listed(name),
 		Shared:       p.shared(q),
 		Anonymous:    m.Anonymous,
+		Served:       m.Time,
 		Remembered:   p.rights.Remembered(n.Repository),
 		GrantTTL:     rules.GrantTTL.Seconds(),
 		StaleIfError: rules.StaleIfError.Seconds(),

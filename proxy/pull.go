@@ -70,13 +70,14 @@ type pulling struct {
 	name    ImageName
 	q       *request // who asks, for which repository
 	options PullOptions
+	layers  map[digest.Digest]bool // of the images that were read
 }
 
 // Pull fetches an image into the store: what the registry says now that the name means,
 // its manifests, and what they lead to. What is stored when it fails, or ctx ends, stays,
 // and what had begun is gone on with by who asks next. Its errors are PullErrors.
 func (p *Proxy) Pull(ctx context.Context, n ImageName, o PullOptions) (Pulled, error) {
-	u := &pulling{Proxy: p, name: n, options: o}
+	u := &pulling{Proxy: p, name: n, options: o, layers: make(map[digest.Digest]bool)}
 	u.q = &request{
 		method: http.MethodGet, kind: upstream.Manifest, upstream: upstream.Name(n.Repository.Upstream), repository: n.Repository.Repository,
 		tag: n.Tag, digest: n.Digest,
@@ -223,8 +224,11 @@ func (u *pulling) read(ctx context.Context, o *cache.Object, d digest.Digest) ([
 // manifests are the images that a body is, or leads to, for the platforms that were named.
 func (u *pulling) manifests(ctx context.Context, body []byte, depth int) (images []manifest.Manifest, err error) {
 	m, err := manifest.Parse(body)
-	if err != nil || len(m.Manifests) == 0 {
-		return []manifest.Manifest{m}, err
+	if err != nil {
+		return nil, err
+	}
+	if len(m.Manifests) == 0 {
+		return []manifest.Manifest{m}, u.leadsTo(&m)
 	}
 	if depth == 0 {
 		return nil, fmt.Errorf("%w: an index lies in an index that lies in another", errManifest)
@@ -248,6 +252,20 @@ func (u *pulling) manifests(ctx context.Context, body []byte, depth int) (images
 		images = append(images, below...)
 	}
 	return images, nil
+}
+
+// leadsTo keeps of an image the layers that none before it has. Each of thousands of
+// manifests may name thousands, and all of them are in memory until the plan is made.
+func (u *pulling) leadsTo(m *manifest.Manifest) error {
+	m.Layers = slices.Clip(slices.DeleteFunc(m.Layers, func(d manifest.Descriptor) bool {
+		was := u.layers[d.Digest]
+		u.layers[d.Digest] = true
+		return was || d.Digest == ""
+	}))
+	if len(u.layers) > maxPulled {
+		return fmt.Errorf("%w: it leads to more than %d objects", errManifest, maxPulled)
+	}
+	return nil
 }
 
 // chosen are the manifests of an index that are wanted. Each platform that was named must
@@ -408,7 +426,7 @@ func (u *pulling) remember(o *cache.Object, kind upstream.Kind, d digest.Digest,
 	if o.Source != cache.Fetched {
 		return
 	}
-	e := history.Entry{At: u.now(), Client: "tarn pull", Own: true, Method: http.MethodGet, Upstream: string(u.q.upstream), Repository: u.q.repository,
+	e := history.Entry{At: u.now(), Client: "tarn pull", Own: true, Method: http.MethodGet, Upstream: string(u.q.upstream), Unlisted: !u.names.listed(u.q.upstream), Repository: u.q.repository,
 		Kind: string(kind), Digest: d, Outcome: outcomeNames[outcomeMiss], Status: http.StatusOK, Asked: http.MethodGet, Bytes: size}
 	e.Cause = u.history.Why(d)
 	u.history.Add(e)

@@ -293,3 +293,36 @@ func TestAPullThatTheDiskDoesNotTakeIsAnError(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestAPullOfThousandsOfManifestsEndsEarly: what each of them leads to is in memory until
+// all are read, and an index may have ten thousand that have as many layers each.
+func TestAPullOfThousandsOfManifestsEndsEarly(t *testing.T) {
+	t.Parallel()
+	r, d := one(t)
+	const layers, manifests = 1500, 20
+	ix := v1.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageIndex}
+	for i := range manifests {
+		m := v1.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: v1.MediaTypeImageManifest}
+		for j := range layers {
+			m.Layers = append(m.Layers, v1.Descriptor{MediaType: v1.MediaTypeImageLayer, Digest: digest.FromString(fmt.Sprint(i, j)), Size: 1})
+		}
+		body, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ix.Manifests = append(ix.Manifests, v1.Descriptor{MediaType: m.MediaType, Digest: r.Manifest("app", "", m.MediaType, body), Size: int64(len(body)), Platform: &v1.Platform{OS: "linux", Architecture: "mips"}})
+	}
+	body, err := json.Marshal(ix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Manifest("app", "v1", ix.MediaType, body)
+	_, err = d.pullImage(t.Context(), "lab.test/app:v1", PullOptions{Platforms: []string{"linux/mips"}})
+	var said *PullError
+	if !errors.As(err, &said) || said.Code != "invalid_image" || !strings.Contains(err.Error(), "more than 4096 objects") {
+		t.Error(err)
+	}
+	if n := r.Count("GET", "/manifests/sha256:"); n > 2+maxPulled/layers {
+		t.Errorf("%d manifests were fetched", n)
+	}
+}

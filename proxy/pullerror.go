@@ -94,6 +94,8 @@ func (u *pulling) words(ctx context.Context, err error) error {
 	case errors.As(err, &host):
 		_, e := hostTrouble(host)
 		return &PullError{"unreachable", cmp.Or(host.Advice, "tarn status says since when; pull it again later"), errors.New(e.Message)}
+	case errors.Is(err, errManifest):
+		return &PullError{"invalid_image", fmt.Sprintf("have it pushed to %s anew, or pull fewer platforms of it", name), err}
 	case errors.Is(err, cache.ErrBroken):
 		return &PullError{"wrong_bytes", "pull it again; if it stays so, the registry's copy is damaged", fmt.Errorf("%s sent something else than the digest names: %w", name, err)}
 	case errors.Is(err, context.DeadlineExceeded):

@@ -94,8 +94,7 @@ func (p *Proxy) stale(q *request, err error) (rights.Yes, *staleness, error) {
 	if cause == "" {
 		return rights.Yes{}, nil, err
 	}
-	away := p.upstreams.Registry(q.upstream).Away(q.repository) && (cause == "unreachable" || cause == "timeout")
-	y, age, challenge, ok := p.rights.Stale(q.asker, q.object(q.digest), away)
+	y, age, challenge, ok := p.rights.Stale(q.asker, q.object(q.digest), p.away(q, err))
 	if challenge != "" {
 		return y, nil, &upstream.StatusError{Status: http.StatusUnauthorized, Challenge: []string{challenge}}
 	}
@@ -105,6 +104,12 @@ func (p *Proxy) stale(q *request, err error) (rights.Yes, *staleness, error) {
 	}
 	y.Size = size
 	return y, &staleness{cause: cause, age: age, err: err}, nil
+}
+
+// away tells whether the authority answers nobody, of which err is an instance.
+func (p *Proxy) away(q *request, err error) bool {
+	cause := staleCause(err)
+	return (cause == "unreachable" || cause == "timeout") && p.upstreams.Registry(q.upstream).Away(q.repository)
 }
 
 // serveStaleTag answers a tag whose authority cannot be asked, or returns err.

@@ -47,6 +47,9 @@ type StatusError struct {
 	Shown bool
 	// Foreign: a redirect target said it, which is nobody's word on rights.
 	Foreign bool
+	// TokenStatus is what the token service answered, where that is why there is no
+	// answer of the registry's; Status is 502 then.
+	TokenStatus int
 	// Web: the body is a page for people. A registry that lacks an API often
 	// answers with one.
 	Web bool
@@ -55,6 +58,9 @@ type StatusError struct {
 }
 
 func (e *StatusError) Error() string {
+	if e.TokenStatus != 0 {
+		return fmt.Sprintf("the upstream's token service answered %d", e.TokenStatus)
+	}
 	return fmt.Sprintf("upstream answered %d", e.Status)
 }
 

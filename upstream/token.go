@@ -133,7 +133,7 @@ func (r *Registry) askToken(ctx context.Context, t tokenRequest, far reach, home
 	case resp.StatusCode >= 400 && resp.StatusCode < 500:
 		return Token{}, errTokenRefused
 	default:
-		return Token{}, &StatusError{Status: http.StatusBadGateway}
+		return Token{}, &StatusError{Status: http.StatusBadGateway, TokenStatus: resp.StatusCode}
 	}
 	out, err := readToken(resp)
 	if err != nil {

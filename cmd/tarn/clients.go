@@ -52,7 +52,7 @@ func (a *api) lastRequests() []proxy.LastRequest {
 	if len(last) > 0 {
 		return last
 	}
-	for _, e := range a.history.Find(func(e *history.Entry) bool { return e.Client != "" }, 1) {
+	for _, e := range a.history.Find(func(e *history.Entry) bool { return e.Client != "" && !e.Own }, 1) {
 		at := e.At
 		if e.Last.After(at) {
 			at = e.Last

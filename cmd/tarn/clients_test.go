@@ -8,6 +8,8 @@ import (
 
 	"tarn/history"
 	"tarn/proxy"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 func TestWhoPullsIsOneSentence(t *testing.T) {
@@ -28,5 +30,17 @@ func TestWhoPullsIsOneSentence(t *testing.T) {
 	want := "nothing has asked for 5 minutes, which is usual where no pod was started: tarn hosts check proves the way"
 	if got := describeClients(nil, history.Sum{}, now.Add(-5*time.Minute), now); got != want {
 		t.Errorf("says %q, want %q", got, want)
+	}
+}
+
+// TestAPullOfTarnsOwnIsNobodyWhoPullsThroughIt, or the status would say that all is well
+// where no runtime asks.
+func TestAPullOfTarnsOwnIsNobodyWhoPullsThroughIt(t *testing.T) {
+	t.Parallel()
+	a := &api{metrics: proxy.NewMetrics(prometheus.NewRegistry()), history: history.New(time.Now)}
+	a.history.Add(history.Entry{At: time.Now().Add(-time.Minute), Client: "podman", Outcome: "hit", Count: 1})
+	a.history.Add(history.Entry{At: time.Now(), Client: "tarn pull", Own: true, Outcome: "miss", Count: 1})
+	if last := a.lastRequests(); len(last) != 1 || last[0].Client != "podman" {
+		t.Errorf("%+v", last)
 	}
 }

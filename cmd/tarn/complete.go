@@ -62,5 +62,7 @@ func (d *daemon) forCompletion(cmd *cobra.Command, path string, answer any) {
 		return
 	}
 	defer resp.Body.Close()
-	json.NewDecoder(io.LimitReader(resp.Body, maxCompletion)).Decode(answer)
+	if text, err := io.ReadAll(io.LimitReader(resp.Body, maxCompletion)); err == nil {
+		json.Unmarshal(legible(text), answer) // each is a line for the shell
+	}
 }

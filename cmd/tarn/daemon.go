@@ -249,13 +249,18 @@ func (d *daemon) do(cmd *cobra.Command, method, path string, order, answer any, 
 		return err
 	}
 	defer resp.Body.Close()
-	var text bytes.Buffer
-	if err := json.NewDecoder(io.TeeReader(resp.Body, &text)).Decode(answer); err != nil {
+	text, err := readAnswer(resp.Body)
+	if err == nil && d.output != "json" {
+		text = legible(text)
+	}
+	if err == nil {
+		err = json.Unmarshal(text, answer)
+	}
+	if err != nil {
 		return fmt.Errorf("the daemon's answer: %w", err)
 	}
 	if d.output == "json" {
-		io.Copy(&text, resp.Body) // the end of its last line
-		_, err := text.WriteTo(cmd.OutOrStdout())
+		_, err := cmd.OutOrStdout().Write(text)
 		return err
 	}
 	return shown(cmd, show)

@@ -118,9 +118,9 @@ func (d *daemon) pull(cmd *cobra.Command, order admin.Order) error {
 	}
 	show := newPullView(cmd.OutOrStdout(), cmd.ErrOrStderr())
 	var sum *admin.PullSummary
-	for dec := json.NewDecoder(resp.Body); ; {
+	for lines := newAnswerLines(resp.Body); ; {
 		var line admin.PullLine
-		if err := dec.Decode(&line); err != nil {
+		if !lines.next(&line) {
 			break
 		}
 		show.line(line)
@@ -143,19 +143,12 @@ func (d *daemon) pull(cmd *cobra.Command, order admin.Order) error {
 // pullAsJSON prints the lines as they are.
 func (d *daemon) pullAsJSON(cmd *cobra.Command, body io.Reader) error {
 	var last admin.PullLine
-	lines := bufio.NewReader(body)
-	for {
-		text, err := lines.ReadBytes('\n')
-		if len(text) > 0 {
-			if _, werr := cmd.OutOrStdout().Write(text); werr != nil {
-				return werr
-			}
-			last = admin.PullLine{}
-			json.Unmarshal(text, &last)
+	for lines := newAnswerLines(body); lines.Scan(); {
+		if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", lines.Bytes()); err != nil {
+			return err
 		}
-		if err != nil {
-			break
-		}
+		last = admin.PullLine{}
+		json.Unmarshal(lines.Bytes(), &last)
 	}
 	switch {
 	case last.Summary == nil:

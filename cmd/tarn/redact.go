@@ -30,6 +30,26 @@ func withoutSecrets(text string) string {
 	return queryOfURL.ReplaceAllString(text, "${1}"+leftOut)
 }
 
+// valueWithoutSecrets is the same for what is one value, which has nothing after its
+// URL: a password may have a quotation mark or a space in it that nobody escaped.
+func valueWithoutSecrets(value string) string {
+	scheme, rest, found := strings.Cut(value, "://")
+	if !found {
+		return withoutSecrets(value)
+	}
+	user, query := strings.LastIndexByte(rest, '@'), strings.IndexAny(rest, "?#")
+	switch {
+	case user >= 0 && query >= 0 && query < user: // which of both it is, nobody knows
+		return scheme + "://" + leftOut
+	case query >= 0 && query+1 < len(rest):
+		rest = rest[:query+1] + leftOut
+	}
+	if user >= 0 {
+		rest = leftOut + rest[user:]
+	}
+	return scheme + "://" + rest
+}
+
 // reported are the variables that bear upon tarn, by what reads them: itself, the
 // proxies, Go's TLS and runtime, docker's credentials, and where directories are.
 var reported = []string{
@@ -47,14 +67,10 @@ func reportedEnvironment(environment []string) []string {
 		known := slices.Contains(reported, name) || slices.Contains(reported, strings.ToUpper(name)) // http_proxy
 		switch {
 		case known:
-			if i := strings.LastIndexByte(value, '@'); i >= 0 { // a proxy without a scheme, too
-				scheme, _, found := strings.Cut(value, "://")
+			if i := strings.LastIndexByte(value, '@'); i >= 0 && !strings.Contains(value, "://") { // a proxy without a scheme
 				value = leftOut + value[i:]
-				if found {
-					value = scheme + "://" + value
-				}
 			}
-			all = append(all, name+"="+withoutSecrets(value))
+			all = append(all, name+"="+valueWithoutSecrets(value))
 		case strings.HasPrefix(name, "TARN_"):
 			all = append(all, name+"="+leftOut)
 		}
@@ -91,7 +107,7 @@ func reportedConfig(data []byte) ([]byte, error) {
 func redact(n *yaml.Node, known map[string]bool) {
 	n.HeadComment, n.LineComment, n.FootComment = "", "", ""
 	if n.Kind == yaml.ScalarNode {
-		n.Value = withoutSecrets(n.Value)
+		n.Value = valueWithoutSecrets(withoutUser(n.Value))
 	}
 	for i, child := range n.Content {
 		if n.Kind == yaml.MappingNode && i%2 == 1 && !known[n.Content[i-1].Value] {
@@ -100,6 +116,17 @@ func redact(n *yaml.Node, known map[string]bool) {
 		}
 		redact(child, known)
 	}
+}
+
+// withoutUser is a proxy's address without a scheme, which no configuration takes and
+// somebody may have tried, without USER:PASSWORD@.
+func withoutUser(value string) string {
+	user, rest, found := strings.Cut(value, ":")
+	i := strings.LastIndexByte(rest, '@')
+	if !found || i < 0 || strings.HasPrefix(rest, "//") || strings.Contains(user, "/") {
+		return value
+	}
+	return leftOut + rest[i:]
 }
 
 // knownKeys are all that a configuration may have, wherever it stands.

@@ -39,7 +39,7 @@ func newProcessReport(config string) processReport {
 		Arguments: []string{}, Environment: reportedEnvironment(os.Environ()),
 	}
 	for _, a := range os.Args {
-		r.Arguments = append(r.Arguments, withoutSecrets(a))
+		r.Arguments = append(r.Arguments, valueWithoutSecrets(a))
 	}
 	var text cappedBuffer
 	// The other forms have arguments, or labels, of which nobody knows what they are.

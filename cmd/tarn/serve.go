@@ -156,12 +156,23 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool, p
 	case err != nil:
 		return nil, fmt.Errorf("dir: %w", err)
 	}
+	path := filepath.Join(cfg.Dir, store.HistoryName)
 	past.Keep(history.File{
-		Path: filepath.Join(cfg.Dir, store.HistoryName),
-		Most: min(history.Most, c.Stats().MaxBytes/historyShare),
-		Room: c.Store().Grow,
+		Path:    path,
+		Most:    min(history.Most, c.Stats().MaxBytes/historyShare),
+		Room:    c.Store().Grow,
+		Trouble: func(err error) { tellOfHistory(log, path, err) },
 	})
 	return c, nil
+}
+
+// tellOfHistory says that what became of requests cannot be written, or can again.
+func tellOfHistory(log *zap.Logger, path string, err error) {
+	if err == nil {
+		log.Info("what became of requests is written again", zap.String("file", path))
+		return
+	}
+	log.Warn("what became of requests cannot be written: a restart will not know it; have the file be one that tarn may write, or make room", zap.String("file", path), zap.Error(err))
 }
 
 // historyShare of the bound is the history's at most, one part in so many.

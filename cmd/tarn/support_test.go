@@ -185,8 +185,10 @@ func TestWhatIsReportedOfAConfiguration(t *testing.T) {
 	for given, want := range map[string]string{
 		"listen: 127.0.0.1:5050 # " + commentPassword: "listen: 127.0.0.1:5050\n",
 		"password: " + misplacedKey:                   "password: LEFT-OUT\n",
-		"upstreams:\n- name: a.test\n  proxy: http://agent:" + oddPassword + "@proxy:3128\n  secret: {a: [" + misplacedKey + "]}\n": "upstreams:\n  - name: a.test\n    proxy: http://LEFT-OUT@proxy:3128\n    secret: LEFT-OUT\n",
-		"upstreams: [{name: a.test, realm: 'https://auth.test/token?key=" + querySecret + "'}]":                                     "upstreams: [{name: a.test, realm: 'https://auth.test/token?LEFT-OUT'}]\n",
+		"upstreams:\n- name: a.test\n  proxy: http://agent:" + oddPassword + "@proxy:3128\n  secret: {a: [" + misplacedKey + "]}\n":   "upstreams:\n  - name: a.test\n    proxy: http://LEFT-OUT@proxy:3128\n    secret: LEFT-OUT\n",
+		"upstreams: [{name: a.test, realm: 'https://auth.test/token?key=" + querySecret + "'}]":                                       "upstreams: [{name: a.test, realm: 'https://auth.test/token?LEFT-OUT'}]\n",
+		`upstreams: [{name: a.test, proxy: {url: "http://agent:it's ` + misplacedKey + `@proxy:3128/it's?key=` + querySecret + `"}}]`: "upstreams: [{name: a.test, proxy: {url: \"http://LEFT-OUT@proxy:3128/it's?LEFT-OUT\"}}]\n",
+		"upstreams: [{name: a.test, proxy: {url: 'agent:" + misplacedKey + "@proxy:3128'}}]":                                          "upstreams: [{name: a.test, proxy: {url: 'LEFT-OUT@proxy:3128'}}]\n",
 		"": "",
 	} {
 		if got, err := reportedConfig([]byte(given)); err != nil || string(got) != want {
@@ -202,9 +204,9 @@ func TestWhatIsReportedOfTheEnvironment(t *testing.T) {
 	t.Parallel()
 	got := reportedEnvironment([]string{
 		"https_proxy=agent:" + oddPassword + "@proxy:3128", "HTTP_PROXY=http://agent:" + oddPassword + "@proxy:3128/x?y=" + querySecret,
-		"TARN_CONFIG=/etc/tarn.yaml", "TARN_TOKEN=" + variableSecret, "AWS_SECRET_ACCESS_KEY=" + variableSecret, "NO_PROXY=a,b", "TARNISH=x",
+		"TARN_CONFIG=/etc/tarn.yaml", "TARN_TOKEN=" + variableSecret, "AWS_SECRET_ACCESS_KEY=" + variableSecret, "NO_PROXY=a,b", "TARNISH=x", "ALL_PROXY=http://a:it's@b?it's " + querySecret, "TARN_ADMIN=http://b?x@" + querySecret,
 	})
-	want := []string{"HTTP_PROXY=http://LEFT-OUT@proxy:3128/x?LEFT-OUT", "NO_PROXY=a,b", "TARN_CONFIG=/etc/tarn.yaml", "TARN_TOKEN=LEFT-OUT", "https_proxy=LEFT-OUT@proxy:3128"}
+	want := []string{"ALL_PROXY=http://LEFT-OUT@b?LEFT-OUT", "HTTP_PROXY=http://LEFT-OUT@proxy:3128/x?LEFT-OUT", "NO_PROXY=a,b", "TARN_ADMIN=http://LEFT-OUT", "TARN_CONFIG=/etc/tarn.yaml", "TARN_TOKEN=LEFT-OUT", "https_proxy=LEFT-OUT@proxy:3128"}
 	if !slices.Equal(got, want) {
 		t.Errorf("%q\nand not\n%q", got, want)
 	}

@@ -52,13 +52,13 @@ dropped and named, and the exit code is 1 then. What is asked for meanwhile is s
 }
 
 // follow shows how far verifying has come, and what came out.
-func (d *daemon) follow(cmd *cobra.Command, lines io.Reader) error {
+func (d *daemon) follow(cmd *cobra.Command, body io.Reader) error {
 	bars := newBars(os.Stderr)
 	var bar *mpb.Bar
 	var v admin.Verified
-	for dec := json.NewDecoder(lines); ; {
+	for lines := newAnswerLines(body); ; {
 		next := admin.Verified{}
-		if err := dec.Decode(&next); err != nil {
+		if !lines.next(&next) {
 			break
 		}
 		v = next
