@@ -217,9 +217,9 @@ var causes = []struct {
 }{
 	{history.Evicted, "it was evicted to make room", "were evicted to make room"},
 	{history.Removed, "it was removed by hand", "were removed by hand"},
-	{history.Changed, "its file was not as it was stored, and was dropped", "were dropped, since their files were not as stored"},
-	{history.Lost, "it was here, and is not known to have gone (a crash, perhaps)", "were here, and are not known to have gone"},
-	{history.Unfinished, "an earlier download did not come to its end", "were not fetched to their end"},
+	{history.Changed, "its file was not as it was stored, and was dropped", "were dropped for not being as stored"},
+	{history.Lost, "it was here, and is not known to have gone (a crash, perhaps)", "were here, and went unnoticed"},
+	{history.Unfinished, "an earlier download did not come to its end", "were not fetched to the end"},
 	{history.Moved, "the tag means something else than before", "were never here"},
 	{history.NeverSeen, "it was never seen here", "were never here"},
 	{history.Fetching, "another request was having it fetched", ""},
