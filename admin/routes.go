@@ -49,7 +49,7 @@ func (o Options) routes() []route {
 		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
 	}
 	if o.Status != nil && o.Store != nil && o.History != nil {
-		all = append(all, route{"GET", "/api/v1/events", "what the page shows, as it changes", false, newFeed(o.live).serve})
+		all = append(all, route{"GET", "/api/v1/events", "what the page shows, as it changes", false, newFeed(o.live, o.Closing).serve})
 	}
 	if o.Store != nil {
 		i := imageAPI{o.Store, o.Parse, o.Ask, o.Pull, make(chan struct{}, maxPulls)}
