@@ -127,8 +127,9 @@ func (o Options) newMux(routes []route) *http.ServeMux {
 		}
 		mux.HandleFunc(r.Method+" "+r.Path, serve)
 	}
-	for path, file := range map[string]string{"/{$}": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/worker.js": "worker.js", "/icon.svg": "icon.svg"} {
-		mux.HandleFunc("GET "+path, pageFile(file))
+	mux.HandleFunc("GET /{$}", pageFile("index.html"))
+	for _, name := range []string{"page.css", "page.js", "dom.js", "stream.js", "worker.js", "icon.svg"} {
+		mux.HandleFunc("GET /"+name, pageFile(name))
 	}
 	mux.HandleFunc("GET /api/v1", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusOK, listing{o.Version, routes})
