@@ -71,6 +71,7 @@ function showDay(day) {
   const most = Math.max(0, ...day.map((s) => s.fromDiskBytes + s.fromRegistryBytes));
   $("day").hidden = most === 0;
   $("day-none").hidden = most !== 0;
+  set("day-none", "Nothing was served in 24 hours.");
   if (most === 0) return;
   set("day-most", `the highest bar is ${size(most)}`);
   const y = (n) => 100 * (1 - n / most);
@@ -263,7 +264,8 @@ function receive(message) {
   }
   lostAt ??= new Date();
   set("live", "not live");
-  set("verdict", message.lost + ", since " + time(lostAt) + (seen ? "; what stands below is from before" : ""));
+  const said = message.next ? "This page is not live: " + message.lost : message.lost + ", since " + time(lostAt);
+  set("verdict", said + (seen ? "; what stands below is from before" : ""));
   trouble(["This page tries again by itself. To do: " + (message.next || "on the node, systemctl status tarn and journalctl -u tarn say why; in a cluster, kubectl describe and kubectl logs of tarn's pod there. Meanwhile containerd asks the registries themselves")]);
   document.title = "not live: tarn at " + location.host;
 }

@@ -69,7 +69,7 @@ run(async ({ driven, tabs }) => {
 
   await ask("take all streams");
   const late = await open(tabs, away);
-  await says(late.page, "verdict", "16 listen to events already");
+  await says(late.page, "verdict", "This page is not live: 16 listen to events already");
   await says(late.page, "troubles", "close one");
   await hold(late.page, "refused");
   await ask("give them back");
