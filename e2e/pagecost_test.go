@@ -100,12 +100,11 @@ func TestThePageCostsAPullNothing(t *testing.T) {
 	if len(with) != len(without) {
 		t.FailNow() // and the script has said why
 	}
-	slices.Sort(without)
-	slices.Sort(with)
-	if extra := with[len(with)/2] - without[len(without)/2]; extra > most {
-		t.Errorf("the page costs tarn %.1f%% of a core", 100*extra)
-	} else {
-		t.Logf("the page costs tarn %.1f%% of a core (medians)", 100*extra)
+	// The lowest of each: what else runs on the machine only adds.
+	extra := slices.Min(with) - slices.Min(without)
+	t.Logf("the page costs tarn %.1f%% of a core", 100*extra)
+	if extra > most {
+		t.Errorf("that is more than %.1f%%", 100*most)
 	}
 }
 
