@@ -81,6 +81,9 @@ type Options struct {
 	// Process is the document of /api/v1/process, which is served over a socket only.
 	// nil serves none.
 	Process func() any
+	// Closing is closed when this listener is being stopped: streams of events, which
+	// have no end of their own, end then. nil never is.
+	Closing <-chan struct{}
 	// Ask has the registry say what there is of an image that is to be pinned, as
 	// proxy.AskImage does. nil asks nobody.
 	Ask func(context.Context, proxy.ImageName) (proxy.Offered, error)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +28,9 @@ const (
 	quietAfter = 15 * time.Second
 	// streamPatience is how long a client may take nothing.
 	streamPatience = 10 * time.Second
+	// liveFlights is how many downloads each event has, those that are running first.
+	// The status says how many there are.
+	liveFlights = 100
 	// liveDecisions is how many of the last decisions each event has.
 	liveDecisions = 50
 )
@@ -44,7 +48,17 @@ type Live struct {
 
 // live is what there is to show now.
 func (o Options) live() Live {
-	l := Live{Status: o.Status(), Flights: flights(o.Store), Day: o.History.Day(), Names: o.NamesElsewhere}
+	running := flights(o.Store)
+	slices.SortStableFunc(running, func(a, b Flight) int {
+		switch {
+		case a.Parked == b.Parked:
+			return 0
+		case b.Parked:
+			return -1
+		}
+		return 1
+	})
+	l := Live{Status: o.Status(), Flights: running[:min(len(running), liveFlights)], Day: o.History.Day(), Names: o.NamesElsewhere}
 	if l.Names == "" {
 		found := o.History.Find(func(*history.Entry) bool { return true }, liveDecisions)
 		l.Decisions = &Decisions{Since: o.History.Reach(), Decisions: told(found), Day: []history.Sum{}}
@@ -54,7 +68,8 @@ func (o Options) live() Live {
 
 // feed sends the same to all who listen.
 type feed struct {
-	live func() Live
+	live    func() Live
+	closing <-chan struct{} // closed when nobody is to be sent anything any more
 
 	mu        sync.Mutex
 	listeners map[chan []byte]bool
@@ -62,8 +77,8 @@ type feed struct {
 	watching  bool
 }
 
-func newFeed(live func() Live) *feed {
-	return &feed{live: live, listeners: make(map[chan []byte]bool)}
+func newFeed(live func() Live, closing <-chan struct{}) *feed {
+	return &feed{live: live, closing: closing, listeners: make(map[chan []byte]bool)}
 }
 
 // join returns where each event comes, the first of them at once; nil where too many
@@ -141,6 +156,8 @@ func (f *feed) serve(w http.ResponseWriter, r *http.Request) {
 		var text []byte
 		select {
 		case <-r.Context().Done():
+			return
+		case <-f.closing: // a stop that waited for this one would wait in vain
 			return
 		case data := <-c:
 			text = append(append([]byte("data: "), data...), "\n\n"...)

@@ -49,7 +49,7 @@ func (o Options) routes() []route {
 		all = append(all, route{"GET", "/api/v1/decisions", "what became of the last requests, the latest first", false, o.decisions})
 	}
 	if o.Status != nil && o.Store != nil && o.History != nil {
-		all = append(all, route{"GET", eventsPath, "what the page shows, as it changes", false, newFeed(o.live).serve})
+		all = append(all, route{"GET", eventsPath, "what the page shows, as it changes", false, newFeed(o.live, o.Closing).serve})
 	}
 	if o.Store != nil {
 		i := imageAPI{o.Store, o.Parse, o.Ask, o.Pull, make(chan struct{}, maxPulls)}
@@ -133,8 +133,9 @@ func (o Options) newMux(routes []route) *http.ServeMux {
 		}
 		mux.HandleFunc(r.Method+" "+r.Path, serve)
 	}
-	for path, file := range map[string]string{"/{$}": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/worker.js": "worker.js", "/icon.svg": "icon.svg"} {
-		mux.HandleFunc("GET "+path, pageFile(file))
+	mux.HandleFunc("GET /{$}", pageFile("index.html"))
+	for _, name := range []string{"page.css", "page.js", "dom.js", "stream.js", "worker.js", "icon.svg"} {
+		mux.HandleFunc("GET /"+name, pageFile(name))
 	}
 	mux.HandleFunc("GET /api/v1", func(w http.ResponseWriter, _ *http.Request) {
 		serveJSON(w, http.StatusOK, listing{o.Version, routes})

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip, skopeo, mkfs.ext4 and chromium from Debian; containerd with
-# its shim and ctr, and crane, built from source; prometheus and promtool from Debian. With the argument "clients", the further clients as well: podman and
+# its shim and ctr, and crane, built from source; prometheus and promtool from Debian; what drives chromium, from npm by page/package-lock.json. With the argument "clients", the further clients as well: podman and
 # docker from Debian, oras, regctl and BuildKit from source. Says on its last line, alone on standard output, the folders
 # with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds.
 set -euo pipefail
@@ -20,6 +20,7 @@ command -v ip >/dev/null || packages+=(iproute2)
 command -v skopeo >/dev/null || packages+=(skopeo)
 command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
 command -v chromium >/dev/null || packages+=(chromium)
+command -v npm >/dev/null || packages+=(nodejs npm)
 if [[ ${1:-} == clients ]]; then
 	command -v podman >/dev/null || packages+=(podman)
 	command -v debootstrap >/dev/null || packages+=(debootstrap)
@@ -35,6 +36,7 @@ if ((${#packages[@]})); then
 	apt-get install -q -y --no-install-recommends "${packages[@]}" </dev/null >&2
 fi
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 home=${HOME:-/root} # a service manager may start us without HOME
 export HOME=$home
 cache=${XDG_CACHE_HOME:-$home/.cache}/tarn-ci
@@ -89,6 +91,11 @@ unpack_prometheus() {
 	cp root/usr/bin/prometheus root/usr/bin/promtool .
 	rm -rf root prometheus_*.deb
 }
+# What the lock file names, checked against the sums in it. No script of a package runs, and no browser is fetched.
+install_page() {
+	cp "$here"/page/package.json "$here"/page/package-lock.json .
+	npm ci --ignore-scripts --no-audit --no-fund
+}
 # docker's programs without its service, which would start at once.
 unpack_docker() {
 	apt-get download docker.io
@@ -103,6 +110,8 @@ keep containerd@debian unpack_containerd_of_debian
 keep prometheus@debian unpack_prometheus
 keep crane@0.22.1 build github.com/google/go-containerregistry/cmd/crane@v0.22.1
 keep conformance@97274622c111 build github.com/opencontainers/distribution-spec/conformance@v0.0.0-20260831232431-97274622c111
+lock=$(sha256sum "$here/page/package-lock.json")
+keep "page@${lock:0:12}" install_page
 if [[ ${1:-} == clients ]]; then
 	keep docker@debian unpack_docker
 	keep clients@debian13 unpack_debian13

@@ -1,105 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
 
-const $ = (id) => document.getElementById(id);
-
-// element makes one with text or children; nothing that anybody sent is ever markup.
-function element(tag, attributes = {}, ...children) {
-  const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(attributes)) {
-    if (k === "onclick") e.addEventListener("click", v);
-    else if (v !== null && v !== undefined) e.setAttribute(k, v);
-  }
-  e.append(...children.filter((c) => c !== null && c !== undefined));
-  return e;
-}
-
-function drawing(tag, attributes, ...children) {
-  const e = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
-  e.append(...children);
-  return e;
-}
-
-// set changes the text only where it is another, so that a screen reader is left alone.
-function set(id, text) {
-  const e = $(id);
-  if (e.textContent !== text) e.textContent = text;
-}
-
-// list shows items, and keeps the elements of those that have not changed: where the
-// focus is, it stays.
-function list(id, items, key, make) {
-  const parent = $(id);
-  const before = new Map([...parent.children].map((e) => [e.dataset.key, e]));
-  const now = items.map((item) => {
-    const k = key(item);
-    const kept = before.get(k);
-    const text = JSON.stringify(item);
-    if (kept && kept.dataset.text === text) return kept;
-    const e = make(item);
-    e.dataset.key = k;
-    e.dataset.text = text;
-    return e;
-  });
-  if (now.length !== parent.children.length || now.some((e, i) => e !== parent.children[i])) parent.replaceChildren(...now);
-}
-
-function size(n) {
-  if (n < 1024) return n + " B";
-  const units = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-  let u = -1;
-  do { n /= 1024; u++; } while (n >= 1023.95 && u < units.length - 1);
-  return (n >= 100 ? n.toFixed(0) : n.toFixed(1)) + " " + units[u];
-}
-
-const times = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
-const hours = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-
-function at(text, format = times) {
-  return element("time", { datetime: text }, format.format(new Date(text)));
-}
-
-function since(text) {
-  const s = Math.max(0, (Date.now() - new Date(text)) / 1000);
-  if (s < 90) return Math.round(s) + " s";
-  if (s < 5400) return Math.round(s / 60) + " min";
-  if (s < 172800) return Math.round(s / 3600) + " h";
-  return Math.round(s / 86400) + " days";
-}
-
-const short = (digest) => digest.replace(/^(\w+:.{12}).*/, "$1");
+import { $, age, ages, at, count, drawing, element, hours, list, set, short, size, time } from "./dom.js";
+import { stream } from "./stream.js";
 
 async function get(path) {
   const answer = await fetch(path, { cache: "no-store" });
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error + (body.next ? " (" + body.next + ")" : ""));
+  const body = await answer.json().catch(() => ({ error: `this is no answer of tarn's: ${answer.status} ${answer.statusText}` }));
+  if (!answer.ok || body.error) throw new Error(body.error + (body.next ? ". To do: " + body.next : ""));
   return body;
 }
 
+const toDo = (advice) => (advice ? ". To do: " + advice : "");
+
 // ---- what comes live
 
-function show(state) {
+export function show(state) { // a test has it show a day
   const { status, flights, day } = state;
   set("version", status.version);
   set("verdict", status.clients);
-  document.title = "tarn: " + status.clients;
   showTroubles(status);
   showFigures(status, day);
   showDay(day);
-  showFlights(flights);
+  showFlights(flights, status.cache.flights + status.cache.parked);
   showUpstreams([...status.upstreams, ...(status.unlisted || [])]);
-  if (state.decisions) {
-    decisions = state.decisions;
-    showDecisions();
-  } else if (state.names) {
-    hideNames(state.names);
-  }
+  showNames(state);
+  ages();
 }
+
+// few is the share of a registry's quota that is worth a word.
+const few = 0.1;
 
 function showTroubles(status) {
   const all = [];
-  if (status.cache.trouble) all.push("The disk refuses, and objects pass through: " + status.cache.trouble);
-  for (const u of status.upstreams) for (const f of u.failing || []) all.push(u.name + ": " + f.cause + (f.advice ? ". To do: " + f.advice : ""));
+  if (status.cache.trouble) all.push(`The disk refuses, and objects pass through: ${status.cache.trouble}. To do: see what fills the filesystem of ${status.dir} (df), or whether it can be written at all (dmesg); as soon as it takes something again, objects are stored`);
+  for (const u of status.upstreams) {
+    for (const f of u.failing || []) all.push(`${u.name} does not answer: ${f.cause}${toDo(f.advice)}`);
+    if (u.limitedUntil) all.push(`${u.name} limits requests until ${time(u.limitedUntil)}`);
+    else if (u.rateLimit && u.rateLimit.remaining < few * u.rateLimit.limit) all.push(`${u.name} grants ${u.rateLimit.remaining} of ${u.rateLimit.limit} requests still`);
+  }
+  trouble(all);
+  document.title = (all.length ? "trouble: " : "") + "tarn at " + location.host;
+}
+
+function trouble(all) {
   list("troubles", all, (t) => t, (t) => element("li", {}, t));
   $("troubles").hidden = all.length === 0;
 }
@@ -107,13 +50,13 @@ function showTroubles(status) {
 function showFigures(status, day) {
   const used = status.cache.usedBytes, most = status.cache.maxBytes;
   set("space", size(used));
-  set("space-more", `of ${size(most)} in ${status.dir}; ${status.index.objects} objects`);
+  set("space-more", `of ${size(most)} in ${status.dir}; ${count(status.index.objects, "object")}`);
   $("space-meter").value = most ? used / most : 0;
   const sum = (k) => day.reduce((n, s) => n + s[k], 0);
   const disk = sum("fromDiskBytes"), registry = sum("fromRegistryBytes"), received = sum("receivedBytes"), all = disk + registry;
-  set("share", all ? Math.floor(100 * disk / all) + " %" : "–");
-  set("share-more", all ? `of ${size(all)} in ${sum("requests")} requests` : "nothing was asked for");
-  set("saved", size(Math.max(0, all - received)));
+  set("share", all ? Math.floor(100 * disk / all) + "%" : "–");
+  set("share-more", all ? `of ${size(all)} in ${count(sum("requests"), "request")}` : "no bytes were asked for");
+  set("saved", all ? size(Math.max(0, all - received)) : "–");
   set("saved-more", `${size(all)} served, ${size(received)} received from registries`);
 }
 
@@ -123,29 +66,26 @@ function showDay(day) {
   const text = JSON.stringify(day) + Math.floor(Date.now() / 60000);
   if (text === drawn) return;
   drawn = text;
-  const width = 720, height = 160, left = 64, bottom = 20, top = 8, bars = 97, quarter = 900000;
+  const bars = 97, quarter = 900000; // of a day, and the one that has begun
   const start = Math.floor(Date.now() / quarter) * quarter - (bars - 1) * quarter;
-  const most = Math.max(1, ...day.map((s) => s.fromDiskBytes + s.fromRegistryBytes));
-  const y = (n) => top + (height - top - bottom) * (1 - n / most);
-  const wide = (width - left) / bars;
-  const svg = drawing("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": describeDay(day) });
-  for (const n of [0, most / 2, most]) {
-    svg.append(drawing("line", { class: "axis", x1: left, x2: width, y1: y(n), y2: y(n) }),
-      drawing("text", { x: left - 6, y: y(n) + 4, "text-anchor": "end" }, most > 1 ? size(Math.round(n)) : ""));
-  }
+  const most = Math.max(0, ...day.map((s) => s.fromDiskBytes + s.fromRegistryBytes));
+  $("day").hidden = most === 0;
+  $("day-none").hidden = most !== 0;
+  set("day-none", "Nothing was served in 24 hours.");
+  if (most === 0) return;
+  set("day-most", `the highest bar is ${size(most)}`);
+  const y = (n) => 100 * (1 - n / most);
+  const svg = drawing("svg", { viewBox: `0 0 ${bars} 100`, preserveAspectRatio: "none", role: "img", "aria-label": describeDay(day) });
   for (const s of day) {
-    const i = (new Date(s.start) - start) / quarter;
-    if (i < 0 || i >= bars) continue;
-    const x = left + i * wide, disk = s.fromDiskBytes, all = disk + s.fromRegistryBytes;
-    svg.append(drawing("rect", { class: "disk", x, width: wide - 1, y: y(disk), height: y(0) - y(disk) }),
-      drawing("rect", { class: "registry", x, width: wide - 1, y: y(all), height: y(disk) - y(all) }));
-  }
-  for (const hour of [24, 18, 12, 6, 0]) {
-    const x = left + (bars - hour * 4) * wide;
-    svg.append(drawing("text", { x: Math.min(width, x), y: height - 4, "text-anchor": hour === 24 ? "start" : hour === 0 ? "end" : "middle" }, hours.format(start + (bars - hour * 4) * quarter)));
+    const x = (new Date(s.start) - start) / quarter;
+    if (x < 0 || x >= bars) continue;
+    const disk = s.fromDiskBytes, all = disk + s.fromRegistryBytes;
+    svg.append(drawing("rect", { class: "disk", x, width: 0.85, y: y(disk), height: y(0) - y(disk) }),
+      drawing("rect", { class: "registry", x, width: 0.85, y: y(all), height: y(disk) - y(all) }));
   }
   $("chart").replaceChildren(svg);
-  $("day-table").tBodies[0].replaceChildren(...day.map((s) => element("tr", {}, element("td", {}, at(s.start)),
+  $("day-hours").replaceChildren(...[0, 6, 12, 18].map((h) => element("span", {}, hours.format(start + 4 * h * quarter))), element("span", {}, "now"));
+  $("day-table").tBodies[0].replaceChildren(...day.map((s) => element("tr", {}, element("th", { scope: "row" }, at(s.start)),
     element("td", {}, String(s.requests)), element("td", {}, size(s.fromDiskBytes)), element("td", {}, size(s.fromRegistryBytes)), element("td", {}, size(s.receivedBytes)))));
 }
 
@@ -154,31 +94,48 @@ function describeDay(day) {
   return `In 24 hours ${size(sum("fromDiskBytes"))} were served from the disk, and ${size(sum("fromRegistryBytes"))} as they came from a registry.`;
 }
 
-function showFlights(flights) {
-  $("flights-none").hidden = flights.length > 0;
-  list("flights", flights, (f) => f.digest + f.sourceDomain, (f) => {
-    const known = f.totalBytes !== undefined;
-    const bar = element("progress", { max: known ? Math.max(1, f.totalBytes) : 1, "aria-label": "Fetched of " + short(f.digest) });
-    if (known) bar.value = f.hereBytes;
-    return element("li", {},
-      element("p", { class: "line" }, element("code", {}, short(f.digest)), size(f.hereBytes) + (known ? " of " + size(f.totalBytes) : "")),
-      bar,
-      element("p", { class: "more" }, element("span", {}, f.upstream || f.sourceDomain),
-        element("span", {}, f.parked ? "broke off, and is gone on with when it is asked for" : f.readers + (f.readers === 1 ? " reader" : " readers")), element("span", {}, "for " + since(f.since))));
-  });
+let speeds = new Map(); // by flight: when it was seen, with how many bytes, and how fast it was
+
+// speed is in bytes a second, over some seconds; undefined while nobody knows.
+function speed(key, f, before) {
+  const was = before.get(key), now = Date.now();
+  if (!was || f.parked) return { at: now, here: f.hereBytes };
+  if (now - was.at < 900) return was;
+  const measured = 1000 * Math.max(0, f.hereBytes - was.here) / (now - was.at);
+  return { at: now, here: f.hereBytes, rate: was.rate === undefined ? measured : 0.7 * was.rate + 0.3 * measured };
+}
+
+function showFlights(flights, all) {
+  const before = speeds, key = (f) => f.digest + f.sourceDomain;
+  speeds = new Map(flights.map((f) => [key(f), speed(key(f), f, before)]));
+  set("flights-count", all === 0 ? "Nothing is being fetched." : flights.length < all ? `The first ${flights.length} of ${all}.` : "");
+  list("flights", flights.map((f) => ({ ...f, rate: speeds.get(key(f)).rate })), key, flight);
+}
+
+function flight(f) {
+  const known = f.totalBytes !== undefined;
+  const bar = element("progress", { max: known ? Math.max(1, f.totalBytes) : 1, "aria-label": "Fetched of " + short(f.digest) });
+  if (known) bar.value = f.hereBytes;
+  return element("li", {},
+    element("p", { class: "line" }, element("code", {}, short(f.digest)),
+      element("span", {}, size(f.hereBytes) + (known ? " of " + size(f.totalBytes) : "") + (f.rate === undefined ? "" : `, ${size(Math.round(f.rate))} a second`))),
+    bar,
+    element("p", { class: "more" }, element("span", {}, f.upstream || (f.sourceDomain === "listed" ? "a listed registry" : f.sourceDomain)),
+      element("span", {}, f.parked ? "broke off, and is gone on with when it is asked for" : count(f.readers, "reader")), age(f.since, "for ", "")));
 }
 
 function showUpstreams(upstreams) {
   list("upstreams", upstreams, (u) => u.name, (u) => {
     const more = [];
     if (u.effect) more.push(u.effect);
-    if (u.limitedUntil) more.push("limits requests until " + times.format(new Date(u.limitedUntil)));
-    if (u.rateLimit) more.push(`grants ${u.rateLimit.remaining} of ${u.rateLimit.limit} requests still`);
+    if (u.limitedUntil) more.push("limits requests until " + time(u.limitedUntil));
+    if (u.rateLimit) more.push(`grants ${u.rateLimit.remaining} of ${u.rateLimit.limit} requests still, as it said at ${time(u.rateLimit.seen)}`);
     const failing = u.failing || [];
+    const word = failing.length ? "does not answer" : u.limitedUntil ? "limits requests" : "no trouble seen";
     return element("li", {},
-      element("p", { class: "line" }, element("strong", {}, u.name), element("span", { class: failing.length ? "bad" : null }, failing.length ? "does not answer" : "no trouble seen")),
+      element("p", { class: "line" }, element("strong", {}, u.name), element("span", { class: failing.length || u.limitedUntil ? "bad" : "more" }, word)),
       ...more.map((m) => element("p", {}, m)),
-      ...failing.map((f) => element("p", { class: "bad" }, `${f.origin}, since ${times.format(new Date(f.since))}: ${f.cause}${f.advice ? ". To do: " + f.advice : ""}`)));
+      ...failing.map((f) => element("p", { class: "more" }, `${f.origin}, since ${time(f.since)}: ${f.cause}${toDo(f.advice)}`)));
   });
 }
 
@@ -187,120 +144,147 @@ function showUpstreams(upstreams) {
 let images = [], decisions = { decisions: [], since: null };
 const shown = 200;
 
+// showNames shows what names images; or, where this listener does not, why.
+function showNames(state) {
+  for (const part of document.querySelectorAll(".named")) part.hidden = Boolean(state.names);
+  if (state.names) {
+    images = [];
+    for (const id of ["images", "decisions", "explanation"]) $(id).replaceChildren();
+    set("images-count", state.names);
+    listed = { index: "", at: 0, pause: 0 };
+    return;
+  }
+  decisions = state.decisions;
+  showDecisions();
+  loadImages(JSON.stringify(state.status.index));
+}
+
 function matches(id, text) {
   const wanted = $(id).value.trim().toLowerCase();
   return !wanted || wanted.split(/\s+/).every((w) => text.toLowerCase().includes(w));
 }
 
+const nameOf = (i) => `${i.upstream}/${i.repository}${i.tag ? ":" + i.tag : "@" + i.digest}`;
+
 function showImages() {
-  const name = (i) => `${i.upstream}/${i.repository}${i.tag ? ":" + i.tag : "@" + i.digest}`;
-  const found = images.filter((i) => matches("images-search", name(i) + " " + i.digest + (i.pinned ? " pinned" : "") + " " + i.platforms.join(" ")));
-  set("images-count", `${found.length} of ${images.length} images${found.length > shown ? `, the first ${shown} are shown` : ""}`);
-  list("images", found.slice(0, shown), name, (i) => element("li", {},
-    element("p", { class: "line" }, element("strong", {}, name(i)), element("button", { type: "button", "aria-label": "Explain " + name(i), onclick: () => explain(name(i)) }, "Explain")),
+  const found = images.filter((i) => matches("images-search", nameOf(i) + " " + i.digest + (i.pinned ? " pinned" : "") + " " + i.platforms.join(" ")));
+  set("images-count", images.length === 0 ? "None is here yet." : `${found.length} of ${count(images.length, "image")}${found.length > shown ? `, the first ${shown} are shown` : ""}`);
+  list("images", found.slice(0, shown), (i) => nameOf(i) + "@" + i.digest, (i) => element("li", {},
+    element("p", { class: "line" }, element("strong", {}, nameOf(i)), element("button", { type: "button", "aria-label": "Explain " + nameOf(i), onclick: () => explain(nameOf(i)) }, "Explain")),
     element("p", { class: "more" }, element("code", {}, short(i.digest)),
       element("span", {}, i.hereBytes === i.totalBytes ? size(i.hereBytes) : `${size(i.hereBytes)} of ${size(i.totalBytes)}`),
-      element("span", {}, i.platforms.join(", ")), i.pinned ? element("span", {}, "pinned") : null,
-      i.confirmed ? element("span", {}, "confirmed " + since(i.confirmed) + " ago") : null)));
+      i.platforms.length ? element("span", {}, i.platforms.join(", ")) : null, i.pinned ? element("span", {}, "pinned") : null,
+      i.confirmed ? age(i.confirmed, "confirmed ", " ago") : null)));
 }
 
 function event(e) {
-  return element("li", {}, element("p", {}, at(e.last || e.at)), element("p", { class: e.status >= 500 ? "bad" : null }, e.words),
-    e.repository ? element("p", { class: "more" }, e.upstream + "/" + e.repository) : null);
+  const name = e.repository ? `${e.upstream}/${e.repository}` : e.digest ? short(e.digest) : e.upstream;
+  return element("li", { class: "event" }, at(e.last || e.at),
+    element("div", {}, name ? element("p", {}, element("strong", {}, name)) : null, element("p", { class: e.status >= 500 ? "bad" : null }, e.words)));
 }
 
 function showDecisions() {
-  const found = decisions.decisions.filter((e) => matches("decisions-search", `${e.upstream || ""}/${e.repository || ""} ${e.words} ${e.digest || ""} ${e.outcome}`)).reverse();
-  if (decisions.since) set("decisions-count", `The last ${decisions.decisions.length}; /api/v1/decisions has all since ${times.format(new Date(decisions.since))}.`);
+  const all = decisions.decisions;
+  const found = all.filter((e) => matches("decisions-search", `${e.upstream || ""}/${e.repository || ""} ${e.words} ${e.digest || ""} ${e.outcome}`)).reverse();
+  set("decisions-count", all.length === 0 ? "Nothing yet: what clients ask for is told here as it happens."
+    : `${found.length} of the last ${all.length}; /api/v1/decisions has more, all since ${time(decisions.since)}.`);
   list("decisions", found.slice(0, shown), (e) => String(e.id), event);
 }
 
+let asked = 0; // how many images were to be explained: only the last one's answer is shown
+
 async function explain(image) {
+  const mine = ++asked;
   $("explain-image").value = image;
-  const target = $("explanation");
-  target.replaceChildren(element("p", {}, "Asking the registry …"));
+  set("explain-state", "Asking the registry …");
+  $("explanation").replaceChildren();
   try {
     const x = await get("api/v1/explain?" + new URLSearchParams({ image }));
-    target.replaceChildren(...[
-      element("h3", { tabindex: "-1" }, x.image),
-      element("p", {}, element("strong", {}, x.verdict)), element("p", {}, x.next),
-      x.advice ? element("p", {}, "To do: " + x.advice) : null,
-      element("p", {}, "Who may have it: " + x.who + "."),
-      x.here.digest ? element("p", {}, "Here: ", element("code", {}, x.here.digest), `, ${size(x.here.hereBytes)} of ${size(x.here.totalBytes)}`) : null,
-      x.there.digest ? element("p", {}, "There: ", element("code", {}, x.there.digest), `, asked now with ${x.there.method} as ${x.there.as}`) : null,
-      element("p", {}, `What happened, since ${times.format(new Date(x.since))}:` + (x.happened.length ? "" : " nothing.")),
-      x.happened.length ? element("ol", { class: "rows" }, ...x.happened.map(event)) : null].filter(Boolean));
-    target.querySelector("h3").focus();
+    if (mine !== asked) return;
+    set("explain-state", "");
+    $("explanation").replaceChildren(explanation(x));
+    $("explanation").querySelector("h3").focus();
   } catch (e) {
-    target.replaceChildren(element("p", { class: "bad" }, String(e.message)));
+    if (mine === asked) set("explain-state", e.message);
   }
 }
 
-async function loadImages() {
+function explanation(x) {
+  const missing = x.here.missing || [];
+  return element("div", { class: "figure" },
+    element("h3", { tabindex: "-1" }, x.image),
+    element("p", { class: "verdict" }, x.verdict), element("p", {}, x.next),
+    x.advice ? element("p", {}, "To do: " + x.advice) : null,
+    element("p", {}, "Who may have it: " + x.who + "."),
+    x.here.digest ? element("p", {}, "Here: ", element("code", {}, x.here.digest), `, ${size(x.here.hereBytes)} of ${size(x.here.totalBytes)}`) : null,
+    missing.length ? element("p", {}, `Not here: ${count(missing.length, "object")}, ${size(missing.reduce((n, g) => n + g.bytes, 0))}: ${[...new Set(missing.map((g) => g.cause))].join(", ")}`) : null,
+    x.there.digest ? element("p", {}, "There: ", element("code", {}, x.there.digest), `, asked now with ${x.there.method} as ${x.there.as}`) : null,
+    element("p", {}, `What happened, since ${time(x.since)}:` + (x.happened.length ? "" : " nothing.")),
+    x.happened.length ? element("ol", { class: "rows" }, ...x.happened.map(event)) : null);
+}
+
+let listed = { index: "", at: 0, pause: 0 }; // of what state the images are, and when to ask again
+
+// loadImages asks for the images where what is stored has changed, and once a minute.
+// A long list is asked for less often: a fiftieth of the time at most.
+async function loadImages(index) {
+  const now = Date.now();
+  if (now - listed.at < (index === listed.index ? Math.max(60000, listed.pause) : listed.pause)) return;
+  listed = { index, at: now, pause: Infinity };
   try {
     images = (await get("api/v1/images")).images;
     showImages();
   } catch (e) {
     set("images-count", e.message);
   }
+  listed.pause = Math.max(3000, 50 * (Date.now() - now));
 }
 
-function hideNames(words) {
-  for (const id of ["images-count", "decisions-count"]) set(id, words);
-}
-
-$("explain-form").addEventListener("submit", (e) => { e.preventDefault(); if ($("explain-image").value.trim()) explain($("explain-image").value.trim()); });
+$("explain-form").addEventListener("submit", (e) => {
+  e.preventDefault();
+  const image = $("explain-image").value.trim();
+  if (image) explain(image);
+});
 $("images-search").addEventListener("input", showImages);
 $("decisions-search").addEventListener("input", showDecisions);
 for (const form of document.querySelectorAll("form.filter")) form.addEventListener("submit", (e) => e.preventDefault());
+setInterval(ages, 10000);
 
 // ---- live, while the tab is visible
 
-let loaded = 0, names = true;
+let lostAt = null, seen = false;
 
 function receive(message) {
-  if (message.lost) {
-    set("live", "tarn does not answer; trying again");
+  if (!message.lost) {
+    lostAt = null;
+    seen = true;
+    set("live", "live");
+    show(JSON.parse(message.state));
     return;
   }
-  const state = JSON.parse(message.state);
-  set("live", "live");
-  show(state);
-  names = !state.names;
-  if (names && Date.now() - loaded > 30000) {
-    loaded = Date.now();
-    loadImages();
-  }
+  lostAt ??= new Date();
+  set("live", "not live");
+  const said = message.next ? "This page is not live: " + message.lost : message.lost + ", since " + time(lostAt);
+  set("verdict", said + (seen ? "; what stands below is from before" : ""));
+  trouble(["This page tries again by itself. To do: " + (message.next || "on the node, systemctl status tarn and journalctl -u tarn say why; in a cluster, kubectl describe and kubectl logs of tarn's pod there. Meanwhile containerd asks the registries themselves")]);
+  document.title = "not live: tarn at " + location.host;
 }
 
+// follow has a worker keep one stream for all tabs; where there are no such workers,
+// each visible tab has its own.
 function follow() {
+  let tell;
   if (window.SharedWorker) {
-    const worker = new SharedWorker("worker.js", { name: "tarn" });
-    const tell = (m) => worker.port.postMessage(m);
+    const worker = new SharedWorker("worker.js", { name: "tarn", type: "module" });
     worker.port.onmessage = (m) => receive(m.data);
-    const look = () => tell({ visible: document.visibilityState === "visible" });
-    document.addEventListener("visibilitychange", look);
-    addEventListener("pagehide", () => tell({ gone: true }));
-    addEventListener("pageshow", look);
-    look();
-    return;
+    tell = (visible, gone) => worker.port.postMessage({ visible, gone });
+  } else {
+    tell = stream(receive);
   }
-  let stream = null; // without one, each visible tab has its own
-  const look = () => {
-    const visible = document.visibilityState === "visible";
-    if (visible && !stream) {
-      stream = new EventSource("api/v1/events");
-      stream.onmessage = (e) => receive({ state: e.data });
-      stream.onerror = () => {
-        receive({ lost: true });
-        if (stream.readyState === EventSource.CLOSED) { stream = null; setTimeout(look, 5000); }
-      };
-    } else if (!visible && stream) {
-      stream.close();
-      stream = null;
-    }
-  };
+  const look = () => tell(document.visibilityState === "visible", false);
   document.addEventListener("visibilitychange", look);
+  addEventListener("pagehide", () => tell(false, true));
+  addEventListener("pageshow", look);
   look();
 }
 

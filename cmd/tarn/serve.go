@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
@@ -227,8 +228,10 @@ func newAdmins(cfg Config, opts admin.Options, log *zap.Logger, listener, socket
 // newAdmin answers people and probes at the listener; readOnly is what admin.Options
 // has of it.
 func newAdmin(opts admin.Options, log *zap.Logger, l net.Listener, readOnly string) service {
-	opts.Listener, opts.ReadOnly = l.Addr(), readOnly
+	closing := make(chan struct{})
+	opts.Listener, opts.ReadOnly, opts.Closing = l.Addr(), readOnly, closing
 	s := newServer(admin.New(opts), log)
+	s.RegisterOnShutdown(sync.OnceFunc(func() { close(closing) }))
 	s.ReadTimeout = readHeaderTimeout // its bodies are small
 	return service{s, l, adminGrace}
 }
