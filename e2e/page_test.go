@@ -256,27 +256,29 @@ func TestNineTabsTakeOneStreamAndHiddenOnesNone(t *testing.T) {
 	})
 }
 
+// visit asks tarn for a path as a client whose name is markup.
+func visit(t *testing.T, path string) {
+	t.Helper()
+	req, err := http.NewRequest(http.MethodGet, "http://"+tarnAddr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("User-Agent", "<b>agent</b>")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	io.Copy(io.Discard, resp.Body) // whatever it says
+}
+
 // TestThePageOfATarnInTrouble says what is wrong, and what to do.
 func TestThePageOfATarnInTrouble(t *testing.T) {
-	ask := func(t *testing.T, path string) {
-		t.Helper()
-		req, err := http.NewRequest(http.MethodGet, "http://"+tarnAddr+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("User-Agent", "<b>agent</b>")
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		io.Copy(io.Discard, resp.Body) // whatever it says
-	}
 	t.Run("its registry is away", func(t *testing.T) {
 		r := newRegistry(t, nil)
 		startTarn(t, folder(t, work(), "data"), "")
 		r.gate.set(t, refuses)
-		ask(t, "/v2/app/manifests/v1?ns="+upstreamName)
+		visit(t, "/v2/app/manifests/v1?ns="+upstreamName)
 		look(t, "states.mjs", []string{"away"}, nil)
 	})
 	t.Run("its disk is full", func(t *testing.T) {
@@ -301,7 +303,7 @@ func TestThePageOfATarnInTrouble(t *testing.T) {
 		newRegistry(t, nil)
 		i := pushSaying(t, "app/small", "v1", "small")
 		startTarn(t, folder(t, work(), "data"), "admin_names: socket\nadmin_socket: "+filepath.Join(t.TempDir(), "s")+"\n")
-		ask(t, "/v2/"+i.repo+"/manifests/v1?ns="+upstreamName)
+		visit(t, "/v2/"+i.repo+"/manifests/v1?ns="+upstreamName)
 		look(t, "states.mjs", []string{"socket"}, nil)
 	})
 	t.Run("who uses it is hostile", func(t *testing.T) {
@@ -318,7 +320,7 @@ func TestThePageOfATarnInTrouble(t *testing.T) {
 			"/v2/app/blobs/sha256:%3Cscript%3E?ns=" + upstreamName,
 			"/v2/" + longest + "/manifests/" + strings.Repeat("t", 128) + "?ns=" + upstreamName,
 		} {
-			ask(t, path)
+			visit(t, path)
 		}
 		look(t, "states.mjs", []string{"hostile"}, nil)
 	})
