@@ -4,9 +4,13 @@ package deploy
 
 import (
 	"bytes"
+	"debug/elf"
 	"errors"
 	"io"
 	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +24,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/kyaml/filesys"
 	sigsyaml "sigs.k8s.io/yaml"
 )
 
@@ -34,7 +40,16 @@ func render(t *testing.T, namespace, values string) (objects []runtime.Object, e
 	return renderChart(t, c, namespace, values)
 }
 
-func renderChart(t *testing.T, c *chart.Chart, namespace, values string) (objects []runtime.Object, err error) {
+func renderFiles(t *testing.T, c *chart.Chart, namespace, values string) map[string]string {
+	t.Helper()
+	files, err := renderTemplates(t, c, namespace, values)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+func renderTemplates(t *testing.T, c *chart.Chart, namespace, values string) (map[string]string, error) {
 	t.Helper()
 	var given map[string]any
 	if err := sigsyaml.Unmarshal([]byte(values), &given); err != nil {
@@ -46,7 +61,12 @@ func renderChart(t *testing.T, c *chart.Chart, namespace, values string) (object
 	if err != nil {
 		return nil, err
 	}
-	files, err := engine.Render(c, all)
+	return engine.Render(c, all)
+}
+
+func renderChart(t *testing.T, c *chart.Chart, namespace, values string) (objects []runtime.Object, err error) {
+	t.Helper()
+	files, err := renderTemplates(t, c, namespace, values)
 	if err != nil {
 		return nil, err
 	}
@@ -253,5 +273,116 @@ func TestAChangedConfigurationRollsThePods(t *testing.T) {
 	}
 	if len(sums) != 3 {
 		t.Errorf("three configurations have %d sums", len(sums))
+	}
+}
+
+func TestTheChartRunsOnEveryNode(t *testing.T) {
+	objects, err := render(t, "tarn", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := one[*appsv1.DaemonSet](t, objects)
+	pod := set.Spec.Template.Spec
+	for k, v := range set.Spec.Selector.MatchLabels {
+		if set.Spec.Template.Labels[k] != v {
+			t.Errorf("the selector's %s=%s is not the pod's", k, v)
+		}
+	}
+	if len(pod.Tolerations) != 1 || pod.Tolerations[0] != (corev1.Toleration{Operator: corev1.TolerationOpExists}) || pod.PriorityClassName != "system-node-critical" {
+		t.Errorf("%+v, %s", pod.Tolerations, pod.PriorityClassName)
+	}
+	if s := set.Spec.UpdateStrategy; s.RollingUpdate == nil || s.RollingUpdate.MaxUnavailable.String() != "10%" {
+		t.Errorf("update strategy %+v", s)
+	}
+	if g := pod.TerminationGracePeriodSeconds; g == nil || *g <= 25 { // which the program gives downloads
+		t.Errorf("grace period %v", g)
+	}
+	if pod.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault || pod.HostPID || pod.HostIPC {
+		t.Errorf("%+v", pod.SecurityContext)
+	}
+}
+
+const base = "kustomize/tarn.yaml"
+
+// TestTheKustomizeBaseIsTheChart with its defaults, in the namespace tarn. With
+// TARN_UPDATE set to anything it is written.
+func TestTheKustomizeBaseIsTheChart(t *testing.T) {
+	c, err := loader.Load("chart")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := renderFiles(t, c, "tarn", "")
+	var text strings.Builder
+	text.WriteString("# SPDX-License-Identifier: Apache-2.0\n# What the chart makes with its defaults; a test keeps the two the same.\n")
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if !strings.HasSuffix(name, ".yaml") || strings.Contains(name, "/tests/") {
+			continue
+		}
+		var lines []string
+		for line := range strings.Lines(files[name]) {
+			if !strings.Contains(line, "app.kubernetes.io/managed-by:") && !strings.Contains(line, "SPDX-License-Identifier") {
+				lines = append(lines, line)
+			}
+		}
+		if body := strings.TrimSpace(strings.Join(lines, "")); body != "" {
+			text.WriteString("---\n" + body + "\n")
+		}
+	}
+	if os.Getenv("TARN_UPDATE") != "" {
+		if err := os.WriteFile(base, []byte(text.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := string(read(t, base)); got != text.String() {
+		t.Errorf("%s is not what the chart makes; TARN_UPDATE=1 go test -run Kustomize has it written", base)
+	}
+	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), "kustomize")
+	if err != nil {
+		t.Fatal(err)
+	}
+	yaml, err := built.AsYaml()
+	if err != nil {
+		t.Fatal(err)
+	}
+	objects := decodeAll(t, "kustomize", yaml)
+	if namespace, set := one[*corev1.Namespace](t, objects), one[*appsv1.DaemonSet](t, objects); set.Namespace != namespace.Name || namespace.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
+		t.Errorf("%s, %+v", set.Namespace, namespace)
+	}
+	if _, quota := one[*corev1.ConfigMap](t, objects), one[*corev1.ResourceQuota](t, objects); quota.Namespace != "tarn" {
+		t.Errorf("%+v", quota)
+	}
+}
+
+func TestTheProgramTakesTheArgumentsOfTheChart(t *testing.T) {
+	t.Parallel()
+	program := filepath.Join(t.TempDir(), "tarn")
+	build := exec.Command("go", "build", "-trimpath", "-o", program, "./cmd/tarn")
+	build.Dir = ".."
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	binary, err := elf.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer binary.Close()
+	for _, p := range binary.Progs {
+		if p.Type == elf.PT_INTERP {
+			t.Error("built as for the image, it needs a loader that the image does not have")
+		}
+	}
+	// Help is printed instead of running, but only once all flags are known.
+	for _, values := range []string{"", "cleanup: {data: true}"} {
+		objects, err := render(t, "tarn", values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range containers(one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec) {
+			args := append(slices.Clone(c.Args), "--help")
+			if out, err := exec.Command(program, args...).CombinedOutput(); err != nil || !bytes.Contains(out, []byte("Usage:\n  tarn "+c.Args[0])) {
+				t.Errorf("tarn %s: %v\n%s", strings.Join(args, " "), err, out)
+			}
+		}
 	}
 }
