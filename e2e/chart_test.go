@@ -33,79 +33,187 @@ config:
 // TestHelmInstallOnACluster goes the way of an operator, from a cluster without tarn to
 // a cluster without tarn.
 func TestHelmInstallOnACluster(t *testing.T) {
-	c := startCluster(t)
-	data := folder(t, work(), "data")
-	if err := os.RemoveAll(data); err != nil { // the kubelet makes it
-		t.Fatal(err)
-	}
+	c := startCluster(t, nil)
 	// A folder that was not there would stay, empty: the runtime makes it for the mount.
 	layNode(t, map[string]string{certsDir + "/other.test/hosts.toml": "server = \"http://other.test\"\n"})
 	before := tree(t, certsDir)
-	ctr{c.containerd, "k8s.io"}.mustCommand(t, "images", "import", filepath.Join(work(), "image", "tarn-"+imageVersion+".oci.tar"))
-	values := filepath.Join(c.dir, "values.yaml")
-	write(t, values, fmt.Sprintf(chartValues, data))
-	helm := func(args ...string) string {
-		t.Helper()
-		begin := time.Now()
-		out, err := c.command(t, "helm", append(args, "--namespace", "tarn-system")...).CombinedOutput()
-		if err != nil {
-			t.Fatalf("helm %s: %v: %s\n%s", strings.Join(args, " "), err, out, c.describe(t))
-		}
-		t.Logf("helm %s: %.1f s", args[0], time.Since(begin).Seconds())
-		return string(out)
-	}
-	// helm --wait does not wait for the last maxUnavailable pods, and one node has one.
-	rolledOut := func() {
-		t.Helper()
-		c.kubectl(t, "-n", "tarn-system", "rollout", "status", "daemonset/tarn", "--timeout", "60s")
-		waitFor(t, "hosts.toml is there", func() error {
-			_, err := os.Stat(anyRegistrysFile)
-			return err
-		})
-	}
-	installed := func(more ...string) []string {
-		return append([]string{"tarn", "../deploy/chart", "--values", values, "--wait", "--timeout", "60s"}, more...)
-	}
-
-	helm(append([]string{"install", "--create-namespace"}, installed()...)...)
-	rolledOut()
+	c.install(t)
 	c.wantAlways(t)
-	helm("test", "tarn", "--timeout", "90s")
-	if phase := c.kubectl(t, "-n", "tarn-system", "get", "pod", "tarn-test", "-o", "jsonpath={.status.phase}"); phase != "Succeeded" {
+	c.helm(t, "test", "tarn", "--timeout", "90s")
+	if phase := c.kubectl(t, "-n", chartNamespace, "get", "pod", "tarn-test", "-o", "jsonpath={.status.phase}"); phase != "Succeeded" {
 		t.Errorf("the pod of helm test: %s", phase)
+	}
+	if out := c.kubectl(t, "-n", chartNamespace, "exec", "daemonset/tarn", "--", "tarn", "status"); !strings.Contains(out, "1GiB") && !strings.Contains(out, "1.0GiB") {
+		t.Errorf("tarn status, by kubectl exec: %s", out)
 	}
 	c.wantSurvivesKill(t)
 
-	const pods = "app.kubernetes.io/name=tarn,app.kubernetes.io/instance=tarn"
-	pod := c.kubectl(t, "-n", "tarn-system", "get", "pod", "-l", pods, "-o", "name")
-	helm(append([]string{"upgrade"}, installed("--set", "config.log_level=debug")...)...)
-	rolledOut()
-	if now := c.kubectl(t, "-n", "tarn-system", "get", "pod", "-l", pods, "-o", "name"); now == pod {
-		t.Errorf("after a changed configuration, it is still %s", now)
-	}
-	helm("rollback", "tarn", "1", "--wait", "--timeout", "60s")
-	rolledOut()
+	c.wantPodsMeanwhile(t, "upgraded", append([]string{"upgrade"}, c.chart("--set", "config.log_level=debug", "--set", "metrics.enabled=true")...)...)
+	c.wantMetrics(t)
+	c.wantPodsMeanwhile(t, "rolled-back", "rollback", "tarn", "1", "--wait", "--timeout", "60s")
 	i := pushSaying(t, "app/after", "v1", "after the rollback")
 	c.take()
 	c.wantPod(t, "after-rollback", i)
 	c.wantRequests(t, "after the rollback", coldly(i)...)
 
-	helm(append([]string{"upgrade"}, installed("--set", "cleanup.data=true")...)...)
+	c.helm(t, append([]string{"upgrade"}, c.chart("--set", "cleanup.data=true")...)...)
 	waitFor(t, "the data directory is empty", func() error {
-		if left := tree(t, data); len(left) > 1 {
+		if left := tree(t, c.data()); len(left) > 1 {
 			return fmt.Errorf("%v", left)
 		}
 		return nil
 	})
-	helm("uninstall", "tarn", "--wait", "--timeout", "60s")
+	c.helm(t, "uninstall", "tarn", "--wait", "--timeout", "60s")
 	waitFor(t, "certs.d is as before", func() error {
 		if now := tree(t, certsDir); strings.Join(now, "\n") != strings.Join(before, "\n") {
 			return fmt.Errorf("%v, was %v", now, before)
 		}
 		return nil
 	})
-	i = pushSaying(t, "app/gone", "v1", "tarn is gone")
-	c.wantPod(t, "without-tarn", i)
+	c.wantPod(t, "without-tarn", pushSaying(t, "app/gone", "v1", "tarn is gone"))
+}
+
+// TestPullSecretsOnACluster: who may run an image is what it would be without tarn, also
+// where the image is on the node already, pulled with another pod's secret.
+func TestPullSecretsOnACluster(t *testing.T) {
+	c := startCluster(t, basicAuth(t))
+	c.install(t)
+	for name, of := range map[string]string{"right": password, "wrong": "wrong-" + password} {
+		c.kubectl(t, "create", "secret", "docker-registry", name, "--docker-server", upstreamName, "--docker-username", user, "--docker-password", of)
+	}
+	i := pushSaying(t, "team/secret", "v1", "a secret")
+	for _, policy := range []string{"Always", "IfNotPresent"} {
+		c.wantRefused(t, policy, i)
+		c.wantRefused(t, policy, i, "wrong")
+		c.take()
+		c.wantPodAs(t, "secret", policy, i, "right")
+		for _, r := range c.take() {
+			if r.route != byTarn {
+				t.Errorf("%s, the right secret: past tarn: %s", policy, r)
+			}
+		}
+		c.wantRefused(t, policy, i)
+		c.wantRefused(t, policy, i, "wrong")
+	}
+	c.take()
+	c.wantPodAs(t, "again", "IfNotPresent", i, "right")
+	c.wantRequests(t, "the right secret again, which the kubelet remembers")
+}
+
+// TestAnotherFolderOnACluster: where containerd looks elsewhere than the chart writes, helm
+// test fails in time, and pods start.
+func TestAnotherFolderOnACluster(t *testing.T) {
+	c := startCluster(t, nil)
+	c.install(t, "--set", "hosts.certsDir=/etc/containerd/elsewhere")
+	begin := time.Now()
+	err := c.try(t, "helm", "test", "tarn", "--namespace", chartNamespace, "--timeout", "90s")
+	if took := time.Since(begin); err == nil || took > 75*time.Second {
+		t.Errorf("helm test has said after %s: %v", took, err)
+	} else {
+		t.Logf("helm test has failed after %.0f s", took.Seconds())
+	}
+	t.Log(c.kubectl(t, "-n", chartNamespace, "logs", "-l", chartPods, "-c", "hosts"))
+	c.wantPod(t, "past-tarn", pushSaying(t, "app/past", "v1", "past tarn"))
+}
+
+const (
+	chartNamespace = "tarn-system"
+	chartPods      = "app.kubernetes.io/name=tarn,app.kubernetes.io/instance=tarn"
+)
+
+// data is tarn's directory on the node. The kubelet makes it.
+func (c *cluster) data() string { return filepath.Join(c.dir, "data") }
+
+func (c *cluster) chart(more ...string) []string {
+	return append([]string{"tarn", "../deploy/chart", "--values", filepath.Join(c.dir, "values.yaml"), "--wait", "--timeout", "60s"}, more...)
+}
+
+// install returns when pulls go through tarn.
+func (c *cluster) install(t *testing.T, more ...string) {
+	t.Helper()
+	write(t, filepath.Join(c.dir, "values.yaml"), fmt.Sprintf(chartValues, c.data()))
+	c.helm(t, append([]string{"install", "--create-namespace"}, c.chart(more...)...)...)
+	c.rolledOut(t)
+}
+
+func (c *cluster) helm(t *testing.T, args ...string) {
+	t.Helper()
+	begin := time.Now()
+	if err := c.try(t, "helm", append(args, "--namespace", chartNamespace)...); err != nil {
+		t.Fatalf("%v\n%s", err, c.describe(t))
+	}
+	t.Logf("helm %s: %.1f s", args[0], time.Since(begin).Seconds())
+}
+
+// rolledOut waits for more than helm --wait, which does not wait for the last
+// maxUnavailable pods, and one node has one.
+func (c *cluster) rolledOut(t *testing.T) {
+	t.Helper()
+	if err := c.try(t, "kubectl", "-n", chartNamespace, "rollout", "status", "daemonset/tarn", "--timeout", "60s"); err != nil {
+		t.Fatalf("%v\n%s", err, c.describe(t))
+	}
+	waitFor(t, "hosts sync has written its file", func() error {
+		_, err := os.Stat("/run/tarn-hosts/hosts.toml")
+		return err
+	})
+}
+
+// wantPodsMeanwhile has helm replace tarn's pod, and starts pods of images that the node
+// does not have until the new one is up.
+func (c *cluster) wantPodsMeanwhile(t *testing.T, name string, args ...string) {
+	t.Helper()
+	pod := c.kubectl(t, "-n", chartNamespace, "get", "pod", "-l", chartPods, "-o", "name")
+	done := make(chan error, 1)
+	go func() {
+		err := c.try(t, "helm", append(args, "--namespace", chartNamespace)...)
+		if err == nil {
+			err = c.try(t, "kubectl", "-n", chartNamespace, "rollout", "status", "daemonset/tarn", "--timeout", "60s")
+		}
+		done <- err
+	}()
+	const most = 50
+	c.take()
+	past, started := 0, 0
+	for over := false; !over && started < most; started++ {
+		c.wantPod(t, name, pushSaying(t, fmt.Sprintf("app/%s-%d", name, started), "v1", fmt.Sprintf("number %d", started)))
+		for _, r := range c.take() {
+			if r.route == pastTarn {
+				past++
+			}
+		}
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatalf("%v\n%s", err, c.describe(t))
+			}
+			over = true
+		default:
+		}
+	}
+	t.Logf("%s: %d pods have started meanwhile, %d requests went past tarn", name, started, past)
+	c.rolledOut(t)
+	if now := c.kubectl(t, "-n", chartNamespace, "get", "pod", "-l", chartPods, "-o", "name"); now == pod {
+		t.Errorf("%s: it is still %s", name, now)
+	}
+}
+
+// wantMetrics finds tarn's metrics as Prometheus does, by the endpoints of the Service.
+func (c *cluster) wantMetrics(t *testing.T) {
+	t.Helper()
+	const at = nodeIP + ":5052"
+	found := c.kubectl(t, "-n", chartNamespace, "get", "endpointslices", "-l", "kubernetes.io/service-name=tarn-metrics",
+		"-o", "jsonpath={.items[*].endpoints[*].addresses[*]}:{.items[*].ports[*].port}")
+	if found != at {
+		t.Errorf("the endpoints of the Service are %q, want %s", found, at)
+	}
+	resp, err := http.Get("http://" + at + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("/metrics answers %s", resp.Status)
+	}
 }
 
 // wantAlways has pods of imagePullPolicy Always pulled through tarn: the first one cold,
@@ -184,18 +292,13 @@ func (c *cluster) wantSurvivesKill(t *testing.T) {
 // wantPod runs a pod of the image, and fails the test unless it says what the image says.
 func (c *cluster) wantPod(t *testing.T, name string, i image) {
 	t.Helper()
-	file := filepath.Join(c.dir, name+".yaml")
-	write(t, file, fmt.Sprintf(`apiVersion: v1
-kind: Pod
-metadata: {name: %s}
-spec:
-  restartPolicy: Never
-  automountServiceAccountToken: false
-  terminationGracePeriodSeconds: 1
-  containers: [{name: it, image: %q, imagePullPolicy: Always}]
-`, name, i.ref()))
+	c.wantPodAs(t, name, "Always", i)
+}
+
+func (c *cluster) wantPodAs(t *testing.T, name, policy string, i image, secrets ...string) {
+	t.Helper()
 	begin := time.Now()
-	c.kubectl(t, "apply", "-f", file)
+	c.apply(t, name, policy, i, secrets...)
 	waitFor(t, "the pod "+name+" ends", func() error {
 		code := c.kubectl(t, "get", "pod", name, "-o", "jsonpath={.status.containerStatuses[0].state.terminated.exitCode}")
 		if code != fmt.Sprint(saysCode) {
@@ -208,6 +311,44 @@ spec:
 		t.Errorf("the pod %s says %q, want %q", name, said, i.says)
 	}
 	c.kubectl(t, "delete", "pod", name, "--wait")
+}
+
+// wantRefused fails the test unless the image of such a pod does not come.
+func (c *cluster) wantRefused(t *testing.T, policy string, i image, secrets ...string) {
+	t.Helper()
+	const name = "refused"
+	c.apply(t, name, policy, i, secrets...)
+	waitFor(t, fmt.Sprintf("a pod of %s with the secrets %v is refused", policy, secrets), func() error {
+		state := c.kubectl(t, "get", "pod", name, "-o", "jsonpath={.status.containerStatuses[0].state}")
+		if strings.Contains(state, "terminated") {
+			t.Fatalf("a pod of %s with the secrets %v has run: %s", policy, secrets, state)
+		}
+		if !strings.Contains(state, "ErrImagePull") && !strings.Contains(state, "ImagePullBackOff") {
+			return errors.New(state)
+		}
+		return nil
+	})
+	c.kubectl(t, "delete", "pod", name, "--wait")
+}
+
+func (c *cluster) apply(t *testing.T, name, policy string, i image, secrets ...string) {
+	t.Helper()
+	var names []string
+	for _, s := range secrets {
+		names = append(names, "{name: "+s+"}")
+	}
+	file := filepath.Join(c.dir, name+".yaml")
+	write(t, file, fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata: {name: %s}
+spec:
+  restartPolicy: Never
+  automountServiceAccountToken: false
+  terminationGracePeriodSeconds: 1
+  imagePullSecrets: [%s]
+  containers: [{name: it, image: %q, imagePullPolicy: %s}]
+`, name, strings.Join(names, ", "), i.ref(), policy))
+	c.kubectl(t, "apply", "-f", file)
 }
 
 // describe is what an operator would look at when something did not come up.

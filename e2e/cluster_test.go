@@ -23,6 +23,9 @@ import (
 	"strings"
 	"testing"
 
+	"tarn/e2e/cri"
+
+	"github.com/distribution/distribution/v3/configuration"
 	"golang.org/x/sys/unix"
 )
 
@@ -80,14 +83,15 @@ syncFrequency: 5s
 evictionHard: {memory.available: 0%%, nodefs.available: 0%%, nodefs.inodesFree: 0%%, imagefs.available: 0%%, imagefs.inodesFree: 0%%}
 `
 
-// startCluster returns when the node is ready. Nothing on it knows of tarn.
-func startCluster(t *testing.T) *cluster {
+// startCluster returns when the node is ready, which has tarn's image, and nothing that
+// knows of tarn. Who may pull is up to protect, nil for everybody.
+func startCluster(t *testing.T, protect configuration.Auth) *cluster {
 	t.Helper()
 	if os.Getenv(envCluster) == "" {
 		t.Skip("wants " + envCluster + "=1: make e2e-cluster")
 	}
 	clearNode(t)
-	c := &cluster{registry: newRegistry(t, nil), dir: folder(t, work(), "kubernetes")}
+	c := &cluster{registry: newRegistry(t, protect), dir: folder(t, work(), "kubernetes")}
 	mustRun(t, "ip", "address", "add", nodeIP+"/32", "dev", "lo")
 	t.Cleanup(func() { mustRun(t, "ip", "address", "del", nodeIP+"/32", "dev", "lo") })
 	ownFolder(t, "/var/log")
@@ -98,6 +102,7 @@ func startCluster(t *testing.T) *cluster {
 	write(t, filepath.Join(containerdRoot(t), "cni", "10-pods.conflist"), fmt.Sprintf(podNetwork, filepath.Join(c.dir, "addresses")))
 	c.containerd = &containerd{hosts: certsDir}
 	c.containerd.start(t, 0)
+	ctr{c.containerd, "k8s.io"}.mustCommand(t, "images", "import", filepath.Join(work(), "image", "tarn-"+imageVersion+".oci.tar"))
 	// After the kubelet's end, which leaves its pods running.
 	client := c.containerd.dialCRI(t)
 	t.Cleanup(func() {
@@ -105,6 +110,9 @@ func startCluster(t *testing.T) *cluster {
 			t.Error(err)
 		}
 	})
+	if _, err := client.PullImage(t.Context(), pauseRef, &cri.Auth{Username: user, Password: password}); err != nil {
+		t.Fatal(err)
+	}
 	c.startControlPlane(t)
 	c.startKubelet(t)
 	return c
