@@ -116,6 +116,53 @@ func TestAnotherFolderOnACluster(t *testing.T) {
 	c.wantPod(t, "past-tarn", pushSaying(t, "app/past", "v1", "past tarn"))
 }
 
+// TestABadConfigurationOnACluster: tarn says what is wrong with it, pods start all the
+// same, and a rollback is enough. One who writes certs.d himself has nothing written.
+func TestABadConfigurationOnACluster(t *testing.T) {
+	c := startCluster(t, nil)
+	c.install(t)
+	// helm --wait does not see it, see rolledOut.
+	if err := c.try(t, "helm", append([]string{"upgrade", "--namespace", chartNamespace}, c.chart("--set", "config.max_size=plenty")...)...); err != nil {
+		t.Log(err)
+	}
+	waitFor(t, "tarn says what is wrong", func() error {
+		out, err := c.command(t, "kubectl", "-n", chartNamespace, "logs", "-l", chartPods, "-c", "tarn").CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "max_size") || !strings.Contains(string(out), "plenty") {
+			return fmt.Errorf("%v: %s", err, out)
+		}
+		t.Logf("%s", out)
+		return nil
+	})
+	c.take()
+	i := pushSaying(t, "app/bad", "v1", "no tarn serves")
+	c.wantPod(t, "bad", i)
+	for _, r := range c.take() {
+		if r.route != pastTarn {
+			t.Errorf("while tarn does not take its configuration: by tarn: %s", r)
+		}
+	}
+	c.helm(t, "rollback", "tarn", "1", "--wait", "--timeout", "60s")
+	c.rolledOut(t)
+	i = pushSaying(t, "app/good", "v1", "tarn serves again")
+	c.take()
+	c.wantPod(t, "good", i)
+	c.wantRequests(t, "after the rollback", coldly(i)...)
+
+	c.helm(t, append([]string{"upgrade"}, c.chart("--set", "hosts.enabled=false")...)...)
+	c.kubectl(t, "-n", chartNamespace, "rollout", "status", "daemonset/tarn", "--timeout", "60s")
+	waitFor(t, "nothing is left in certs.d", func() error {
+		if now := tree(t, certsDir); len(now) > 1 {
+			return fmt.Errorf("%v", now)
+		}
+		return nil
+	})
+	c.containerd.mirror(t, tarnAddr) // as an operator would
+	i = pushSaying(t, "app/own", "v1", "by a file of the operator")
+	c.take()
+	c.wantPod(t, "own", i)
+	c.wantRequests(t, "by the operator's own file", coldly(i)...)
+}
+
 const (
 	chartNamespace = "tarn-system"
 	chartPods      = "app.kubernetes.io/name=tarn,app.kubernetes.io/instance=tarn"
