@@ -14,7 +14,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -95,8 +94,7 @@ func startCluster(t *testing.T, protect configuration.Auth) *cluster {
 	mustRun(t, "ip", "address", "add", nodeIP+"/32", "dev", "lo")
 	t.Cleanup(func() { mustRun(t, "ip", "address", "del", nodeIP+"/32", "dev", "lo") })
 	ownFolder(t, "/var/log")
-	ownFolder(t, "/var/lib/cni")
-	ownFolder(t, "/var/lib/kubelet") // for device plugins, wherever its root is
+	ownFolder(t, "/var/lib") // for what is told of no other place: addresses of pods, device plugins
 	c.trustRegistry(t)
 	pushPause(t)
 	write(t, filepath.Join(containerdRoot(t), "cni", "10-pods.conflist"), fmt.Sprintf(podNetwork, filepath.Join(c.dir, "addresses")))
@@ -121,11 +119,6 @@ func startCluster(t *testing.T, protect configuration.Auth) *cluster {
 // ownFolder keeps in memory what is written below the directory, for this test.
 func ownFolder(t *testing.T, dir string) {
 	t.Helper()
-	if err := os.Mkdir(dir, 0o755); err == nil {
-		t.Cleanup(func() { os.Remove(dir) }) // outside, too, it was not there
-	} else if !errors.Is(err, fs.ErrExist) {
-		t.Fatal(err)
-	}
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
 		t.Fatalf("mount %s: %v", dir, err)
 	}
