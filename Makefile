@@ -3,7 +3,7 @@
 
 FUZZTIME ?= 30s
 
-.PHONY: test race lint e2e e2e-clients soak nightly bench house fuzz image deb ci
+.PHONY: test race lint e2e e2e-clients e2e-cluster soak nightly bench house fuzz image deb ci
 
 test:
 	go test ./...
@@ -29,6 +29,11 @@ e2e:
 e2e-clients:
 	e2e/install.sh clients
 	cd e2e && TARN_E2E_CLIENTS=1 go test -count=1 ./...
+
+# The chart, installed by helm on a real cluster of one node. Builds Kubernetes, half an hour on two cores, once.
+e2e-cluster:
+	e2e/install.sh cluster
+	cd e2e && TARN_E2E_CLUSTER=1 go test -count=1 -timeout 20m -run OnACluster -v .
 
 # Everything going wrong at once, at random, for SOAK.
 SOAK ?= 10m

@@ -21,6 +21,8 @@ import (
 	"helm.sh/helm/v3/pkg/engine"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/yaml"
@@ -384,5 +386,25 @@ func TestTheProgramTakesTheArgumentsOfTheChart(t *testing.T) {
 				t.Errorf("tarn %s: %v\n%s", strings.Join(args, " "), err, out)
 			}
 		}
+	}
+}
+
+// TestTheDaemonSetSelectsItsOwnPodsOnly: its controller adopts every other pod that its
+// selector matches, and deletes it as one too many.
+func TestTheDaemonSetSelectsItsOwnPodsOnly(t *testing.T) {
+	objects, err := render(t, "tarn", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := one[*appsv1.DaemonSet](t, objects)
+	selector, err := metav1.LabelSelectorAsSelector(set.Spec.Selector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !selector.Matches(labels.Set(set.Spec.Template.Labels)) {
+		t.Errorf("%s does not select %v", selector, set.Spec.Template.Labels)
+	}
+	if probe := one[*corev1.Pod](t, objects); selector.Matches(labels.Set(probe.Labels)) {
+		t.Errorf("%s selects the pod of helm test, %v", selector, probe.Labels)
 	}
 }

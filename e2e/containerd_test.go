@@ -67,6 +67,7 @@ disabled_plugins = [
 # Pods are on the host's network and need no plugin; but containerd watches the folder, and makes it.
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   conf_dir = '{{.Root}}/cni'
+  bin_dirs = ['{{.Plugins}}']
 `))
 
 // mirror sends containerd to tarn at this address first, and to the registry
@@ -106,14 +107,25 @@ func startContainerd(t *testing.T) *containerd { return startContainerdWith(t, 0
 // unless that is 0.
 func startContainerdWith(t *testing.T, parallel int) *containerd {
 	t.Helper()
-	// On /run, which is in memory: containerd's layered filesystem works there
-	// wherever the tests run, and its fsyncs cost nothing.
-	root := folder(t, "/run/tarn-e2e", "root")
 	c := &containerd{hosts: folder(t, work(), "certs.d")}
 	c.mirror(t, tarnAddr)
+	c.start(t, parallel)
+	return c
+}
+
+// containerdRoot is where the containerd of this test keeps what it has. On /run,
+// which is in memory: its layered filesystem works there wherever the tests run,
+// and its fsyncs cost nothing.
+func containerdRoot(t *testing.T) string { return folder(t, "/run/tarn-e2e", "root") }
+
+// start returns when it can pull and run, by the settings in its certs.d.
+func (c *containerd) start(t *testing.T, parallel int) {
+	t.Helper()
+	root := containerdRoot(t)
 	var config strings.Builder
 	err := containerdConfig.Execute(&config, map[string]string{
 		"Root": root, "State": folder(t, "/run/tarn-e2e", "state"), "Pause": pauseRef, "Hosts": c.hosts, "Parallel": fmt.Sprint(parallel),
+		"Plugins": pluginFolder(),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -136,7 +148,15 @@ func startContainerdWith(t *testing.T, parallel int) *containerd {
 		}
 		return client.Ready(t.Context())
 	})
-	return c
+}
+
+// pluginFolder is where the plugins for the network of pods are, if they are.
+func pluginFolder() string {
+	path, err := exec.LookPath("ptp")
+	if err != nil {
+		return "/opt/cni/bin"
+	}
+	return filepath.Dir(path)
 }
 
 func (c *containerd) dialCRI(t *testing.T) *cri.Client {

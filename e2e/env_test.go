@@ -32,6 +32,7 @@ const (
 	envWork       = "TARN_E2E_WORK"     // the working folder; set for the inner process only
 	envPrograms   = "TARN_E2E_PROGRAMS" // folders with the clients' programs; likewise
 	envAllClients = "TARN_E2E_CLIENTS"  // set by make e2e-clients: not containerd, skopeo and crane only
+	envCluster    = "TARN_E2E_CLUSTER"  // set by make e2e-cluster: a cluster of one node besides
 )
 
 func TestMain(m *testing.M) {
@@ -96,6 +97,9 @@ func build(ctx context.Context, work string) (programs string, err error) {
 	install := exec.CommandContext(ctx, "./install.sh")
 	if os.Getenv(envAllClients) != "" {
 		install.Args = append(install.Args, "clients")
+	}
+	if os.Getenv(envCluster) != "" {
+		install.Args = append(install.Args, "cluster")
 	}
 	install.Stderr = os.Stderr
 	out, err := install.Output()

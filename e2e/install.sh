@@ -4,7 +4,8 @@
 # Puts on a bare Debian machine what the end-to-end tests drive: runc, strace, ip, skopeo, mkfs.ext4 and chromium from Debian; containerd with
 # its shim and ctr, and crane, built from source; prometheus and promtool from Debian; what drives chromium, from npm by page/package-lock.json. With the argument "clients", the further clients as well: podman and
 # docker from Debian, oras, regctl and BuildKit from source. Says on its last line, alone on standard output, the folders
-# with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds.
+# with the programs, as on a PATH. Nothing is done twice: a second run costs a few milliseconds. With the argument "cluster", all that a cluster of one node is made
+# of: etcd from Debian, Kubernetes and helm from source; half an hour on two cores.
 set -euo pipefail
 
 log() { printf 'e2e/install.sh: %s\n' "$*" >&2; }
@@ -103,6 +104,35 @@ unpack_docker() {
 	cp root/usr/sbin/dockerd root/usr/bin/docker .
 	rm -rf root docker.io_*.deb
 }
+# etcd without its service, which would start at once.
+unpack_etcd() {
+	apt-get download etcd-server
+	dpkg -x etcd-server_*.deb root
+	cp root/usr/bin/etcd .
+	rm -rf root etcd-server_*.deb
+}
+# Kubernetes replaces its own parts in its go.mod, which go install does not take: so from a module that does the same.
+# Without a version of its own a kubelet takes itself for one of the year nought.
+build_kubernetes() {
+	local version=$1 part
+	mkdir module
+	cd module
+	export GOWORK=off CGO_ENABLED=0
+	go mod init build
+	go mod edit -require="k8s.io/kubernetes@v$version"
+	go mod download -json "k8s.io/kubernetes@v$version" >kubernetes.json
+	go mod edit -json "$(sed -n 's/.*"GoMod": "\(.*\)".*/\1/p' kubernetes.json)" |
+		sed -n 's|.*"Path": "\./staging/src/\(k8s\.io/.*\)".*|\1|p' >staged
+	while read -r part; do
+		go mod edit -replace="$part=$part@v0.${version#*.}"
+	done <staged
+	go get k8s.io/kubernetes/cmd/{kubelet,kube-apiserver,kube-controller-manager,kube-scheduler,kubectl}@"v$version"
+	go build -trimpath -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$version" -o .. \
+		k8s.io/kubernetes/cmd/{kubelet,kube-apiserver,kube-controller-manager,kube-scheduler,kubectl}
+	cd ..
+	chmod -R u+w module
+	rm -rf module
+}
 
 containerd=github.com/containerd/containerd/v2/cmd
 keep containerd@2.4.2 build $containerd/{containerd,ctr,containerd-shim-runc-v2}@v2.4.2 # about five minutes on two cores
@@ -118,6 +148,12 @@ if [[ ${1:-} == clients ]]; then
 	keep oras@1.2.3 build oras.land/oras/cmd/oras@v1.2.3
 	keep regctl@0.11.7 build github.com/regclient/regclient/cmd/regctl@v0.11.7
 	keep buildkit@0.17.3 build github.com/moby/buildkit/cmd/{buildctl,buildkitd}@v0.17.3
+fi
+if [[ ${1:-} == cluster ]]; then
+	keep etcd@debian unpack_etcd
+	keep kubernetes@1.36.3 build_kubernetes 1.36.3
+	keep helm@3.22.0 build helm.sh/helm/v3/cmd/helm@v3.22.0
+	keep cni@1.9.1 build github.com/containernetworking/plugins/plugins/{main/ptp,main/loopback,ipam/host-local}@v1.9.1
 fi
 (
 	IFS=:

@@ -236,3 +236,20 @@ func stdoutOf(log string) string {
 	}
 	return out.String()
 }
+
+// RemovePods stops and removes every pod with its containers, whoever made it.
+func (c *Client) RemovePods(ctx context.Context) error {
+	list, err := c.runtime.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+	if err != nil {
+		return fmt.Errorf("ListPodSandbox: %w", err)
+	}
+	for _, pod := range list.GetItems() {
+		if _, err := c.runtime.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+			return fmt.Errorf("StopPodSandbox: %w", err)
+		}
+		if _, err := c.runtime.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: pod.GetId()}); err != nil {
+			return fmt.Errorf("RemovePodSandbox: %w", err)
+		}
+	}
+	return nil
+}
