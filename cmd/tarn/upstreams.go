@@ -36,6 +36,7 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 	}
 	var listed []upstream.Config
 	defaultListed := false
+	plugins := make(map[KubeletPlugins]*upstream.KubeletPlugins) // what one says may be for several registries
 	for _, u := range cfg.Upstreams {
 		c, err := upstreamConfig(u, cfg.Defaults, roots)
 		if err == nil {
@@ -45,7 +46,12 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
 		defaultListed = defaultListed || c.Name == defaultUpstream
-		if c.Credentials != nil {
+		if k := u.Credentials.KubeletPlugins; k.Config != "" {
+			if plugins[k] == nil {
+				plugins[k] = newPlugins(k, log)
+			}
+			c.Credentials = plugins[k]
+		} else if c.Credentials != nil {
 			// A secret may be mounted later, and who does not need it is
 			// served meanwhile.
 			if err := c.Credentials.Check(); err != nil {
@@ -69,6 +75,20 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 
 		AllowViaProxy: cfg.AllowViaProxy,
 	})
+}
+
+// newPlugins are the kubelet's plugins; what is wrong with them is told here, and may be
+// mounted later.
+func newPlugins(k KubeletPlugins, log *zap.Logger) *upstream.KubeletPlugins {
+	plugins := upstream.NewKubeletPlugins(k.Config, k.BinDir)
+	if err := plugins.Check(); err != nil {
+		log.Error("the kubelet's plugins cannot be asked as they are", zap.String("config", k.Config), zap.Error(err))
+	}
+	for _, name := range plugins.Skipped() {
+		log.Warn("a plugin of the kubelet's is never asked: it requires the token of a pod's service account, and tarn is no pod's",
+			zap.String("config", k.Config), zap.String("provider", name))
+	}
+	return plugins
 }
 
 // proxyOptions are what the configuration says of the proxy itself.
@@ -97,7 +117,7 @@ func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 		if err != nil {
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
-		if len(u.Share) > 0 && u.Credentials.DockerConfig == "" {
+		if len(u.Share) > 0 && !u.Credentials.given() {
 			return nil, fmt.Errorf("upstream %s: share: repositories are shared with the node's credentials; set credentials: too", u.Name)
 		}
 		r := rulesOf(u.UpstreamDefaults)
