@@ -59,7 +59,7 @@ func TestAReloadForgetsWhatPluginsSaid(t *testing.T) {
 		p.mustReload(upstreamsOf(r.URL, settings), "reloaded\n")
 	}
 	log := p.output.String()
-	for _, want := range []string{`"provider":"pods"`} {
+	for _, want := range []string{`"provider":"pods"`, "stays open to every pod of the node"} {
 		if strings.Count(log, want) != 3 { // the start, and two reloads
 			t.Errorf("%d times %s in the log: %s", strings.Count(log, want), want, log)
 		}

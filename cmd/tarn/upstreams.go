@@ -58,6 +58,7 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 				log.Error("the node's credentials cannot be read", zap.String("upstream", string(c.Name)), zap.Error(err))
 			}
 		}
+		warnOfKubelet(u, log)
 		listed = append(listed, c)
 	}
 	if !defaultListed {
@@ -89,6 +90,17 @@ func newPlugins(k KubeletPlugins, log *zap.Logger) *upstream.KubeletPlugins {
 			zap.String("config", k.Config), zap.String("provider", name))
 	}
 	return plugins
+}
+
+// warnOfKubelet says what a kubelet makes of what everybody may have, which outlives the
+// setting. tarn cannot know whether there is one.
+func warnOfKubelet(u Upstream, log *zap.Logger) {
+	stale := u.StaleIfError > 0 && u.StaleFor == "node"
+	if len(u.Share) == 0 && !stale {
+		return
+	}
+	log.Warn("on Kubernetes since 1.35, what share: and stale_for: node let pods have without a credential of their own stays open to every pod of the node as long as the image is there, also after they are taken out",
+		zap.String("upstream", u.Name), zap.Strings("share", u.Share), zap.Bool("stale_for_node", stale))
 }
 
 // proxyOptions are what the configuration says of the proxy itself.
