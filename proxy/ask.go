@@ -334,6 +334,17 @@ func nodeRefused(err error) bool {
 	return errors.Is(err, upstream.ErrCredentials) || errors.As(err, &refused) && refused.Status < 500
 }
 
+// nodeNote is what ails the node's credential for a registry, "" for nothing, and how often
+// that was told in the minute that began then.
+type nodeNote struct {
+	trouble string
+	since   time.Time
+	told    int
+}
+
+// maxNodeNotes of a minute are logged of one registry.
+const maxNodeNotes = 16
+
 // noteNode logs when the node's credential begins to fail, and when it works
 // again.
 func (p *Proxy) noteNode(name upstream.Name, err error) {
@@ -341,7 +352,20 @@ func (p *Proxy) noteNode(name upstream.Name, err error) {
 	if err != nil && nodeRefused(err) {
 		trouble = err.Error()
 	}
-	if before, _ := p.nodeTrouble.Swap(name, trouble); before == trouble || before == nil && trouble == "" {
+	var note nodeNote
+	if before, ok := p.nodeTrouble.Load(name); ok {
+		note = before.(nodeNote)
+	}
+	if note.trouble == trouble {
+		return
+	}
+	// It may work for one image and not for the next, and clients name the images.
+	if note.trouble = trouble; time.Since(note.since) > time.Minute {
+		note.since, note.told = time.Now(), 0
+	}
+	note.told++
+	p.nodeTrouble.Store(name, note)
+	if note.told > maxNodeNotes {
 		return
 	}
 	if trouble == "" {

@@ -85,7 +85,12 @@ func answerFor(q *request, err error) (status int, e errcode.Error) {
 	case errors.Is(err, upstream.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
 		return http.StatusGatewayTimeout, unavailable.WithMessage("upstream did not answer in time")
 	case errors.Is(err, upstream.ErrCredentials):
-		// Says which file, program or key of the configuration to mend.
+		// Says which file, program or key of the configuration to mend, without what a
+		// program wrote.
+		var brief interface{ Brief() string }
+		if errors.As(err, &brief) {
+			return http.StatusBadGateway, unavailable.WithMessage(brief.Brief())
+		}
 		return http.StatusBadGateway, unavailable.WithMessage(err.Error())
 	case errors.Is(err, upstream.ErrUnreachable):
 		return http.StatusBadGateway, unavailable.WithMessage("upstream cannot be reached")

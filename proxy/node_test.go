@@ -301,3 +301,17 @@ func TestTheNodesTokenIsRenewedBeforeItsEnd(t *testing.T) {
 		}
 	}
 }
+
+// TestTheNodesTroubleHasABoundInTheLog: clients name the images, and a plugin may work for
+// one and not for the next.
+func TestTheNodesTroubleHasABoundInTheLog(t *testing.T) {
+	t.Parallel()
+	_, d, _ := withNode(t, "Basic")
+	for i := range 100 {
+		d.proxy.noteNode(lab, fmt.Errorf("%w: %d", upstream.ErrCredentials, i))
+		d.proxy.noteNode(lab, nil)
+	}
+	if n := strings.Count(string(d.log.take()), "the node's credentials"); n != maxNodeNotes {
+		t.Errorf("%d lines", n)
+	}
+}

@@ -106,7 +106,7 @@ type Proxy struct {
 	now          func() time.Time
 	pruning      sync.WaitGroup
 
-	nodeTrouble sync.Map // upstream.Name to what ails the node's credential, "" for nothing
+	nodeTrouble sync.Map // upstream.Name to nodeNote
 
 	ctx    context.Context // of what is shared between requests; ends with Close
 	cancel context.CancelFunc

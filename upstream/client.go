@@ -74,7 +74,7 @@ type Config struct {
 	// tarn may go to. nil means https on the authority's own domain.
 	Realm *url.URL
 	// Credentials of the node for this registry. nil means none.
-	Credentials *DockerConfig
+	Credentials Credentials
 	// Proxies are those by which this registry, and what it redirects to or
 	// names as its token service, are reached. nil means Options.Proxies.
 	Proxies *httpproxy.Config
@@ -346,10 +346,13 @@ func (c *Client) StrangersInFlight() (n int) {
 // Listed tells whether the operator named that registry.
 func (c *Client) Listed(name Name) bool { return c.listed[name] != nil }
 
-// Close drops the idle connections.
+// Close drops the idle connections, and ends what still runs for credentials.
 func (c *Client) Close() {
 	c.pool.close()
 	for _, r := range c.listed {
+		if r.credentials != nil {
+			r.credentials.Close()
+		}
 		r.pool.close()
 		r.foreign.close()
 	}

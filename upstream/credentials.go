@@ -20,6 +20,19 @@ import (
 	"oras.land/oras-go/v2/registry/remote/credentials/trace"
 )
 
+// Credentials are where the node's credentials for a registry come from. Images are
+// HOST[:PORT]/REPOSITORY. Errors wrap ErrCredentials and hold no secret.
+type Credentials interface {
+	// Check tells what can be seen to be wrong without running a program.
+	Check() error
+	// Get returns the secret for the image, the zero value for none.
+	Get(ctx context.Context, image string) (Secret, error)
+	// Forget makes a later Get look again: the registry has refused the secret.
+	Forget(image string)
+	// Close ends what still runs.
+	Close()
+}
+
 // DockerConfig finds the node's credential for one registry in a file like
 // docker's config.json: auths, credsStore, credHelpers. The file is looked at
 // again when it changes, a helper is asked again after credentialFor or a
@@ -94,7 +107,7 @@ func (c *DockerConfig) open() (*credentials.DynamicStore, error) {
 
 // Forget makes the next Get look again, unless it has just looked: a registry
 // may refuse a good secret as often as somebody asks for what there is not.
-func (c *DockerConfig) Forget() {
+func (c *DockerConfig) Forget(string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if time.Since(c.known.read) > failureFor {
@@ -102,9 +115,12 @@ func (c *DockerConfig) Forget() {
 	}
 }
 
+// Close does nothing: a helper is killed after helperTimeout.
+func (c *DockerConfig) Close() {}
+
 // Get returns the secret, the zero value when the file has none for this
-// registry.
-func (c *DockerConfig) Get(ctx context.Context) (Secret, error) {
+// registry, whichever the image.
+func (c *DockerConfig) Get(ctx context.Context, _ string) (Secret, error) {
 	now := time.Now()
 	file, err := c.stat()
 	if err != nil {

@@ -51,7 +51,7 @@ func TestDockerConfigFindsTheRegistrysCredential(t *testing.T) {
 	} {
 		d := NewDockerConfig(writeDockerConfig(t, c.content), c.name)
 		for range 3 {
-			got, err := d.Get(t.Context())
+			got, err := d.Get(t.Context(), "lab.test/app")
 			if err != nil || got != c.want {
 				t.Errorf("%s in %s: %v, %v", c.name, c.content, got, err)
 			}
@@ -77,7 +77,7 @@ func TestABrokenHelperIsNamedAndNotQuoted(t *testing.T) {
 			path := writeDockerConfig(t, `{"credsStore":"lab"}`)
 			d := NewDockerConfig(path, "lab.test")
 			d.timeout = 200 * time.Millisecond
-			_, err := d.Get(t.Context())
+			_, err := d.Get(t.Context(), "lab.test/app")
 			if err == nil || !errors.Is(err, ErrCredentials) || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), path) {
 				t.Fatalf("%v", err)
 			}
@@ -88,7 +88,7 @@ func TestABrokenHelperIsNamedAndNotQuoted(t *testing.T) {
 				t.Errorf("it quotes the program: %v", err)
 			}
 			// The next one is told at once.
-			if _, again := d.Get(t.Context()); again == nil {
+			if _, again := d.Get(t.Context(), "lab.test/app"); again == nil {
 				t.Error("no error the second time")
 			}
 		})
@@ -98,7 +98,7 @@ func TestABrokenHelperIsNamedAndNotQuoted(t *testing.T) {
 func TestAChangedFileIsReadAgain(t *testing.T) {
 	path := writeDockerConfig(t, `rubbish`)
 	d := NewDockerConfig(path, "lab.test")
-	for _, err := range []error{d.Check(), func() error { _, err := d.Get(t.Context()); return err }()} {
+	for _, err := range []error{d.Check(), func() error { _, err := d.Get(t.Context(), "lab.test/app"); return err }()} {
 		if !errors.Is(err, ErrCredentials) || !strings.Contains(err.Error(), path) {
 			t.Fatalf("%v", err)
 		}
@@ -108,16 +108,16 @@ func TestAChangedFileIsReadAgain(t *testing.T) {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		got, err := d.Get(t.Context())
+		got, err := d.Get(t.Context(), "lab.test/app")
 		if err != nil || got.Password != "p"+strings.Repeat("x", i) {
 			t.Fatalf("%v, %v", got, err)
 		}
 	}
 	os.Remove(path)
-	if _, err := d.Get(t.Context()); err == nil || !strings.Contains(err.Error(), "does not exist") {
+	if _, err := d.Get(t.Context(), "lab.test/app"); err == nil || !strings.Contains(err.Error(), "does not exist") {
 		t.Errorf("%v", err)
 	}
-	if _, err := NewDockerConfig(t.TempDir(), "lab.test").Get(t.Context()); err == nil || !strings.Contains(err.Error(), "is no file") {
+	if _, err := NewDockerConfig(t.TempDir(), "lab.test").Get(t.Context(), "lab.test/app"); err == nil || !strings.Contains(err.Error(), "is no file") {
 		t.Errorf("%v", err)
 	}
 }

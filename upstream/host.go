@@ -289,7 +289,10 @@ type Health struct {
 	Name Name `json:"name"`
 	// Failing are the hosts that gave no answer when they were asked last.
 	Failing []HostFailing `json:"failing,omitempty"`
-	// Effect is what that comes to, in words.
+	// Credentials is why the node's credentials could not be had last, "" when they
+	// could.
+	Credentials string `json:"credentials,omitempty"`
+	// Effect is what the failing hosts come to, in words.
 	Effect string `json:"effect,omitempty"`
 	// LimitedUntil is until when a question is not put again that the registry
 	// answered with 429.
@@ -348,6 +351,9 @@ func (r *Registry) health() Health {
 		if one.failing != nil {
 			h.Failing, h.Effect = append(h.Failing, *one.failing), effect
 		}
+	}
+	if r.ailing != nil {
+		h.Credentials = r.ailing.Error()
 	}
 	slices.SortFunc(h.Failing, func(a, b HostFailing) int { return strings.Compare(a.Origin, b.Origin) })
 	for _, until := range r.limits {

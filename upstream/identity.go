@@ -115,7 +115,7 @@ func (r *Registry) exchange(ctx context.Context, e Endpoint, req Request) (*Resp
 	}
 	if status, ok := refusal(err); ok {
 		if req.As == Node {
-			r.refusedSecret()
+			r.refusedSecret(key.repository)
 		}
 		return nil, r.refused(ctx, e, key, next, status)
 	}
@@ -195,7 +195,7 @@ func (r *Registry) known(ctx context.Context, e Endpoint, key proofKey) (p proof
 	r.mu.Unlock()
 	if key.as == Node {
 		// What the operator replaced or took away is not shown any more.
-		if secret, err := r.secret(ctx); err != nil || secret != p.secret {
+		if secret, err := r.secret(ctx, key.repository); err != nil || secret != p.secret {
 			return proof{}, false
 		}
 	}
@@ -304,7 +304,7 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 	var secret Secret
 	if key.as == Node {
 		var err error
-		if secret, err = r.secret(ctx); err != nil {
+		if secret, err = r.secret(ctx, key.repository); err != nil {
 			return proof{}, err
 		}
 		p.secret = secret
@@ -342,7 +342,7 @@ func (r *Registry) newProof(ctx context.Context, e Endpoint, key proofKey, chall
 	switch {
 	case errors.Is(err, errTokenRefused):
 		if key.as == Node {
-			r.refusedSecret()
+			r.refusedSecret(key.repository)
 		}
 		return proof{}, errNoProof
 	case err != nil:
@@ -446,18 +446,24 @@ func (s Secret) basic() string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(s.Username+":"+s.Password))
 }
 
-// secret is the node's, the zero value when there is none for this registry.
-func (r *Registry) secret(ctx context.Context) (Secret, error) {
+// secret is the node's, the zero value when there is none for this repository.
+func (r *Registry) secret(ctx context.Context, repository string) (Secret, error) {
 	if r.credentials == nil {
 		return Secret{}, nil
 	}
-	return r.credentials.Get(ctx)
+	secret, err := r.credentials.Get(ctx, string(r.name)+"/"+repository)
+	if err == nil || errors.Is(err, ErrCredentials) { // and not that nobody waits
+		r.mu.Lock()
+		r.ailing = err
+		r.mu.Unlock()
+	}
+	return secret, err
 }
 
 // refusedSecret: what was shown last did not do. It may have been replaced.
-func (r *Registry) refusedSecret() {
+func (r *Registry) refusedSecret(repository string) {
 	if r.credentials != nil {
-		r.credentials.Forget()
+		r.credentials.Forget(string(r.name) + "/" + repository)
 	}
 }
 

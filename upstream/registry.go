@@ -65,8 +65,8 @@ type Registry struct {
 	proxies     *proxies
 	headTimeout time.Duration
 
-	realm       *url.URL      // where passwords may go; nil: the authority's own domain
-	credentials *DockerConfig // of the node; nil for none
+	realm       *url.URL    // where passwords may go; nil: the authority's own domain
+	credentials Credentials // of the node; nil for none
 
 	proving  singleflight.Group // by proofKey
 	asking   gate
@@ -79,6 +79,7 @@ type Registry struct {
 	hosts  map[string]*host       // by origin; at most maxHosts
 	habits map[Habit]bool         // what it was seen to do
 	limits map[question]time.Time // until when a 429 holds; at most maxLimited
+	ailing error                  // why the node's credentials were not to be had last; nil for nothing
 	rate   RateLimit              // what the authority said last; zero when it never did
 }
 

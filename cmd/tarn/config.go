@@ -192,6 +192,23 @@ type TLS struct {
 type Credentials struct {
 	// DockerConfig is a file like docker's config.json. Default "", none.
 	DockerConfig string
+	// KubeletPlugins are the kubelet's image credential provider plugins, asked
+	// where DockerConfig is not set. Default none.
+	KubeletPlugins KubeletPlugins
+}
+
+// given tells whether there are any.
+func (c Credentials) given() bool { return c.DockerConfig != "" || c.KubeletPlugins.Config != "" }
+
+// KubeletPlugins are the programs that the kubelet asks for credentials. They run as
+// tarn's user, one at a time, for a minute at most.
+type KubeletPlugins struct {
+	// Config is a file like that of the kubelet's --image-credential-provider-config,
+	// or a folder of such files. It is read with this one. Default "", none.
+	Config string
+	// BinDir is the folder of the programs, as for the kubelet's
+	// --image-credential-provider-bin-dir. Default "", none.
+	BinDir string
 }
 
 // Proxy is an egress proxy. In the file it is the URL alone, or a mapping.

@@ -165,6 +165,8 @@ func TestAMistakeIsNamedWithFileLineAndKey(t *testing.T) {
 		"a size without its unit":         {"max_size: 50\n", `tarn.yaml:1: key "max_size": must be at least 1MiB, and is 50 bytes; a unit is written as in 50GiB`},
 		"a proxy with a password":         {"upstreams:\n- {name: a.io, proxy: 'http://u:secret@p:3128'}\n", `tarn.yaml:2: key "upstreams[0].proxy": the URL must not have a user or password: name a file with them as credentials_file`},
 		"a proxy of another kind":         {"upstreams:\n- {name: a.io, proxy: {url: 'socks5://p:1080'}}\n", `tarn.yaml:2: key "upstreams[0].proxy.url": the proxy's scheme must be http or https, and not "socks5"`},
+		"plugins without programs":        {"upstreams:\n- {name: a.io, credentials: {kubelet_plugins: {config: x}}}\n", `tarn.yaml:2: key "upstreams[0].credentials.kubelet_plugins": config and bin_dir go together`},
+		"two credentials":                 {"upstreams:\n- {name: a.io, credentials: {docker_config: y, kubelet_plugins: {config: x, bin_dir: z}}}\n", `tarn.yaml:2: key "upstreams[0].credentials": docker_config and kubelet_plugins do not go together: name one of them`},
 		"a password for no proxy":         {"upstreams:\n- {name: a.io, proxy: {credentials_file: x}}\n", `tarn.yaml:2: key "upstreams[0].proxy.url": must be given with credentials_file`},
 		"a negative size":                 {"min_free: -1\n", `tarn.yaml:1: key "min_free": "-1" is not a size: …`},
 		"no size at all":                  {"max_size: 0\n", `tarn.yaml:1: key "max_size": must be more than 0`},
@@ -225,7 +227,8 @@ var tables = map[string]struct {
 	"upstreams[].":             {new(Upstream).keys(), Upstream{}},
 	"upstreams[].endpoints[].": {new(Endpoint).keys(), Endpoint{}},
 	"upstreams[].credentials.": {new(Credentials).keys(), Credentials{}},
-	"upstreams[].proxy.":       {new(Proxy).keys(), Proxy{}},
+	"upstreams[].credentials.kubelet_plugins.": {new(KubeletPlugins).keys(), KubeletPlugins{}},
+	"upstreams[].proxy.":                       {new(Proxy).keys(), Proxy{}},
 }
 
 func TestEveryFieldHasAKey(t *testing.T) {

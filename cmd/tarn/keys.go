@@ -66,7 +66,7 @@ func (u *Upstream) keys() []key {
 		{"key_file", text(&u.KeyFile, nil)},
 		{"insecure_skip_verify", boolean(&u.InsecureSkipVerify)},
 		{"token_broker", boolean(&u.TokenBroker)},
-		{"credentials", section(u.Credentials.keys())},
+		{"credentials", u.Credentials.read},
 		{"proxy", u.Proxy.read},
 		{"share", list(&u.Share, func(pattern *string) reader { return text(pattern, checkShare) })},
 	}, u.UpstreamDefaults.keys()...)
@@ -82,6 +82,30 @@ func (e *Endpoint) keys() []key {
 func (c *Credentials) keys() []key {
 	return []key{
 		{"docker_config", text(&c.DockerConfig, nil)},
+		{"kubelet_plugins", c.KubeletPlugins.read},
+	}
+}
+
+// read reads where credentials come from, which is one place.
+func (c *Credentials) read(d *decoder, n *yaml.Node, at string) {
+	section(c.keys())(d, n, at)
+	if c.DockerConfig != "" && c.KubeletPlugins.Config != "" {
+		d.addKey(n, at, "docker_config and kubelet_plugins do not go together: name one of them")
+	}
+}
+
+func (k *KubeletPlugins) keys() []key {
+	return []key{
+		{"config", text(&k.Config, nil)},
+		{"bin_dir", text(&k.BinDir, nil)},
+	}
+}
+
+// read reads where the plugins are, which takes both keys.
+func (k *KubeletPlugins) read(d *decoder, n *yaml.Node, at string) {
+	section(k.keys())(d, n, at)
+	if (k.Config == "") != (k.BinDir == "") {
+		d.addKey(n, at, "config and bin_dir go together")
 	}
 }
 

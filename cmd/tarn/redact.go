@@ -135,7 +135,7 @@ func knownKeys() map[string]bool {
 	var u Upstream
 	var e Endpoint
 	known := make(map[string]bool)
-	for _, keys := range [][]key{c.keys(), c.Defaults.keys(), u.keys(), e.keys(), u.Credentials.keys(), u.Proxy.keys(), c.TLS.keys()} {
+	for _, keys := range [][]key{c.keys(), c.Defaults.keys(), u.keys(), e.keys(), u.Credentials.keys(), u.Credentials.KubeletPlugins.keys(), u.Proxy.keys(), c.TLS.keys()} {
 		for _, k := range keys {
 			known[k.name] = true
 		}

@@ -62,6 +62,9 @@ func showUpstream(w io.Writer, u upstream.Health) {
 	if u.Effect != "" {
 		parts = append(parts, u.Effect)
 	}
+	if u.Credentials != "" {
+		parts = append(parts, "clients' own credentials are used")
+	}
 	if u.LimitedUntil != nil {
 		parts = append(parts, "limits requests until "+u.LimitedUntil.Local().Format(time.DateTime))
 	}
@@ -69,6 +72,9 @@ func showUpstream(w io.Writer, u upstream.Health) {
 		parts = append(parts, quota(*u.RateLimit))
 	}
 	fmt.Fprintf(w, "%s: %s\n", u.Name, cmp.Or(strings.Join(parts, "; "), "no trouble seen"))
+	if u.Credentials != "" {
+		fmt.Fprintf(w, "  %s\n", u.Credentials)
+	}
 	for _, f := range u.Failing {
 		fmt.Fprintf(w, "  %s since %s: %s\n", f.Origin, f.Since.Local().Format(time.DateTime), f.Cause)
 		if f.Advice != "" {

@@ -36,6 +36,7 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 	}
 	var listed []upstream.Config
 	defaultListed := false
+	plugins := make(map[KubeletPlugins]*upstream.KubeletPlugins) // what one says may be for several registries
 	for _, u := range cfg.Upstreams {
 		c, err := upstreamConfig(u, cfg.Defaults, roots)
 		if err == nil {
@@ -45,13 +46,19 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
 		defaultListed = defaultListed || c.Name == defaultUpstream
-		if c.Credentials != nil {
+		if k := u.Credentials.KubeletPlugins; k.Config != "" {
+			if plugins[k] == nil {
+				plugins[k] = newPlugins(k, log)
+			}
+			c.Credentials = plugins[k]
+		} else if c.Credentials != nil {
 			// A secret may be mounted later, and who does not need it is
 			// served meanwhile.
 			if err := c.Credentials.Check(); err != nil {
 				log.Error("the node's credentials cannot be read", zap.String("upstream", string(c.Name)), zap.Error(err))
 			}
 		}
+		warnOfKubelet(u, log)
 		listed = append(listed, c)
 	}
 	if !defaultListed {
@@ -69,6 +76,31 @@ func newUpstreams(cfg Config, observe func(upstream.Exchange) func(n int), log *
 
 		AllowViaProxy: cfg.AllowViaProxy,
 	})
+}
+
+// newPlugins are the kubelet's plugins; what is wrong with them is told here, and may be
+// mounted later.
+func newPlugins(k KubeletPlugins, log *zap.Logger) *upstream.KubeletPlugins {
+	plugins := upstream.NewKubeletPlugins(k.Config, k.BinDir)
+	if err := plugins.Check(); err != nil {
+		log.Error("the kubelet's plugins cannot be asked as they are", zap.String("config", k.Config), zap.Error(err))
+	}
+	for _, name := range plugins.Skipped() {
+		log.Warn("a plugin of the kubelet's is never asked: it requires the token of a pod's service account, and tarn is no pod's",
+			zap.String("config", k.Config), zap.String("provider", name))
+	}
+	return plugins
+}
+
+// warnOfKubelet says what a kubelet makes of what everybody may have, which outlives the
+// setting. tarn cannot know whether there is one.
+func warnOfKubelet(u Upstream, log *zap.Logger) {
+	stale := u.StaleIfError > 0 && u.StaleFor == "node"
+	if len(u.Share) == 0 && !stale {
+		return
+	}
+	log.Warn("on Kubernetes since 1.35, what share: and stale_for: node let pods have without a credential of their own stays open to every pod of the node as long as the image is there, also after they are taken out",
+		zap.String("upstream", u.Name), zap.Strings("share", u.Share), zap.Bool("stale_for_node", stale))
 }
 
 // proxyOptions are what the configuration says of the proxy itself.
@@ -97,7 +129,7 @@ func newRules(cfg Config) (map[upstream.Name]proxy.Rules, error) {
 		if err != nil {
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
-		if len(u.Share) > 0 && u.Credentials.DockerConfig == "" {
+		if len(u.Share) > 0 && !u.Credentials.given() {
 			return nil, fmt.Errorf("upstream %s: share: repositories are shared with the node's credentials; set credentials: too", u.Name)
 		}
 		r := rulesOf(u.UpstreamDefaults)
