@@ -67,22 +67,29 @@ type line struct {
 	Sum *Sum `json:"sum,omitempty"`
 }
 
-// Keep reads what an earlier process has kept, before anything else is added, and
-// keeps the history there from now on, until Close.
+// Load reads in the background what an earlier process has kept, before anything is
+// added: who adds or asks meanwhile waits for it, a tenth of a second at most on a disk
+// that is not slow.
+func (h *History) Load(path string) {
+	h.mu.Lock()
+	go func() {
+		defer h.mu.Unlock()
+		h.read(path, Most)
+		h.writer.written = h.next - 1
+		if n := len(h.day); n > 1 {
+			h.writer.sum = h.day[n-2].Start
+		}
+	}()
+}
+
+// Keep keeps the history in a file from now on, until Close.
 func (h *History) Keep(f File) {
 	if f.Most < least {
 		return
 	}
 	h.writer.file = f
-	os.Remove(f.Path + suffix) // a start that was cut short
-	h.mu.Lock()
-	h.read(f.Path, f.Most)
-	h.writer.written = h.next - 1
-	if n := len(h.day); n > 1 {
-		h.writer.sum = h.day[n-2].Start
-	}
-	h.mu.Unlock()
-	h.writer.torn = true // by a kill, perhaps
+	os.Remove(f.Path + suffix) // of a process that was killed
+	h.writer.torn = true       // by that, perhaps
 	h.writer.stop = make(chan struct{})
 	h.writer.stopped.Go(h.flushLoop)
 }

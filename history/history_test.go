@@ -105,6 +105,7 @@ func TestARestartRemembers(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	for i := range 10 {
 		h.Add(hit(c, i))
@@ -127,6 +128,7 @@ func TestARestartRemembers(t *testing.T) {
 	tear(t, f.Path, `{"id":99,"at":"2026-`)
 	for round := range 3 {
 		h = New(c.now)
+		h.Load(f.Path)
 		h.Keep(f)
 		if got := all(h); len(got) != 11+round {
 			t.Fatalf("%d entries after a restart, not %d: %+v", len(got), 11+round, got)
@@ -171,6 +173,7 @@ func TestTheFilesHaveABound(t *testing.T) {
 	dir := t.TempDir()
 	f := File{Path: filepath.Join(dir, "decisions"), Most: least, Room: func(n int64) error { asked += n; return nil }}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Received(3)
 	for i := range 2000 {
@@ -193,6 +196,7 @@ func TestTheFilesHaveABound(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := New(c.now)
+	again.Load(f.Path)
 	again.Keep(f)
 	defer again.Close()
 	if got := all(again); len(got) < 20 || got[len(got)-1].Repository != "library/app1999" {
@@ -211,6 +215,7 @@ func TestWithoutRoomNothingIsWrittenAndNothingLost(t *testing.T) {
 	full := errors.New("no room")
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most, Room: func(int64) error { return full }}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	c.forward(time.Minute)
@@ -241,6 +246,7 @@ func TestALinkIsNotFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err == nil {
@@ -333,6 +339,7 @@ func TestMadeUpNamesPushOutNothingThatWasServed(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	const served = 2000
 	for i := range served {
@@ -363,6 +370,7 @@ func TestMadeUpNamesPushOutNothingThatWasServed(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := New(c.now)
+	again.Load(f.Path)
 	again.Keep(f)
 	defer again.Close()
 	if n := honest(again); n != served {
@@ -377,6 +385,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err != nil {
@@ -385,6 +394,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 	for _, garbage := range []string{strings.Repeat("x", 10*maxLine) + "\n", "\x00\xff\n", "{}\n[]\nnull\n", `{"sum":{}}` + "\n", "half"} {
 		tear(t, f.Path, garbage)
 		h = New(c.now)
+		h.Load(f.Path)
 		h.Keep(f)
 		before := len(all(h))
 		c.forward(time.Minute)
@@ -393,6 +403,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		h = New(c.now)
+		h.Load(f.Path)
 		h.Keep(f)
 		if got := len(all(h)); before == 0 || got != before+1 {
 			t.Errorf("%d entries before %.20q, and %d after it", before, garbage, got)
@@ -412,6 +423,7 @@ func TestAFileThatIsMuchTooLargeIsReplaced(t *testing.T) {
 	}
 	tear(t, f.Path, "\n"+`{"id":1,"at":"2026-03-01T07:00:00Z","count":1,"outcome":"hit","bytes":1}`+"\n")
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err != nil {
@@ -421,6 +433,7 @@ func TestAFileThatIsMuchTooLargeIsReplaced(t *testing.T) {
 		t.Fatalf("%v, %v", info.Size(), err)
 	}
 	h = New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	defer h.Close()
 	if got := all(h); len(got) != 2 {
@@ -432,6 +445,7 @@ func TestAClockThatWasAhead(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	c.forward(10 * 365 * 24 * time.Hour) // until the time server has answered
@@ -455,6 +469,7 @@ func TestAClockThatWasAhead(t *testing.T) {
 	}
 	tear(t, f.Path, `{"sum":{"start":"2036-02-27T08:00:00Z","requests":1000}}`+"\n") // by one that was killed then
 	h = New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	defer h.Close()
 	if got := Total(h.Day()).Requests; got != 1 {
@@ -470,6 +485,7 @@ func TestTroubleIsSaidOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := New(c.now)
+	h.Load(f.Path)
 	h.Keep(f)
 	for i := range 3 {
 		h.Add(hit(c, i))

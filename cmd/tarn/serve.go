@@ -138,6 +138,8 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool, p
 		log.Warn("max_size is more than the filesystem of dir has; min_free holds all the same",
 			zap.Int64("max_size", bound), zap.Int64("filesystem", total), zap.String("dir", cfg.Dir))
 	}
+	path := filepath.Join(cfg.Dir, store.HistoryName)
+	past.Load(path) // beside the index
 	c, err := cache.New(cache.Options{
 		Dir:           cfg.Dir,
 		MaxSize:       cfg.MaxSize.Bytes(total),
@@ -157,7 +159,6 @@ func openCache(cfg Config, log *zap.Logger, listed func(upstream string) bool, p
 	case err != nil:
 		return nil, fmt.Errorf("dir: %w", err)
 	}
-	path := filepath.Join(cfg.Dir, store.HistoryName)
 	past.Keep(history.File{
 		Path:    path,
 		Most:    min(history.Most, c.Stats().MaxBytes/historyShare),
