@@ -9,19 +9,24 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// clock is a time that a test moves.
-type clock struct{ t time.Time }
+// clock is a time that a test moves, and that the flush loop looks at.
+type clock struct{ t atomic.Int64 }
 
-func (c *clock) now() time.Time          { return c.t }
-func (c *clock) forward(d time.Duration) { c.t = c.t.Add(d) }
+func (c *clock) now() time.Time          { return time.Unix(0, c.t.Load()).UTC() }
+func (c *clock) forward(d time.Duration) { c.t.Add(int64(d)) }
 
-func newClock() *clock { return &clock{time.Date(2026, 3, 1, 8, 0, 0, 0, time.UTC)} }
+func newClock() *clock {
+	c := &clock{}
+	c.t.Store(time.Date(2026, 3, 1, 8, 0, 0, 0, time.UTC).UnixNano())
+	return c
+}
 
 func hit(c *clock, n int) Entry {
 	return Entry{At: c.now(), Client: "containerd", Method: "GET", Upstream: "docker.io", Repository: fmt.Sprintf("library/app%d", n),
