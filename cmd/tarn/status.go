@@ -6,10 +6,12 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"tarn/admin"
 	"tarn/index"
 	"tarn/upstream"
 
@@ -30,9 +32,13 @@ registries are in trouble. As JSON it is the document of /api/v1/status.`,
 				status
 				Index index.Counts `json:"index"`
 			}
-			return d.do(cmd, "GET", "/api/v1/status", nil, &s, func(w io.Writer) {
+			if err := d.do(cmd, "GET", "/api/v1/status", nil, &s, func(w io.Writer) {
 				showStatus(w, s.status, s.Index)
-			})
+			}); err != nil || s.Cache.Flights == 0 || d.output == "json" {
+				return err
+			}
+			var f struct{ Flights []admin.Flight }
+			return d.do(cmd, "GET", "/api/v1/flights", nil, &f, func(w io.Writer) { showFlights(w, f.Flights) })
 		},
 	})
 }
@@ -53,6 +59,25 @@ func showStatus(w io.Writer, s status, rows index.Counts) {
 		showUpstream(w, u)
 	}
 	fmt.Fprintf(w, "tarn %s at %s since %s\n", s.Version, s.Listen, s.Started.Local().Format(time.DateTime))
+}
+
+// maxShownFlights bounds a list that is for people.
+const maxShownFlights = 10
+
+// showFlights says what is on its way, a line each.
+func showFlights(w io.Writer, flights []admin.Flight) {
+	flights = slices.DeleteFunc(flights, func(f admin.Flight) bool { return f.Parked })
+	for i, f := range flights {
+		if i == maxShownFlights {
+			fmt.Fprintf(w, "and %d more: /api/v1/flights\n", len(flights)-i)
+			return
+		}
+		of := ""
+		if f.TotalBytes != nil {
+			of = " of " + size(*f.TotalBytes)
+		}
+		fmt.Fprintf(w, "fetching %.19s from %s: %s%s, %d readers, begun %s\n", f.Digest, cmp.Or(f.Upstream, f.SourceDomain), size(f.HereBytes), of, f.Readers, ago(f.Since))
+	}
 }
 
 // showUpstream says how a registry does, in a line, and what to do about what does not
