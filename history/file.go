@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tarn/internal/regular"
@@ -58,6 +59,7 @@ type writer struct {
 	sum     time.Time
 	torn    bool // the last line may be half a line
 	failing bool // so it was said
+	loading atomic.Bool
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -67,19 +69,42 @@ type line struct {
 	Sum *Sum `json:"sum,omitempty"`
 }
 
-// Load reads in the background what an earlier process has kept, before anything is
-// added: who adds or asks meanwhile waits for it, a tenth of a second at most on a disk
-// that is not slow.
-func (h *History) Load(path string) {
+// Load reads in the background what an earlier process has kept, and puts it before what
+// has been added meanwhile; nobody waits for the disk. done is closed when that has been
+// done. Until then nothing is written.
+func (h *History) Load(path string) (done <-chan struct{}) {
+	ended := make(chan struct{})
+	h.writer.loading.Store(true)
+	h.writer.stopped.Go(func() {
+		defer close(ended)
+		past := New(h.now)
+		past.read(path, Most)
+		h.precede(past)
+		h.writer.loading.Store(false)
+	})
+	return ended
+}
+
+// precede has the past come before what is here.
+func (h *History) precede(past *History) {
 	h.mu.Lock()
-	go func() {
-		defer h.mu.Unlock()
-		h.read(path, Most)
-		h.writer.written = h.next - 1
-		if n := len(h.day); n > 1 {
-			h.writer.sum = h.day[n-2].Start
-		}
-	}()
+	defer h.mu.Unlock()
+	h.writer.written = past.next - 1
+	if n := len(past.day); n > 1 {
+		h.writer.sum = past.day[n-2].Start
+	}
+	since := slices.Collect(h.backward())
+	slices.Reverse(since)
+	for _, e := range since {
+		past.append(e)
+	}
+	for _, s := range h.day {
+		t := past.day.at(s.Start)
+		start := t.Start
+		*t = Total([]Sum{*t, s})
+		t.Start = start
+	}
+	h.kept, h.cheap, h.next, h.day = past.kept, past.cheap, past.next, past.day
 }
 
 // Keep keeps the history in a file from now on, until Close.
@@ -94,7 +119,7 @@ func (h *History) Keep(f File) {
 	h.writer.stopped.Go(h.flushLoop)
 }
 
-// read takes what can be read of the end of a file. Called with the lock.
+// read takes what can be read of the end of a file. Nobody else has the history yet.
 func (h *History) read(path string, most int64) {
 	f, err := regular.Open(path, os.O_RDONLY, 0)
 	if err != nil {
@@ -120,7 +145,7 @@ func (h *History) read(path string, most int64) {
 	}
 }
 
-// take takes a line, if it is one. Called with the lock.
+// take takes a line, if it is one.
 func (h *History) take(text []byte) {
 	l := line{Entry: &Entry{}}
 	if json.Unmarshal(text, &l) != nil {
@@ -179,6 +204,9 @@ func (h *History) flush(all bool) error {
 	w := &h.writer
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.loading.Load() {
+		return nil
+	}
 	text, last, sum := h.settled(all)
 	if len(text) == 0 {
 		return nil

@@ -110,7 +110,7 @@ func TestARestartRemembers(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	for i := range 10 {
 		h.Add(hit(c, i))
@@ -133,7 +133,7 @@ func TestARestartRemembers(t *testing.T) {
 	tear(t, f.Path, `{"id":99,"at":"2026-`)
 	for round := range 3 {
 		h = New(c.now)
-		h.Load(f.Path)
+		<-h.Load(f.Path)
 		h.Keep(f)
 		if got := all(h); len(got) != 11+round {
 			t.Fatalf("%d entries after a restart, not %d: %+v", len(got), 11+round, got)
@@ -172,13 +172,50 @@ func tear(t *testing.T, path, half string) {
 	}
 }
 
+// TestWhatComesWhileThePastIsReadComesAfterIt, also after another restart.
+func TestWhatComesWhileThePastIsReadComesAfterIt(t *testing.T) {
+	c := newClock()
+	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
+	h := New(c.now)
+	<-h.Load(f.Path)
+	h.Keep(f)
+	for i := range 3000 {
+		h.Add(hit(c, i))
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h = New(c.now)
+	done := h.Load(f.Path)
+	h.Keep(f)
+	h.Add(hit(c, 5000))
+	h.Add(hit(c, 5000))
+	<-done
+	h.Add(hit(c, 5000)) // which is counted in what came meanwhile
+	got := all(h)
+	if len(got) != 3001 || got[3000].Repository != "library/app5000" || got[3000].Count != 3 || got[0].Repository != "library/app0" || got[3000].ID != 3001 {
+		t.Errorf("%d entries, the last is %+v", len(got), got[len(got)-1])
+	}
+	if n := Total(h.Day()).Requests; n != 3003 {
+		t.Errorf("%d requests in the day", n)
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h = New(c.now)
+	<-h.Load(f.Path)
+	if n := len(all(h)); n != 3001 {
+		t.Errorf("%d entries after another restart", n)
+	}
+}
+
 func TestTheFilesHaveABound(t *testing.T) {
 	c := newClock()
 	var asked int64
 	dir := t.TempDir()
 	f := File{Path: filepath.Join(dir, "decisions"), Most: least, Room: func(n int64) error { asked += n; return nil }}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Received(3)
 	for i := range 2000 {
@@ -201,7 +238,7 @@ func TestTheFilesHaveABound(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := New(c.now)
-	again.Load(f.Path)
+	<-again.Load(f.Path)
 	again.Keep(f)
 	defer again.Close()
 	if got := all(again); len(got) < 20 || got[len(got)-1].Repository != "library/app1999" {
@@ -220,7 +257,7 @@ func TestWithoutRoomNothingIsWrittenAndNothingLost(t *testing.T) {
 	full := errors.New("no room")
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most, Room: func(int64) error { return full }}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	c.forward(time.Minute)
@@ -251,7 +288,7 @@ func TestALinkIsNotFollowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err == nil {
@@ -344,7 +381,7 @@ func TestMadeUpNamesPushOutNothingThatWasServed(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	const served = 2000
 	for i := range served {
@@ -375,7 +412,7 @@ func TestMadeUpNamesPushOutNothingThatWasServed(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := New(c.now)
-	again.Load(f.Path)
+	<-again.Load(f.Path)
 	again.Keep(f)
 	defer again.Close()
 	if n := honest(again); n != served {
@@ -390,7 +427,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err != nil {
@@ -399,7 +436,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 	for _, garbage := range []string{strings.Repeat("x", 10*maxLine) + "\n", "\x00\xff\n", "{}\n[]\nnull\n", `{"sum":{}}` + "\n", "half"} {
 		tear(t, f.Path, garbage)
 		h = New(c.now)
-		h.Load(f.Path)
+		<-h.Load(f.Path)
 		h.Keep(f)
 		before := len(all(h))
 		c.forward(time.Minute)
@@ -408,7 +445,7 @@ func TestWhatIsNoLineIsLeftOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		h = New(c.now)
-		h.Load(f.Path)
+		<-h.Load(f.Path)
 		h.Keep(f)
 		if got := len(all(h)); before == 0 || got != before+1 {
 			t.Errorf("%d entries before %.20q, and %d after it", before, garbage, got)
@@ -428,7 +465,7 @@ func TestAFileThatIsMuchTooLargeIsReplaced(t *testing.T) {
 	}
 	tear(t, f.Path, "\n"+`{"id":1,"at":"2026-03-01T07:00:00Z","count":1,"outcome":"hit","bytes":1}`+"\n")
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	if err := h.Close(); err != nil {
@@ -438,7 +475,7 @@ func TestAFileThatIsMuchTooLargeIsReplaced(t *testing.T) {
 		t.Fatalf("%v, %v", info.Size(), err)
 	}
 	h = New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	defer h.Close()
 	if got := all(h); len(got) != 2 {
@@ -450,7 +487,7 @@ func TestAClockThatWasAhead(t *testing.T) {
 	c := newClock()
 	f := File{Path: filepath.Join(t.TempDir(), "decisions"), Most: Most}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	h.Add(hit(c, 1))
 	c.forward(10 * 365 * 24 * time.Hour) // until the time server has answered
@@ -474,7 +511,7 @@ func TestAClockThatWasAhead(t *testing.T) {
 	}
 	tear(t, f.Path, `{"sum":{"start":"2036-02-27T08:00:00Z","requests":1000}}`+"\n") // by one that was killed then
 	h = New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	defer h.Close()
 	if got := Total(h.Day()).Requests; got != 1 {
@@ -490,7 +527,7 @@ func TestTroubleIsSaidOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := New(c.now)
-	h.Load(f.Path)
+	<-h.Load(f.Path)
 	h.Keep(f)
 	for i := range 3 {
 		h.Add(hit(c, i))
