@@ -262,17 +262,20 @@ func (h *History) settled(all bool) (text []byte, last int64, sum time.Time) {
 // may begin with.
 func (h *History) snapshot() (text []byte) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, s := range h.day {
+	day := slices.Clone(h.day)
+	written := h.writer.written
+	entries := slices.Collect(h.backward())
+	h.mu.Unlock()
+	for _, s := range day {
 		text = appendLine(text, line{Sum: &s})
 	}
 	var lines [][]byte
 	left := int(h.writer.file.Most/8*anew) - len(text)
-	for e := range h.backward() {
-		if e.ID > h.writer.written {
+	for _, e := range entries {
+		if e.ID > written {
 			continue
 		}
-		one := appendLine(nil, line{Entry: e})
+		one := appendLine(nil, line{Entry: e}) // in which nothing more is counted: nobody changes it
 		if left -= len(one); left < 0 {
 			break
 		}
